@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test quality style
+help:  ## show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+.venv/installed: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: .venv/installed  ## fine-tune a small CLIP three ways and compare what they gain and keep
+	$(BIN)/python examples/demo/demo.py
+
+test: .venv/installed  ## run the tests, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+quality: .venv/installed  ## lint, check the formatting and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: .venv/installed  ## format, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors hf_robust raises: one class per cause, one message layout."""
+
+from __future__ import annotations
+
+
+class HfRobustError(Exception):
+    """Base of all errors raised by hf_robust.
+
+    The message reads `what (at where): got …; allowed …. remedy`, so that a user sees the observed value, the allowed
+    values and what to do in one line.
+
+    Args:
+        what: what is wrong, in one clause.
+        where: file, module, dataset or argument.
+        got: the observed value.
+        allowed: the allowed values, in words.
+        remedy: what to do about it, a sentence.
+
+    Example:
+        >>> from hf_robust.errors import ConfigError
+        >>> raise ConfigError("density is out of range", got=1.5, allowed="(0, 1]")
+        Traceback (most recent call last):
+        hf_robust.errors.ConfigError: density is out of range: got 1.5; allowed (0, 1]
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        allowed: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.allowed, self.remedy = what, where, got, allowed, remedy
+        message = what + (f" (at {where})" if where else "")
+        facts = [f"got {got!r}"] if got is not None else []
+        facts += [f"allowed {allowed}"] if allowed else []
+        message += (": " + "; ".join(facts)) if facts else ""
+        super().__init__(message + (f". {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple:  # keyword arguments would be lost in the pickle a DataLoader worker sends
+        return _rebuild, (type(self), self.what, self.where, self.got, self.allowed, self.remedy)
+
+
+def _rebuild(cls: type, what: str, where: str, got: object, allowed: str, remedy: str) -> HfRobustError:
+    return cls(what, where=where, got=got, allowed=allowed, remedy=remedy)
+
+
+class ConfigError(HfRobustError, ValueError):
+    """A wrong setting, or a model a method cannot be applied to."""
+
+
+class DataError(HfRobustError, ValueError):
+    """A dataset, its labels, images or class names cannot be used."""
+
+
+class SelectionError(HfRobustError, RuntimeError):
+    """SAFT's entries could not be selected, or were needed before they were selected."""
+
+
+class NonFiniteError(HfRobustError, ArithmeticError):
+    """A loss, gradient or weight is NaN or infinite."""
+
+
+class AdapterFileError(HfRobustError, ValueError):
+    """A saved adapter does not fit the model, or its content is invalid."""
+
+
+def close_matches(name: str, known: list[str]) -> str:
+    """Names the entries of `known` that resemble `name`, for the remedy of an error message.
+
+    Args:
+        name: what the user wrote.
+        known: what exists.
+
+    Example:
+        >>> close_matches("qproj", ["q_proj", "k_proj", "fc1"])
+        "Did you mean 'q_proj', 'k_proj'?"
+    """
+    import difflib
+
+    matches = difflib.get_close_matches(name, known, n=3) or known[:5]
+    return "Did you mean " + ", ".join(repr(match) for match in matches) + "?"

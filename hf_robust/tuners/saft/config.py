@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of SAFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from peft.config import PeftConfig
+
+from ...errors import ConfigError
+from ...peft_types import RobustPeftType
+
+Score = Literal["signed_mean", "abs_mean", "fisher", "magnitude", "random"]
+Scope = Literal["global", "per_tensor"]
+Towers = Literal["both", "vision", "text"]
+
+
+@dataclass
+class SAFTConfig(PeftConfig):
+    """Settings of SAFT: train only the entries of the weights that the task's gradient points at most strongly.
+
+    SAFT (Nguyen et al., ECCV 2024, https://huggingface.co/papers/2407.03036) fixes 0.1 % of the parameters before
+    training, by the size of the gradient at the pre-trained weights, and trains these alone. The entries are chosen
+    from data by [`select_saft`]; [`RobustTrainer`] calls it before training.
+
+    The paper's abstract gives the rule and the density. The signed mean, the global scope and the set of eligible
+    parameters follow the only public re-implementation; learning rate and schedule of the paper are not known.
+
+    Args:
+        density: share of the eligible parameters to train, a fraction in (0, 1].
+        score: what ranks the entries. `signed_mean`: |mean over the images of the gradient|; `abs_mean`: mean over the
+            images of |gradient|; `fisher`: mean over the images of gradient²; `magnitude`: |weight|; `random`: uniform.
+            `abs_mean` and `fisher` take one backward pass for every image, `magnitude` and `random` need no data.
+        scope: `global` ranks all entries at once and takes `floor(density * P)` of P eligible parameters, at least 1;
+            `per_tensor` takes `floor(density * n)` of every tensor of n entries, at least 1, as far as the tensor has
+            that many with a gradient.
+        towers: which towers of a dual encoder, each with its projection; `both` takes every module of any model.
+        target_modules: names (or endings) of modules, or one regular expression; a parameter is eligible when its
+            module or one around it matches. By default all.
+        exclude_modules: the same for modules to leave out.
+        exclude_input_embeddings: keep the patch embedding and the token embedding out. They attract most entries of
+            the global rule while they matter to every task, so leaving them out can protect what the model knew.
+        modules_to_save: modules to train in full beside the selected entries and to save with them.
+        seed: seed of the `random` score.
+        entry_counts: number of selected entries per module; filled by the selection, not by hand.
+
+    Raises:
+        ConfigError: a value is outside its range.
+
+    Example:
+        >>> from hf_robust import SAFTConfig
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(clip, SAFTConfig(density=0.001))  # doctest: +SKIP
+    """
+
+    density: float = field(default=0.001, metadata={"help": "Share of the eligible parameters to train, in (0, 1]."})
+    score: Score = field(default="signed_mean", metadata={"help": "What ranks the entries."})
+    scope: Scope = field(default="global", metadata={"help": "Rank all entries at once, or those of each tensor."})
+    towers: Towers = field(default="both", metadata={"help": "Which towers of a dual encoder to train."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to take, by default all."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    exclude_input_embeddings: bool = field(
+        default=False, metadata={"help": "Keep the patch embedding and the token embedding out of the selection."}
+    )
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random score."})
+    entry_counts: dict[str, int] | None = field(
+        default=None, metadata={"help": "Selected entries per module, filled by the selection."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = RobustPeftType.SAFT
+        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
+            raise ConfigError("density is no usable share", got=self.density, allowed="a number in (0, 1]")
+        for name, choices in (("score", Score), ("scope", Scope), ("towers", Towers)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"unknown {name}", got=getattr(self, name), allowed=", ".join(get_args(choices)))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):  # a set has no order, and the saved file shall not depend on hashes
+                setattr(self, name, sorted(value))
+            if value is not None and len(value) == 0:
+                raise ConfigError(f"{name} is empty", got=value, remedy="Leave it at None, or name modules.")

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAFT as a PEFT tuner: wraps every unit of the model that may hold entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .config import SAFTConfig
+from .eligible import eligible_parameters
+from .layer import SAFTLayer
+
+
+class SAFTModel(BaseTuner):
+    """The tuner behind [`SAFTConfig`].
+
+    SAFT: Sparse Adaptation for Fine-Tuning (Nguyen et al., ECCV 2024, https://huggingface.co/papers/2407.03036).
+
+    Args:
+        model: the model to adapt.
+        peft_config: its config, or a dict of configs by adapter name.
+        adapter_name: name of the first adapter.
+
+    Example:
+        >>> from hf_robust import SAFTConfig, select_saft
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(clip, SAFTConfig(density=0.001))  # doctest: +SKIP
+        >>> select_saft(model, batches, loss_fn)  # doctest: +SKIP
+        >>> model.print_trainable_parameters()  # doctest: +SKIP
+    """
+
+    prefix: str = "saft_"
+    tuner_layer_cls = SAFTLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._hooks: list[RemovableHandle] = []
+        super().__init__(*args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wraps the units an adapter may use, or, once it is selected, those that hold its entries.
+
+        Args:
+            model: the model without its PEFT wrapper.
+            adapter_name: the adapter to add.
+        """
+        config = self.peft_config[adapter_name]
+        if config.entry_counts is None:
+            self._units = eligible_parameters(model, config)
+        else:
+            self._units = dict.fromkeys(config.entry_counts, ())
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for child in model.children():  # the towers: a user may call one of them, or get_image_features
+            if _see_data_edits not in child._forward_pre_hooks.values():
+                self._hooks.append(child.register_forward_pre_hook(_see_data_edits))
+
+    def _prepare_adapter_config(self, peft_config: SAFTConfig, model_config: dict) -> SAFTConfig:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: SAFTConfig, key: str) -> bool:
+        return key in self._units
+
+    def _create_and_replace(
+        self,
+        peft_config: SAFTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        layer = target if isinstance(target, SAFTLayer) else SAFTLayer(target)
+        count = (peft_config.entry_counts or {}).get(current_key, 0)
+        layer.update_layer(adapter_name, peft_config, count, self._units[current_key])
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A module may be registered at several paths; all of them must see the same wrapper.
+        for module in self.model.modules():
+            for name, submodule in module._modules.items():
+                if submodule is child and module is not new_module:
+                    module._modules[name] = new_module
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+
+def _see_data_edits(module: nn.Module, args: Any) -> None:
+    """Writes values again that were changed behind autograd's back (`.data` edits, optimizers with kernels of their own).
+
+    One comparison a device and tower, since each one waits for the device.
+    """
+    if torch.compiler.is_compiling():
+        return
+    layers = [m for m in module.modules() if isinstance(m, SAFTLayer)]
+    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for values, copy in (pair for layer in layers for pair in layer.written_values()):
+        by_device.setdefault(values.device, []).append((values, copy))
+    same = [torch.equal(torch.cat(v), torch.cat(c)) for v, c in (zip(*p, strict=True) for p in by_device.values())]
+    if not all(same):
+        for layer in layers:
+            layer.rewrite()

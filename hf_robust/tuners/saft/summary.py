@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where SAFT's entries went."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...errors import SelectionError
+from .selection import find_tuner, layers_of
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """The selected entries of all tensors of one kind.
+
+    Args:
+        kind: name of the tensors, with `*` for the number of the layer.
+        count: how many entries were selected in them.
+        share_of_entries: `count` over all selected entries, a fraction.
+        share_of_tensor: `count` over the size of these tensors, a fraction.
+    """
+
+    kind: str
+    count: int
+    share_of_entries: float
+    share_of_tensor: float
+
+
+@dataclass(frozen=True)
+class MaskSummary:
+    """Where the selected entries of an adapter lie; `print` shows the ten largest kinds.
+
+    Args:
+        kinds: most entries first.
+        selected: number of selected entries.
+        parameters: number of parameters of the model.
+    """
+
+    kinds: tuple[KindSummary, ...]
+    selected: int
+    parameters: int
+
+    def __str__(self) -> str:
+        head = f"SAFT selected {self.selected:,} of {self.parameters:,} parameters ({self.selected / self.parameters:.3%})"
+        lines = [head, f"{'entries':>10} {'of all':>7} {'of tensor':>9}  tensor"]
+        shown, rest = self.kinds[:10], self.kinds[10:]
+        lines += [f"{k.count:>10,} {k.share_of_entries:>7.1%} {k.share_of_tensor:>9.2%}  {k.kind}" for k in shown]
+        if rest:
+            count = sum(kind.count for kind in rest)
+            lines.append(f"{count:>10,} {count / self.selected:>7.1%} {'':>9}  {len(rest)} other kinds")
+        return "\n".join(lines)
+
+
+def mask_summary(model: nn.Module, adapter_name: str | None = None) -> MaskSummary:
+    """Says in which tensors the entries of a SAFT adapter lie.
+
+    A selection that went mostly into the input embeddings is a warning sign: these serve every task. See
+    `exclude_input_embeddings` of [`SAFTConfig`].
+
+    Args:
+        model: a `PeftModel` with a SAFT adapter, or a module that holds one.
+        adapter_name: the adapter; by default the active one.
+
+    Raises:
+        SelectionError: the adapter has not selected its entries yet, or there is none.
+
+    Example:
+        >>> print(mask_summary(model))  # doctest: +SKIP
+        SAFT selected 151,277 of 151,277,313 parameters (0.100%)
+    """
+    tuner, name = find_tuner(model, adapter_name)
+    if tuner.peft_config[name].entry_counts is None:
+        raise SelectionError("the adapter has not selected its entries yet", got=name, remedy="Call select_saft first.")
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for unit, layer in layers_of(tuner).items():
+        for parameter, selected, numel in _per_parameter(layer, name):
+            kind = re.sub(r"\.\d+\.", ".*.", f"{unit}.{parameter}")
+            counts[kind] = counts.get(kind, 0) + selected
+            sizes[kind] = sizes.get(kind, 0) + numel
+    total = sum(counts.values())
+    kinds = [KindSummary(k, n, n / total, n / sizes[k]) for k, n in counts.items() if n]
+    kinds.sort(key=lambda kind: (-kind.count, kind.kind))
+    return MaskSummary(tuple(kinds), total, _size_of_base(tuner.model))
+
+
+def _per_parameter(layer: nn.Module, adapter_name: str) -> list[tuple[str, int, int]]:
+    """For each parameter of a unit: its name, its selected entries, its size."""
+    indices = layer.saft_indices[adapter_name] if adapter_name in layer.saft_indices else torch.empty(0)
+    found, offset = [], 0
+    for name, parameter in layer.base_layer.named_parameters():
+        if parameter.is_floating_point():
+            end = offset + parameter.numel()
+            found.append((name, int(((indices >= offset) & (indices < end)).sum()), parameter.numel()))
+            offset = end
+    return found
+
+
+def _size_of_base(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if ".saft_values." not in f".{name}")
