@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTuner
 class RobustPeftType(str, enum.Enum):
     """The methods hf_robust adds to PEFT.
 
-    Each name equals its value: an Enum hashes by its name, and PEFT looks its mappings up with the plain string that it
-    read from `adapter_config.json`.
+    Each name equals its value: an Enum hashes by its name, and PEFT looks its mappings up with the plain string that
+    it read from `adapter_config.json`.
     """
 
     SAFT = "SAFT"

@@ -30,8 +30,8 @@ class SAFTConfig(PeftConfig):
     Args:
         density: share of the eligible parameters to train, a fraction in (0, 1].
         score: what ranks the entries. `signed_mean`: |mean over the images of the gradient|; `abs_mean`: mean over the
-            images of |gradient|; `fisher`: mean over the images of gradient²; `magnitude`: |weight|; `random`: uniform.
-            `abs_mean` and `fisher` take one backward pass for every image, `magnitude` and `random` need no data.
+            images of |gradient|; `fisher`: mean over the images of gradient²; `magnitude`: |weight|; `random`:
+            uniform. `abs_mean` and `fisher` take a backward pass for every image, `magnitude` and `random` no data.
         scope: `global` ranks all entries at once and takes `floor(density * P)` of P eligible parameters, at least 1;
             `per_tensor` takes `floor(density * n)` of every tensor of n entries, at least 1, as far as the tensor has
             that many with a gradient.

@@ -18,8 +18,8 @@ from .layer import SAFTLayer
 def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple[str, ...]]:
     """The parameters an adapter may select from, by unit.
 
-    A unit is the outermost module that owns a parameter. Parameters of the root itself (a dual encoder's `logit_scale`)
-    belong to no module that PEFT can wrap, and are never eligible.
+    A unit is the outermost module that owns a parameter. Parameters of the root itself (a dual encoder's
+    `logit_scale`) belong to no module that PEFT can wrap, and are never eligible.
 
     Args:
         model: the model without its PEFT wrapper; it may already hold SAFT adapters.
@@ -90,7 +90,7 @@ def _parameter(units: dict[str, nn.Module], name: str) -> nn.Parameter:
 
 
 def _matching(patterns: list[str] | str, names: set[str], argument: str) -> set[str]:
-    """The parameters whose own name, or that of a module around them, matches: a full regex, or one of some endings."""
+    """The parameters whose own name, or that of a module around them, matches a regex or one of some endings."""
     paths = {name: [".".join(name.split(".")[: i + 1]) for i in range(name.count(".") + 1)] for name in names}
     if isinstance(patterns, str):
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wrapper around one unit of the base model: its selected entries, and how they get into the base's weights.
 
-The tuned values live inside the base's own weights. The unit remembers the k original values; writing an adapter costs k
-scattered stores, and taking it back gives the base bit for bit. Where the base cannot be written (sharded, compiled,
+The tuned values live inside the base's own weights. The unit remembers the k original values; writing an adapter costs
+k scattered stores, and taking it back gives the base bit for bit. Where the base cannot be written (sharded, compiled,
 inference tensors), the same numbers are put into a copy of the weight at every forward.
 """
 
@@ -74,7 +74,7 @@ class Stamp:
 
 
 class Effective(torch.autograd.Function):
-    """`originals + delta`, rounded once to the base's dtype; a zero delta leaves the original's bits (also those of −0)."""
+    """`originals + delta`, rounded once to the base's dtype; a delta of zero leaves the bits (also those of −0)."""
 
     @staticmethod
     def forward(ctx: Any, delta: Tensor, originals: Tensor) -> Tensor:  # noqa: D102
@@ -108,7 +108,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
                 got=f"max_norm={base_layer.max_norm}",
                 remedy="Leave the module out with exclude_modules.",
             )
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self.saft_values = nn.ParameterDict()
         self.saft_indices = BufferDict(persistent=True)
         # Names of the parameters an adapter may select from; () once it has selected.
@@ -123,7 +123,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         self._next_version = FIRST_VERSION
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
-    # --- adapters -----------------------------------------------------------------------------------------------------
+    # --- adapters ------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: SAFTConfig, count: int, eligible: tuple[str, ...]) -> None:
         """Adds an adapter: with room for its `count` entries if it has been selected, else still without entries.
@@ -154,7 +154,9 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         numel = sum(parameter.numel() for parameter in parameters)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         self.saft_indices[adapter_name] = positions.to(torch.int32 if numel < 2**31 else torch.int64)
-        self.saft_values[adapter_name] = nn.Parameter(torch.zeros(len(positions), dtype=dtype, device=positions.device))
+        self.saft_values[adapter_name] = nn.Parameter(
+            torch.zeros(len(positions), dtype=dtype, device=positions.device)
+        )
 
     def is_unselected(self, adapter_name: str) -> bool:
         """Whether the adapter still has to select its entries."""
@@ -216,7 +218,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
                     "merging would write NaN or infinity into the base", where=tensor.name, got=list(adapters)
                 )
 
-    # --- forward ------------------------------------------------------------------------------------------------------
+    # --- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         if self._disable_adapters and self.merged:
@@ -278,11 +280,11 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.saft_values and torch._C._current_graph_task_id() != -1:
             if not any(parameter.requires_grad for parameter in self.base_layer.parameters()):
                 raise RuntimeError(
-                    "a checkpointed block of a SAFT model is recomputed inside disable_adapter(): its gradients would be "
-                    "lost. Call backward() after leaving disable_adapter()."
+                    "a checkpointed block of a SAFT model is recomputed inside disable_adapter(): its gradients would "
+                    "be lost. Call backward() after leaving disable_adapter()."
                 )
 
-    # --- the base's weights -------------------------------------------------------------------------------------------
+    # --- the base's weights --------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Makes the base hold what the active adapters say; done by itself whenever that may have changed."""
@@ -364,15 +366,15 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     def _stamp(self, adapters: tuple[str, ...]) -> Stamp:
         return Stamp.of([tensors[name] for name in adapters for tensors in (self.saft_indices, self.saft_values)])
 
-    # --- plans --------------------------------------------------------------------------------------------------------
+    # --- plans ---------------------------------------------------------------------------------------------------
 
     def _parameters_of_base(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.base_layer.named_parameters() if p.is_floating_point()}
 
     def _plan_for(self, adapters: tuple[str, ...]) -> Plan:
         plan = self._plan
-        if torch.compiler.is_compiling():
-            return plan
+        if plan is not None and torch.compiler.is_compiling():
+            return plan  # refresh() has made it
         stamp = Stamp.of([self.saft_indices[name] for name in adapters])
         if plan is None or plan.adapters != adapters or not plan.stamp.matches(stamp):
             self._restore()
@@ -383,7 +385,9 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         parameters = self._parameters_of_base()
         numel = sum(parameter.numel() for parameter in parameters.values())
         indices = [_validated(self.saft_indices[name], numel) for name in adapters]
-        joined, lookup = torch.unique(torch.cat(indices), return_inverse=True) if len(indices) > 1 else (indices[0], None)
+        joined, lookup = (
+            torch.unique(torch.cat(indices), return_inverse=True) if len(indices) > 1 else (indices[0], None)
+        )
         lookups = () if lookup is None else lookup.split([len(index) for index in indices])
         tensors, offset = [], 0
         for name, parameter in parameters.items():
@@ -406,7 +410,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             delta = delta.index_add(0, lookup, value)
         return delta
 
-    # --- moving, saving, loading ----------------------------------------------------------------------------------------
+    # --- moving, saving, loading ---------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._restore()
@@ -429,7 +433,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             self.saft_values[adapter_name].data = self.saft_values[adapter_name].data.to(device)
             self.saft_indices[adapter_name] = self.saft_indices[adapter_name].to(device)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The unit's tensors; those of the base hold θ₀, unless the adapter is merged."""
         state = super().state_dict(*args, **kwargs)
         if self._written is not None and self._plan is not None and not self.merged:
@@ -491,8 +495,8 @@ def _store(plan: Plan, values: list[Tensor]) -> None:
 
 
 def _set_versions(parameters: list[nn.Parameter], versions: tuple[int, ...]) -> None:
-    # Autograd refuses to use a saved weight whose counter has moved. After a round trip the bits are the same again, so
-    # the counter may say so; torch has no public way to tell it.
+    # Autograd refuses to use a saved weight whose counter has moved. After a round trip the bits are the same again,
+    # so the counter may say so; torch has no public way to tell it.
     torch._C._autograd._unsafe_set_version_counter(tuple(parameters), versions)
 
 

@@ -53,7 +53,12 @@ class SAFTModel(BaseTuner):
             self._units = eligible_parameters(model, config)
         else:
             self._units = dict.fromkeys(config.entry_counts, ())
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        patterns = config.target_modules, config.exclude_modules
+        config.target_modules = config.exclude_modules = None  # PEFT would shorten the first and miss the second
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.target_modules, config.exclude_modules = patterns
         for child in model.children():  # the towers: a user may call one of them, or get_image_features
             if _see_data_edits not in child._forward_pre_hooks.values():
                 self._hooks.append(child.register_forward_pre_hook(_see_data_edits))
@@ -96,7 +101,7 @@ class SAFTModel(BaseTuner):
 
 
 def _see_data_edits(module: nn.Module, args: Any) -> None:
-    """Writes values again that were changed behind autograd's back (`.data` edits, optimizers with kernels of their own).
+    """Writes values again that were changed behind autograd's back (`.data` edits, optimizers with own kernels).
 
     One comparison a device and tower, since each one waits for the device.
     """

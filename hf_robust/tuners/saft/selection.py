@@ -22,8 +22,7 @@ from .model import SAFTModel
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
-# What a batch holds once for every image; everything else (the class prompts, say) belongs to the batch as a whole.
-PER_IMAGE = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "labels")
+PER_IMAGE_SCORES = ("abs_mean", "fisher")
 
 
 def select_saft(
@@ -38,8 +37,8 @@ def select_saft(
     Sums are made in float32 or better and weighted by images, so the choice does not depend on the batch size. Under
     `torch.distributed` every rank passes its own share of the images, and all ranks get the same entries.
 
-    `signed_mean` costs one forward and backward pass a batch. `abs_mean` and `fisher` need the gradient of every single
-    image: one pass an image. `magnitude` and `random` need no data.
+    `signed_mean` costs one forward and backward pass a batch. `abs_mean` and `fisher` need the gradient of every image
+    by itself, so batches of one image, each with its own pass. `magnitude` and `random` need no data.
 
     Args:
         model: a `PeftModel` with a SAFT adapter, or a module that holds one.
@@ -49,7 +48,7 @@ def select_saft(
 
     Raises:
         SelectionError: the adapter has its entries already, the data give no gradient, or fewer entries than asked for
-            have one.
+            have one, or a score of single images got larger batches.
         NonFiniteError: a score is NaN or infinite.
 
     Example:
@@ -107,7 +106,7 @@ def layers_of(tuner: SAFTModel) -> dict[str, SAFTLayer]:
     return {name: module for name, module in tuner.model.named_modules() if isinstance(module, SAFTLayer)}
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- scores ------------------------------------------------------------------------------------------------------
 
 
 def _scores(
@@ -140,9 +139,7 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def _at_pretrained_weights(
-    tuner: SAFTModel, model: nn.Module, tensors: dict[str, nn.Parameter]
-) -> Iterator[None]:
+def _at_pretrained_weights(tuner: SAFTModel, model: nn.Module, tensors: dict[str, nn.Parameter]) -> Iterator[None]:
     """The adapter off, eval mode, gradients for the eligible tensors alone; everything put back afterwards."""
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -177,14 +174,19 @@ def _gradient_sums(
     sums = {name: torch.zeros_like(tensor, dtype=_sum_dtype(tensor)) for name, tensor in tensors.items()}
     images = torch.zeros((), dtype=torch.float64, device=next(iter(tensors.values())).device)
     for batch in batches:
-        for part in [batch] if config.score == "signed_mean" else _single_images(batch):
-            count = len(part["pixel_values"])
-            loss_fn(model, part).backward()
-            images += count
-            for name, tensor in tensors.items():
-                if tensor.grad is not None:
-                    sums[name].add_(_contribution(tensor.grad.to(sums[name].dtype), config.score), alpha=count)
-                    tensor.grad = None
+        count = len(batch["pixel_values"])
+        if config.score in PER_IMAGE_SCORES and count != 1:
+            raise SelectionError(
+                f"score {config.score!r} needs the gradient of each image by itself",
+                got=f"a batch of {count} images",
+                remedy="Pass batches of one image.",
+            )
+        loss_fn(model, batch).backward()
+        images += count
+        for name, tensor in tensors.items():
+            if tensor.grad is not None:
+                sums[name].add_(_contribution(tensor.grad.to(sums[name].dtype), config.score), alpha=count)
+                tensor.grad = None
     return sums, images
 
 
@@ -192,11 +194,6 @@ def _contribution(gradient: Tensor, score: str) -> Tensor:
     if score == "signed_mean":
         return gradient
     return gradient.abs() if score == "abs_mean" else gradient.square()
-
-
-def _single_images(batch: Batch) -> Iterator[Batch]:
-    for i in range(len(batch["pixel_values"])):
-        yield {name: value[i : i + 1] if name in PER_IMAGE else value for name, value in batch.items()}
 
 
 def _add_over_ranks(sums: list[Tensor], images: Tensor) -> None:
@@ -224,7 +221,7 @@ def _without_noise(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return scores
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------
+# --- the choice --------------------------------------------------------------------------------------------------
 
 
 def _choose(scores: dict[str, Tensor], config: SAFTConfig) -> dict[str, Tensor]:

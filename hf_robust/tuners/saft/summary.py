@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import SelectionError
+from .layer import SAFTLayer
 from .selection import find_tuner, layers_of
 
 
@@ -45,7 +46,8 @@ class MaskSummary:
     parameters: int
 
     def __str__(self) -> str:
-        head = f"SAFT selected {self.selected:,} of {self.parameters:,} parameters ({self.selected / self.parameters:.3%})"
+        share = self.selected / self.parameters
+        head = f"SAFT selected {self.selected:,} of {self.parameters:,} parameters ({share:.3%})"
         lines = [head, f"{'entries':>10} {'of all':>7} {'of tensor':>9}  tensor"]
         shown, rest = self.kinds[:10], self.kinds[10:]
         lines += [f"{k.count:>10,} {k.share_of_entries:>7.1%} {k.share_of_tensor:>9.2%}  {k.kind}" for k in shown]
@@ -74,7 +76,9 @@ def mask_summary(model: nn.Module, adapter_name: str | None = None) -> MaskSumma
     """
     tuner, name = find_tuner(model, adapter_name)
     if tuner.peft_config[name].entry_counts is None:
-        raise SelectionError("the adapter has not selected its entries yet", got=name, remedy="Call select_saft first.")
+        raise SelectionError(
+            "the adapter has not selected its entries yet", got=name, remedy="Call select_saft first."
+        )
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for unit, layer in layers_of(tuner).items():
@@ -88,7 +92,7 @@ def mask_summary(model: nn.Module, adapter_name: str | None = None) -> MaskSumma
     return MaskSummary(tuple(kinds), total, _size_of_base(tuner.model))
 
 
-def _per_parameter(layer: nn.Module, adapter_name: str) -> list[tuple[str, int, int]]:
+def _per_parameter(layer: SAFTLayer, adapter_name: str) -> list[tuple[str, int, int]]:
     """For each parameter of a unit: its name, its selected entries, its size."""
     indices = layer.saft_indices[adapter_name] if adapter_name in layer.saft_indices else torch.empty(0)
     found, offset = [], 0

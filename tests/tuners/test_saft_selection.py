@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import nn
+
+from hf_robust import SAFTConfig, mask_summary, saft_unselected, select_saft
+from hf_robust.errors import ConfigError, NonFiniteError, SelectionError
+from hf_robust.tuners.saft.selection import _budget, _top, layers_of
+
+from ..tiny_models import FAMILIES, tiny_model
+from .zoo import batches, exact_loss, oracle_masks, zoo
+
+
+def selected(model: nn.Module, name: str = "default") -> dict[str, list[int]]:
+    return {
+        unit: layer.saft_indices[name].tolist()
+        for unit, layer in layers_of(model.base_model).items()
+        if name in layer.saft_indices
+    }
+
+
+def selection(config: SAFTConfig, data: list | None = None, model: nn.Module | None = None) -> dict[str, list[int]]:
+    model = get_peft_model(model or zoo(), config)
+    select_saft(model, data or batches(), exact_loss)
+    return selected(model)
+
+
+def in_batches_of(size: int) -> list[dict[str, torch.Tensor]]:
+    joined = {key: torch.cat([batch[key] for batch in batches()]) for key in batches()[0]}
+    return [{key: value[i : i + size] for key, value in joined.items()} for i in range(0, 12, size)]
+
+
+def oracle_scores(score: str) -> dict[str, torch.Tensor]:
+    """The score of every entry from the gradient of each image alone."""
+    model = zoo()
+    gradients = []
+    for batch in in_batches_of(1):
+        model.zero_grad()
+        exact_loss(model, batch).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if n != "scale"})
+    reduce = {
+        "signed_mean": lambda g: g.mean(0).abs(),
+        "abs_mean": lambda g: g.abs().mean(0),
+        "fisher": lambda g: g.square().mean(0),
+        "magnitude": lambda g: g,
+    }[score]
+    if score == "magnitude":
+        return {n: p.detach().abs() for n, p in model.named_parameters() if n != "scale"}
+    return {n: reduce(torch.stack([g[n] for g in gradients])) for n in gradients[0]}
+
+
+def expected_selection(scores: dict[str, torch.Tensor], count: int) -> dict[str, list[int]]:
+    """The `count` largest of all scores, as positions in the units of the zoo."""
+    flat = [
+        (-float(v), order, name, i)
+        for order, (name, s) in enumerate(scores.items())
+        for i, v in enumerate(s.flatten())
+    ]
+    units: dict[str, list[int]] = {}
+    offsets: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for name, score in scores.items():
+        unit = next(u for u in ZOO_UNITS if name.startswith(u + "."))
+        offsets[name] = sizes.get(unit, 0)
+        sizes[unit] = offsets[name] + score.numel()
+    for _, _, name, i in sorted(flat)[:count]:
+        unit = next(u for u in ZOO_UNITS if name.startswith(u + "."))
+        units.setdefault(unit, []).append(offsets[name] + i)
+    return {unit: sorted(positions) for unit, positions in units.items()}
+
+
+ZOO_UNITS = (
+    "tower.tokens",
+    "tower.patches",
+    "tower.block.norm",
+    "tower.block.twice",
+    "tower.block.attention",
+    "tower.head",
+)
+
+
+@pytest.mark.parametrize("score", ["signed_mean", "abs_mean", "fisher", "magnitude"])
+def test_scores_are_those_of_single_images(score: str) -> None:
+    scores = oracle_scores(score)
+    numel = sum(s.numel() for s in scores.values())
+    found = selection(SAFTConfig(density=0.1, score=score), in_batches_of(1))
+    assert found == expected_selection(scores, numel // 10)
+
+
+def test_scores_of_single_images_refuse_larger_batches() -> None:
+    model = get_peft_model(zoo(), SAFTConfig(score="fisher"))
+    with pytest.raises(SelectionError, match="'fisher'.*got 'a batch of 4 images'.*batches of one image"):
+        select_saft(model, batches(), exact_loss)
+
+
+def test_random_needs_no_data_and_follows_its_seed() -> None:
+    models = [get_peft_model(zoo(), SAFTConfig(density=0.1, score="random", seed=seed)) for seed in (1, 1, 2)]
+    state = torch.get_rng_state()
+    for model in models:
+        select_saft(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert selected(models[0]) == selected(models[1]) != selected(models[2])
+
+
+def test_exactly_floor_of_density_times_parameters_and_never_none() -> None:
+    numel = sum(p.numel() for n, p in zoo().named_parameters() if n != "scale")
+    for density in (0.001, 0.0123, 0.29, 1e-9):
+        found = selection(SAFTConfig(density=density, score="magnitude"))
+        assert sum(map(len, found.values())) == max(1, int(Fraction(str(density)) * numel))
+    assert _budget(0.29, 100) == 29  # 28.999999999999996 in binary
+
+
+def test_per_tensor_gives_every_tensor_its_share() -> None:
+    model = get_peft_model(zoo(), SAFTConfig(density=0.05, scope="per_tensor", score="magnitude"))
+    select_saft(model)
+    counts = {kind.kind: kind.count for kind in mask_summary(model).kinds}
+    assert counts == {n: max(1, int(0.05 * p.numel())) for n, p in zoo().named_parameters() if n != "scale"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_the_batch_size_does_not_matter(size: int) -> None:
+    assert selection(SAFTConfig(density=0.1), in_batches_of(size)) == selection(SAFTConfig(density=0.1))
+
+
+def test_checkpointing_does_not_matter() -> None:
+    for reentrant in (True, False):
+        model = zoo()
+        model.tower.checkpointing = reentrant
+        assert selection(SAFTConfig(density=0.1), model=model) == selection(SAFTConfig(density=0.1))
+
+
+def test_mask_of_the_oracle() -> None:
+    masks = oracle_masks(zoo(), batches(), 0.1, ("scale",))
+    model = get_peft_model(zoo(), SAFTConfig(density=0.1))
+    select_saft(model, batches(), exact_loss)
+    assert {k.kind: k.count for k in mask_summary(model).kinds} == {
+        n: int(m.sum()) for n, m in masks.items() if m.any()
+    }
+
+
+def test_rounding_noise_is_not_selected() -> None:
+    """The keys' bias has no gradient in exact arithmetic, and padding rows of an embedding have none at all."""
+    model = get_peft_model(zoo(), SAFTConfig(density=1.0))
+    with pytest.raises(SelectionError, match=r"fewer entries.*got '\d+ of \d+'.*Lower density below 0\.\d+"):
+        select_saft(model, batches(), exact_loss)
+    found = selection(SAFTConfig(density=1.0, scope="per_tensor"))
+    attention = zoo().tower.block.attention
+    keys = range(attention.in_proj_weight.numel() + 8, attention.in_proj_weight.numel() + 16)
+    assert not set(found["tower.block.attention"]) & set(keys)
+    assert min(found["tower.tokens"]) >= 8  # row 0 is padding
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
+@settings(deadline=None)
+def test_ties_go_to_the_lowest_positions(values: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(values)))
+    expected = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
+    assert _top(torch.tensor(values, dtype=torch.float32), count).tolist() == expected
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = get_peft_model(zoo(), SAFTConfig(density=0.1))
+    model.train()
+    model.base_model.model.tower.head.eval()
+    flags = [(m.training) for m in model.modules()]
+    base = copy.deepcopy({n: p for n, p in model.named_parameters()})
+    state = torch.get_rng_state()
+    select_saft(model, batches(), lambda m, b: exact_loss(m, b) + torch.rand(()))
+    assert [m.training for m in model.modules()][: len(flags)] and torch.equal(torch.get_rng_state(), state)
+    assert not model.base_model.model.tower.head.training and model.base_model.model.tower.training
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad == ("saft_values" in name)
+        if name in base:
+            assert torch.equal(parameter, base[name])
+
+
+def test_an_error_in_the_loss_leaves_the_model_usable() -> None:
+    model = get_peft_model(zoo(), SAFTConfig(density=0.1))
+
+    def broken(model: nn.Module, batch: dict) -> torch.Tensor:
+        exact_loss(model, batch).backward()
+        raise RuntimeError("no more images")
+
+    with pytest.raises(RuntimeError, match="no more images"):
+        select_saft(model, batches(), broken)
+    assert saft_unselected(model)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    select_saft(model, batches(), exact_loss)
+    assert selected(model) == selection(SAFTConfig(density=0.1))
+
+
+def test_dropout_plays_no_part() -> None:
+    def with_dropout() -> nn.Module:
+        model = zoo()
+        model.tower.head = nn.Sequential(nn.Dropout(0.5), model.tower.head)
+        return model
+
+    first, second = (get_peft_model(with_dropout(), SAFTConfig(density=0.1)) for _ in range(2))
+    for model in (first, second):
+        model.train()
+        select_saft(model, batches(), exact_loss)
+    assert selected(first) == selected(second)
+
+
+def test_nan_and_zero_gradients_are_refused() -> None:
+    data = batches()
+    data[1]["pixel_values"][0, 0, 0, 0] = float("nan")
+    model = get_peft_model(zoo(), SAFTConfig(density=0.1))
+    with pytest.raises(NonFiniteError, match=r"tower\."):
+        select_saft(model, data, exact_loss)
+    with pytest.raises(SelectionError, match="all gradients are zero"):
+        select_saft(model, batches(), lambda m, b: exact_loss(m, b) * 0)
+    with pytest.raises(SelectionError, match="no batch"):
+        select_saft(model, [], exact_loss)
+    with pytest.raises(SelectionError, match="needs data"):
+        select_saft(model)
+    assert saft_unselected(model)
+
+
+def test_selecting_twice_or_without_an_adapter_is_an_error() -> None:
+    model = get_peft_model(zoo(), SAFTConfig(density=0.1, score="random"))
+    select_saft(model)
+    with pytest.raises(SelectionError, match="selected its entries already"):
+        select_saft(model)
+    with pytest.raises(SelectionError, match="no SAFT adapter"):
+        select_saft(zoo(), batches(), exact_loss)
+    assert not saft_unselected(zoo())
+
+
+def test_training_before_the_selection_is_an_error_that_says_what_to_call() -> None:
+    model = get_peft_model(zoo(), SAFTConfig())
+    model.train()
+    with pytest.raises(SelectionError, match=r"select_saft\(model, batches, loss_fn\)"):
+        exact_loss(model, batches()[0])
+    with torch.no_grad():
+        exact_loss(model, batches()[0])
+    model.eval()
+    assert torch.equal(exact_loss(model, batches()[0]), exact_loss(zoo(), batches()[0]))
+    with pytest.raises(SelectionError, match="select_saft"):
+        mask_summary(model)
+
+
+# --- what is eligible --------------------------------------------------------------------------------------------
+
+
+def eligible(config: SAFTConfig, model: nn.Module) -> set[str]:
+    wrapped = get_peft_model(model, config)
+    return {
+        f"{unit}.{name}"
+        for unit, layer in layers_of(wrapped.base_model).items()
+        for name in layer.saft_eligible["default"]
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_both_towers_and_projections_is_eligible(family: str) -> None:
+    names = {name for name, _ in tiny_model(family).named_parameters()}
+    assert eligible(SAFTConfig(), tiny_model(family)) == names - {"logit_scale", "logit_bias"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_towers_split_the_model(family: str) -> None:
+    vision, text = (eligible(SAFTConfig(towers=tower), tiny_model(family)) for tower in ("vision", "text"))
+    assert vision and text and not vision & text
+    assert vision | text == eligible(SAFTConfig(), tiny_model(family))
+    assert all(re.search("vis", name) for name in vision) and all(re.search("text", name) for name in text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_input_embeddings_can_be_left_out(family: str) -> None:
+    left_out = eligible(SAFTConfig(), tiny_model(family)) - eligible(
+        SAFTConfig(exclude_input_embeddings=True), tiny_model(family)
+    )
+    kinds = {re.search(r"(patch_embedding|token_embedding|word_embedding)", name).group(1) for name in left_out}
+    assert "patch_embedding" in kinds and kinds & {"token_embedding", "word_embedding"}
+    assert len([name for name in left_out if name.endswith("weight")]) == 2
+
+
+def test_target_and_exclude_modules() -> None:
+    found = eligible(SAFTConfig(target_modules=["twice", "patches"], exclude_modules=["bias"]), zoo())
+    assert found == {"tower.block.twice.weight", "tower.patches.class_embedding", "tower.patches.convolution.weight"}
+    assert eligible(SAFTConfig(target_modules=r".*\.norm"), zoo()) == {
+        "tower.block.norm.weight",
+        "tower.block.norm.bias",
+    }
+    assert not any(n.startswith("tower.head") for n in eligible(SAFTConfig(modules_to_save=["head"]), zoo()))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"density": 0}, r"density.*got 0; allowed a number in \(0, 1\]"),
+        ({"density": 1.1}, r"got 1.1"),
+        ({"density": float("nan")}, "got nan"),
+        ({"density": True}, "got True"),
+        ({"density": "0.1"}, "got '0.1'"),
+        ({"score": "gradient"}, "unknown score: got 'gradient'; allowed signed_mean, abs_mean"),
+        ({"scope": "layer"}, "allowed global, per_tensor"),
+        ({"towers": "image"}, "allowed both, vision, text"),
+        ({"target_modules": []}, "target_modules is empty"),
+    ],
+)
+def test_wrong_settings(settings_: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SAFTConfig(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"target_modules": ["twise"]}, "target_modules matches no module: got 'twise'. Did you mean 'twice'"),
+        ({"target_modules": ["twice", "nope"]}, "got 'nope'"),
+        ({"exclude_modules": ["nope"]}, "exclude_modules matches no module"),
+        ({"target_modules": "("}, "no regular expression.*got '\\('"),
+        ({"target_modules": ["head"], "exclude_modules": ["head"]}, "no parameter is left"),
+        ({"towers": "vision"}, "get_image_features"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_leave_it_untouched(settings_: dict, message: str) -> None:
+    model = zoo()
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=message):
+        get_peft_model(model, SAFTConfig(**settings_))
+    assert [type(m) for m in model.modules()] == [type(m) for m in zoo().modules()]
+
+
+def test_shared_parameters_and_renormalising_embeddings_are_refused() -> None:
+    tied = zoo()
+    tied.tower.other = nn.Linear(8, 3, bias=False)
+    tied.tower.other.weight = tied.tower.head.weight
+    with pytest.raises(ConfigError, match=r"share one parameter.*tower\.head.*tower\.other"):
+        get_peft_model(tied, SAFTConfig())
+    renormalising = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0))
+    with pytest.raises(ConfigError, match="max_norm=1.0"):
+        get_peft_model(renormalising, SAFTConfig())
+
+
+def test_the_summary_names_kinds_counts_and_shares() -> None:
+    model = get_peft_model(tiny_model("clip"), SAFTConfig(density=0.5, score="magnitude"))
+    select_saft(model)
+    summary = mask_summary(model)
+    eligible_count = sum(p.numel() for n, p in tiny_model("clip").named_parameters() if n != "logit_scale")
+    assert summary.selected == sum(kind.count for kind in summary.kinds) == eligible_count // 2
+    assert summary.parameters == eligible_count + 1
+    assert sum(kind.share_of_entries for kind in summary.kinds) == pytest.approx(1)
+    projection = next(kind for kind in summary.kinds if kind.kind == "visual_projection.weight")
+    weight = tiny_model("clip").visual_projection.weight
+    assert projection.share_of_tensor == pytest.approx(projection.count / weight.numel())
+    queries = [k for k in summary.kinds if k.kind == "vision_model.encoder.layers.*.self_attn.q_proj.weight"]
+    assert len(queries) == 1
+    assert f"{summary.selected:,} of {summary.parameters:,}" in str(summary)
+    assert len(str(summary).splitlines()) == 13 and "other kinds" in str(summary)
