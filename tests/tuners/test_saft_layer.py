@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the generic checks cannot know: where the values live, and what autograd, compilers and files do to them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_robust import SAFTConfig, export_shira, select_saft
+from hf_robust.errors import AdapterFileError, ConfigError
+from hf_robust.tuners.saft import layer as layer_module
+
+from ..tiny_models import tiny_batch, tiny_model
+from .zoo import batches, zoo
+
+
+def tuned(density: float = 0.3, dtype: torch.dtype = torch.float64, **settings: object) -> PeftModel:
+    """A zoo with values that are not zero."""
+    model = get_peft_model(zoo(dtype), SAFTConfig(density=density, score="random", **settings))
+    select_saft(model)
+    randomise(model)
+    return model
+
+
+def randomise(model: nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "saft_values" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+
+def outputs(model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
+    batch = batches(1, dtype=dtype)[0]
+    return model(batch["pixel_values"], batch["ids"])
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    for parameter in model.parameters():
+        parameter.grad = None
+    outputs(model).square().sum().backward()
+    return [p.grad.clone() for n, p in model.named_parameters() if "saft_values" in n]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().view(torch.uint8)
+
+
+# --- in place and out of place -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_both_paths_agree_bit_for_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned(dtype=dtype)
+    with torch.no_grad():
+        in_place = outputs(model, dtype)
+        assert not torch.equal(in_place, outputs(zoo(dtype), dtype))
+        monkeypatch.setattr(layer_module, "_is_writable", lambda base_layer, tensor: False)
+        other = get_peft_model(zoo(dtype), SAFTConfig(density=0.3, score="random"))
+        select_saft(other)
+        randomise(other)
+        assert torch.equal(outputs(other, dtype), in_place)
+    for (name, parameter), original in zip(
+        other.base_model.model.named_parameters(), zoo(dtype).parameters(), strict=False
+    ):
+        if "saft_values" not in name and name == "scale":
+            assert torch.equal(parameter, original)
+
+
+def test_the_base_is_not_written_out_of_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module, "_is_writable", lambda base_layer, tensor: False)
+    model = tuned()
+    outputs(model)
+    base = dict(zoo().named_parameters())
+    for name, parameter in model.base_model.model.named_parameters():
+        if "saft_values" not in name:
+            assert torch.equal(parameter, base[name.replace("base_layer.", "")])
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")  # dynamo's own
+def test_compiles_without_graph_breaks_to_the_same_numbers() -> None:
+    model = tuned()
+    expected, expected_gradients = outputs(model).detach(), gradients(model)
+    compiled = torch.compile(model.base_model.model.tower, backend="aot_eager", fullgraph=True)
+    batch = batches(1)[0]
+    result = 1.5 * compiled(batch["pixel_values"], batch["ids"])
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    for parameter in model.parameters():
+        parameter.grad = None
+    result.square().sum().backward()
+    found = [p.grad for n, p in model.named_parameters() if "saft_values" in n]
+    for got, want in zip(found, expected_gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(1.5 * compiled(batch["pixel_values"], batch["ids"]).detach(), outputs(zoo()))
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = get_peft_model(zoo(), SAFTConfig(density=0.3, score="random"))
+        select_saft(model)
+        assert torch.equal(outputs(model), outputs(zoo()))
+        randomise(model)
+        found = outputs(model)
+    torch.testing.assert_close(found.clone(), outputs(tuned()).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_replacing_the_base_while_it_holds_values_is_an_error() -> None:
+    model = tuned()
+    outputs(model)
+    head = model.base_model.model.tower.head.base_layer
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    randomise(model, seed=2)
+    with pytest.raises(RuntimeError, match="Disable or merge the adapter first"):
+        outputs(model)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def test_a_backward_through_changed_values_is_refused_by_autograd() -> None:
+    model = tuned()
+    loss = outputs(model).sum()
+    randomise(model, seed=2)
+    outputs(model)  # writes the new values
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_backward_inside_disable_adapter_is_refused() -> None:
+    model = tuned()
+    loss = outputs(model).sum()
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputing_a_block_inside_disable_adapter_is_refused(
+    writable: bool, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpointed blocks would run as θ₀ and silently give no gradient."""
+    if not writable:
+        monkeypatch.setattr(layer_module, "_is_writable", lambda base_layer, tensor: False)
+    model = tuned()
+    model.base_model.model.tower.checkpointing = reentrant
+    loss = outputs(model).sum()
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="inside disable_adapter|inplace operation"):
+        loss.backward()
+
+
+def test_version_counters_come_back_with_the_bits() -> None:
+    """The one private call of torch this rests on: counters of a state are those it had before."""
+    model = tuned()
+    outputs(model)
+    weight = model.base_model.model.tower.head.base_layer.weight
+    written = weight._version
+    with model.disable_adapter():
+        original = weight._version
+        assert original != written
+    assert weight._version == written
+    with model.disable_adapter():
+        assert weight._version == original
+    randomise(model, seed=2)
+    outputs(model)
+    assert weight._version not in (original, written)
+
+
+def test_data_edits_are_seen_at_the_next_forward() -> None:
+    """They move no version counter; optimizers with kernels of their own write like this."""
+    model, expected = tuned(), tuned()
+    outputs(model)
+    randomise(expected, seed=2)
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        if "saft_values" in name:
+            mine.data.copy_(theirs.data)
+    assert torch.equal(outputs(model), outputs(expected))
+
+
+def test_autocast_trains_in_the_low_precision_with_float32_gradients() -> None:
+    model = tuned(dtype=torch.float32)
+    exact = tuned(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = outputs(model, torch.float32)
+    assert out.dtype == torch.bfloat16 or out.dtype == torch.float32
+    out.float().square().sum().backward()
+    gradients(exact)
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
+        if "saft_values" in name:
+            assert mine.grad.dtype == torch.float32
+            cosine = torch.cosine_similarity(mine.grad.double(), theirs.grad, dim=0)
+            assert cosine > 0.99, name
+
+
+def test_hooks_on_a_base_layer_still_run() -> None:
+    model = tuned()
+    calls = []
+    model.base_model.model.tower.head.base_layer.register_forward_hook(lambda *a: calls.append(1))
+    gradients(model)
+    assert calls == [1]
+
+
+# --- the base ----------------------------------------------------------------------------------------------------
+
+
+def test_negative_zero_keeps_its_sign() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight.fill_(-0.0)
+    before = bits(model[0].weight).clone()
+    wrapped = get_peft_model(model, SAFTConfig(density=1.0, score="random"))
+    select_saft(wrapped)
+    wrapped(torch.ones(1, 4))
+    assert torch.equal(bits(wrapped.base_model.model[0].base_layer.weight), before)
+
+
+def test_one_module_at_two_paths_has_one_wrapper_and_comes_back_at_both() -> None:
+    model = tuned()
+    tower = model.base_model.model.tower
+    assert tower.alias is tower.block.twice
+    plain = model.unload()
+    assert plain.tower.alias is plain.tower.block.twice and type(plain.tower.alias) is nn.Linear
+
+
+def test_unload_leaves_nothing_behind() -> None:
+    model = tuned()
+    outputs(model)
+    plain = model.unload()
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    for (name, got), (expected_name, expected) in zip(
+        plain.state_dict().items(), zoo().state_dict().items(), strict=True
+    ):
+        assert name == expected_name and torch.equal(bits(got), bits(expected))
+
+
+def test_weights_that_are_not_contiguous_go_out_of_place() -> None:
+    model, expected = tuned(dtype=torch.float32), tuned(dtype=torch.float32)
+    model.to(memory_format=torch.channels_last)
+    convolution = model.base_model.model.tower.patches.base_layer.convolution
+    assert not convolution.weight.is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, torch.float32), outputs(expected, torch.float32))
+
+
+def test_moving_to_another_type_moves_the_base_and_keeps_the_values() -> None:
+    model = tuned(dtype=torch.float32)
+    values = {n: p.detach().clone() for n, p in model.named_parameters() if "saft_values" in n}
+    model.to(torch.bfloat16)
+    expected = zoo(torch.float32).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "saft_values" in name:
+            assert torch.equal(parameter, values[name])
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, torch.bfloat16), outputs(expected, torch.bfloat16))
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda i: torch.cat([i[:-1], i[-1:] + 10**6]), "outside the module"),
+        (lambda i: torch.cat([-1 - i[:1], i[1:]]), "outside the module"),
+        (lambda i: torch.cat([i[1:2], i[1:]]), "not strictly increasing"),
+        (lambda i: i.flip(0), "not strictly increasing|outside"),
+        (lambda i: i.float(), "got 'torch.float32'; allowed int32 or int64"),
+    ],
+)
+def test_indices_from_a_file_are_checked_before_use(damage: object, message: str, tmp_path: Path) -> None:
+    tuned().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("twice.saft_indices"))
+    tensors[key] = damage(tensors[key])
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(AdapterFileError, match=message):
+        model = PeftModel.from_pretrained(zoo(), tmp_path, low_cpu_mem_usage=True)
+        outputs(model)
+
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+def test_export_to_a_process_without_hf_robust(tmp_path: Path) -> None:
+    base = tiny_model("clip")
+    model = get_peft_model(
+        copy.deepcopy(base), SAFTConfig(density=0.02, score="random", target_modules=LINEARS, exclude_modules=["bias"])
+    )
+    select_saft(model)
+    randomise(model)
+    batch = {"pixel_values": tiny_batch("clip", 3)["pixel_values"], "input_ids": torch.tensor([[5, 6, 2]] * 2)}
+    with torch.no_grad():
+        logits = model(**batch).logits_per_image
+        assert not torch.allclose(logits, base(**batch).logits_per_image)
+    base.save_pretrained(tmp_path / "base")
+    export_shira(model, tmp_path / "shira")
+    torch.save(batch, tmp_path / "batch.pt")
+    script = """
+import sys, torch
+from peft import PeftModel
+from transformers import CLIPModel
+folder = sys.argv[1]
+model = PeftModel.from_pretrained(CLIPModel.from_pretrained(folder + "/base"), folder + "/shira").eval()
+with torch.no_grad():
+    torch.save(model(**torch.load(folder + "/batch.pt")).logits_per_image, folder + "/logits.pt")
+    torch.save(model.merge_and_unload()(**torch.load(folder + "/batch.pt")).logits_per_image, folder + "/merged.pt")
+assert not any(name.startswith("hf_robust") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "merged.pt"), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_export_refuses_entries_outside_linear_weights(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"only entries in the weights of Linear.*tower\.patches \(\d+ entries\)"):
+        export_shira(tuned(), tmp_path / "shira")
+    dense = tuned(density=0.9, target_modules=["twice", "head"], exclude_modules=["bias"])
+    with pytest.raises(ConfigError, match="SHiRA needs as many entries"):
+        export_shira(dense, tmp_path / "shira")
+    assert not (tmp_path / "shira").exists()
