@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import socket
+
 import pytest
 import torch
 
@@ -8,3 +10,11 @@ def deterministic() -> None:
     """Each test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port for the rendezvous of two ranks on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
