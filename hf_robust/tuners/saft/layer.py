@@ -332,7 +332,10 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         parameters = [tensor.parameter for tensor in plan.tensors]
         self._base_versions = tuple(parameter._version for parameter in parameters)
         delta = self._delta(plan).detach()
-        _store(plan, [Effective.apply(delta[tensor.part], tensor.originals) for tensor in plan.tensors])
+        effective = [Effective.apply(delta[tensor.part], tensor.originals) for tensor in plan.tensors]
+        if all(map(_same_bits, effective, [tensor.originals for tensor in plan.tensors])):
+            return True  # as before the first step: θ₀ already is what shall be there
+        _store(plan, effective)
         _set_versions(parameters, self._versions_of(stamp))
         self._copies = {name: self.saft_values[name].detach().clone() for name in adapters}
         self._written = stamp
@@ -478,6 +481,10 @@ def _is_writable(base_layer: nn.Module, tensor: TensorPlan) -> bool:
     parameter = tensor.parameter
     usable = parameter.is_contiguous() and not parameter.is_inference()
     return usable and base_layer.get_parameter(tensor.name) is parameter
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))  # −0 is not +0, NaN is NaN
 
 
 def _with_originals(plan: Plan) -> Plan:
