@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune CLIP-like models without forgetting: robust fine-tuning methods as a PEFT extension."""
 
-from .tuners.saft import MaskSummary as MaskSummary
+from .collator import ImageCollator as ImageCollator
+from .trainer import RobustTrainer as RobustTrainer
+from .training_args import RobustTrainingArguments as RobustTrainingArguments
 from .tuners.saft import SAFTConfig as SAFTConfig
 from .tuners.saft import SAFTModel as SAFTModel
 from .tuners.saft import export_shira as export_shira
 from .tuners.saft import mask_summary as mask_summary
 from .tuners.saft import saft_unselected as saft_unselected
 from .tuners.saft import select_saft as select_saft
+from .zero_shot import TEMPLATES as TEMPLATES
+from .zero_shot import ZeroShotClassifier as ZeroShotClassifier
+from .zero_shot import class_embeddings as class_embeddings

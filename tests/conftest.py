@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import socket
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from hf_robust import SAFTConfig, mask_summary, saft_unselected, select_saft
 from hf_robust.errors import ConfigError, NonFiniteError, SelectionError
+from hf_robust.tuners.saft.eligible import eligible_parameters
 from hf_robust.tuners.saft.selection import _budget, _top, layers_of
 
 from ..tiny_models import FAMILIES, tiny_model
@@ -267,6 +269,15 @@ def eligible(config: SAFTConfig, model: nn.Module) -> set[str]:
 def test_every_parameter_of_both_towers_and_projections_is_eligible(family: str) -> None:
     names = {name for name, _ in tiny_model(family).named_parameters()}
     assert eligible(SAFTConfig(), tiny_model(family)) == names - {"logit_scale", "logit_bias"}
+
+
+def test_vit_b_32_has_the_papers_budget() -> None:
+    """All but `logit_scale`, each tied tensor once: 0.1 % are 151,277 entries."""
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig())
+    units = eligible_parameters(model, SAFTConfig())
+    numel = sum(model.get_parameter(f"{unit}.{name}").numel() for unit, names in units.items() for name in names)
+    assert numel == 151_277_312 and _budget(0.001, numel) == 151_277
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,7 +18,7 @@ from tests.tuners.zoo import batches, exact_loss, zoo
 
 
 def adapted(share: slice) -> nn.Module:
-    """A zoo whose entries were selected from this rank's share of the images, which need not be as large as others'."""
+    """A zoo with entries selected from this rank's share of the images."""
     model = get_peft_model(zoo(), SAFTConfig(density=0.2))
     joined = {key: torch.cat([batch[key] for batch in batches()]) for key in batches()[0]}
     select_saft(model, [{key: value[share] for key, value in joined.items()}], exact_loss)
