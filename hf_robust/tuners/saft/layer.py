@@ -138,7 +138,6 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             self.saft_eligible[adapter_name] = eligible
         else:
             self.allocate(adapter_name, torch.arange(count, device=next(self.base_layer.parameters()).device))
-        self.set_adapter(self.active_adapters)
 
     def allocate(self, adapter_name: str, positions: Tensor) -> None:
         """Gives an adapter its entries, with values of zero.
@@ -172,11 +171,6 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
         self.refresh()
 
-    def delete_adapter(self, adapter_name: str) -> None:  # noqa: D102
-        self._restore()
-        super().delete_adapter(adapter_name)
-        self.refresh()
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Makes the adapters a part of the base, which then is saved with them.
 
@@ -187,10 +181,9 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         Raises:
             NonFiniteError: `safe_merge`, and a value is NaN or infinite; nothing is changed then.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.saft_values]
-        merged = self.merged_adapters + names
+        merged = self.merged_adapters + check_adapters_to_merge(self, adapter_names)
         if safe_merge:
-            self._check_finite(tuple(merged))
+            self.check_finite(merged)
         self.merged_adapters = merged
         self.refresh()
 
@@ -209,7 +202,18 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             self._restore()
         return self.base_layer
 
-    def _check_finite(self, adapters: tuple[str, ...]) -> None:
+    def check_finite(self, adapter_names: list[str]) -> None:
+        """Refuses adapters whose values would write NaN or infinity into the base.
+
+        Args:
+            adapter_names: the adapters to merge.
+
+        Raises:
+            NonFiniteError: one would.
+        """
+        adapters = tuple(name for name in adapter_names if name in self.saft_values)
+        if not adapters:
+            return
         plan = self._plan_for(adapters)
         delta = self._delta(plan).detach()
         for tensor in plan.tensors:
@@ -308,11 +312,8 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
 
     def _shown(self) -> tuple[str, ...]:
         """The adapters whose values the base shall hold now."""
-        if self.merged_adapters:
-            return tuple(self.merged_adapters)
-        if self._disable_adapters:
-            return ()
-        return tuple(name for name in self.active_adapters if name in self.saft_values)
+        names = self.merged_adapters or ([] if self._disable_adapters else self.active_adapters)
+        return tuple(name for name in names if name in self.saft_values)
 
     def _write(self, adapters: tuple[str, ...]) -> bool:
         """Makes the base hold θ₀ plus the values of `adapters`; False when the base cannot be written."""

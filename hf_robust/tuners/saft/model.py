@@ -82,8 +82,6 @@ class SAFTModel(BaseTuner):
         count = (peft_config.entry_counts or {}).get(current_key, 0)
         layer.update_layer(adapter_name, peft_config, count, self._units[current_key])
         if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -93,8 +91,35 @@ class SAFTModel(BaseTuner):
                 if submodule is child and module is not new_module:
                     module._modules[name] = new_module
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into the base; a refused safe merge has merged nothing.
+
+        Args:
+            adapter_names: which ones; by default the active ones.
+            safe_merge: refuse when a merged value is not finite.
+
+        Raises:
+            NonFiniteError: `safe_merge`, and a value is NaN or infinite.
+        """
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, SAFTLayer):
+                layer.check_finite(layer.merged_adapters + (adapter_names or layer.active_adapters))
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         for hook in self._hooks:
             hook.remove()
         return model
