@@ -93,6 +93,12 @@ def saft_unselected(model: nn.Module, adapter_name: str | None = None) -> bool:
     return any(tuners[0].peft_config[name].entry_counts is None for name in names)
 
 
+def scores_single_images(model: nn.Module) -> bool:
+    """Whether the active SAFT adapter's score needs batches of one image."""
+    tuner, name = find_tuner(model, None)
+    return tuner.peft_config[name].score in PER_IMAGE_SCORES
+
+
 def find_tuner(model: nn.Module, adapter_name: str | None) -> tuple[SAFTModel, str]:
     """Finds the SAFT tuner in a model, and the name of the adapter that is meant."""
     tuners = [module for module in model.modules() if isinstance(module, SAFTModel)]

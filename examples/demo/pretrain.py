@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-trains the demo's tiny CLIP on captioned drawings, contrastively, on a CPU.
+
+    python examples/demo/pretrain.py
+
+About half an hour on 2 cores. The same seed, machine and number of threads give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+
+import data
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+MAX_TOKENS = 32
+VOCABULARY = 2500
+STYLE_WORDINGS = {
+    "colour": (
+        "a drawing of a {}.",
+        "a colour drawing of a {}.",
+        "an emoji of a {}.",
+        "a flat cartoon of a {}.",
+        "a picture of a {}.",
+        "clip art of a {}.",
+        "{}",
+    ),
+    "line": (
+        "a drawing of a {}.",
+        "a line drawing of a {}.",
+        "a sketch of a {} made with a pencil.",
+        "an outline of a {}.",
+        "{}",
+    ),
+    "silhouette": (
+        "a drawing of a {}.",
+        "an icon of a {}.",
+        "a black silhouette of a {}.",
+        "a symbol of a {}.",
+        "{}",
+    ),
+}
+
+
+def make_processor(captions: list[str]) -> CLIPProcessor:
+    """CLIP's own processor at 64 px, with a byte-level BPE learned from the captions."""
+    tokenizer = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=VOCABULARY)
+    tokenizer.model_max_length = MAX_TOKENS
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": data.SIZE}, crop_size=data.SIZE)
+    return CLIPProcessor(image_processor, tokenizer)
+
+
+def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A randomly initialised CLIPModel: a ViT with 16 px patches and a small causal text tower."""
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 160,
+        "intermediate_size": 640,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 5,
+        "image_size": data.SIZE,
+        "patch_size": 16,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        **special,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def caption(picture: dict, rng: random.Random) -> tuple[str, str]:
+    """A caption, and what it says: the drawing's kind or its name.
+
+    If a drawing has a kind, 60 % of its captions name the kind alone, the others its name; half of those say both.
+    """
+    wording = rng.choice(STYLE_WORDINGS[picture["style"]])
+    kind, name = picture["kind"], picture["name"].lower()
+    chance = rng.random()
+    if kind and chance < 0.6:
+        return wording.replace("{}", kind), kind
+    if kind and chance < 0.8:
+        return wording.replace("{}", f"{name}, a {kind}"), name
+    return wording.replace("{}", name), name
+
+
+def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn, scale, shift, flip and tint a batch of images on white.
+
+    Args:
+        images: (batch, 3, height, width), 0 to 1.
+        generator: The source of every random number.
+
+    Returns:
+        Images of the same shape.
+    """
+    batch = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return torch.rand(batch, *shape, generator=generator) * (high - low) + low
+
+    angle, scale = uniform(-0.2, 0.2), uniform(0.9, 1.2)  # radians; above 1 shrinks the drawing
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    stretch = uniform(0.92, 1.09)
+    rows = (
+        torch.stack([flip * scale * stretch * angle.cos(), -scale * angle.sin(), uniform(-0.1, 0.1)], dim=1),
+        torch.stack([flip * scale * angle.sin(), scale / stretch * angle.cos(), uniform(-0.1, 0.1)], dim=1),
+    )
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    ink = F.grid_sample(1 - images, grid, mode="bilinear", align_corners=False)  # paper is 0: padding is paper
+    grey = (uniform(0, 1, 1, 1, 1) < 0.15).float()
+    ink = grey * ink.mean(dim=1, keepdim=True) + (1 - grey) * ink
+    tinted = (uniform(0, 1, 1, 1, 1) < 0.5).float()
+    paper = 1 - tinted * uniform(0, 0.25, 3, 1, 1)
+    return ((1 - ink * uniform(0.8, 1.0, 1, 1, 1)) * paper).clamp(0, 1)
+
+
+def contrastive_loss(logits: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss where an image may match several captions: all of its matches share the target.
+
+    Args:
+        logits: (images, captions).
+        matches: (images, captions), True where the caption is true of the image.
+    """
+    targets = matches.float()
+    image_to_text = F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True))
+    text_to_image = F.cross_entropy(logits.T, targets.T / targets.T.sum(dim=1, keepdim=True))
+    return (image_to_text + text_to_image) / 2
+
+
+def train(model: CLIPModel, processor: CLIPProcessor, pictures: list[dict], args: argparse.Namespace) -> None:
+    """AdamW with warm-up and cosine decay over `args.steps` batches; saves every 250 steps and at the end."""
+    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
+    pixels = torch.stack([torch.frombuffer(bytearray(p["image"].tobytes()), dtype=torch.uint8) for p in pictures])
+    pixels = pixels.view(-1, data.SIZE, data.SIZE, 3).permute(0, 3, 1, 2)  # (pictures, 3, height, width)
+    mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
+    std = torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    # Kinds are what the classifier needs: their pictures come twice in an epoch.
+    epoch = [i for i, picture in enumerate(pictures) for _ in range(2 if picture["kind"] else 1)]
+    order: list[int] = []
+    started = time.time()
+    for step in range(args.steps):
+        if len(order) < args.batch_size:
+            order = rng.sample(epoch, len(epoch))
+        batch = [order.pop() for _ in range(args.batch_size)]
+        captions, meanings = zip(*(caption(pictures[i], rng) for i in batch), strict=True)
+        truths = [{pictures[i]["kind"], pictures[i]["name"].lower()} for i in batch]
+        matches = torch.tensor([[meaning in truth for meaning in meanings] for truth in truths])
+        # Few captions are longer, and the text tower costs as much as its longest caption.
+        tokens = processor.tokenizer(list(captions), padding=True, truncation=True, max_length=16, return_tensors="pt")
+        images = (augmented(pixels[batch] / 255, generator) - mean) / std
+        warm_up, progress = min(1.0, (step + 1) / args.warm_up), step / args.steps
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * progress))
+        logits = model(pixel_values=images, **tokens).logits_per_image
+        loss = contrastive_loss(logits, matches)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        if step % 50 == 0:
+            print(f"step {step} of {args.steps}, loss {loss:.3f}, {time.time() - started:.0f} s", flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+            save(model, processor, args.output)
+
+
+def save(model: CLIPModel, processor: CLIPProcessor, folder: str) -> None:
+    """Save the weights in float16, which halves the file, and the processor."""
+    half = CLIPModel(model.config).to(torch.float16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(folder)
+    half.config.dtype = torch.float32  # what a plain `from_pretrained` loads: fine-tuning in float16 would not work
+    half.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def main() -> None:
+    """Read the arguments, draw the pictures, train and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", default=str(data.MODEL))
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--warm_up", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    pictures = data.pretraining()
+    rng = random.Random(args.seed)
+    processor = make_processor([caption(picture, rng)[0] for picture in pictures])
+    model = make_model(processor.tokenizer)
+    print(f"{len(pictures)} pictures, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    train(model, processor, pictures, args)
+
+
+if __name__ == "__main__":
+    main()

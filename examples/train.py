@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_robust", "pyyaml", "rich"]
+# ///
+"""Fine-tune a dual encoder on labelled images, and compare it with its zero-shot self on several evaluation sets.
+
+With a config file, whose settings are the fields below; flags on the command line win:
+
+    accelerate launch examples/train.py --config examples/configs/demo.yaml
+    accelerate launch examples/train.py --config examples/configs/demo.yaml --method lora --learning_rate 1e-4
+
+On two processes, of a machine without GPU too:
+
+    accelerate launch --multi_gpu --num_processes 2 examples/train.py --config examples/configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from argparse import ArgumentParser
+from dataclasses import asdict, dataclass, field, fields
+from glob import glob
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from peft import LNTuningConfig, LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
+
+from hf_robust import RobustTrainer, RobustTrainingArguments, SAFTConfig
+from hf_robust.collator import feature_class_names
+from hf_robust.dual_encoder import family
+from hf_robust.errors import ConfigError, DataError, close_matches
+
+VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+@dataclass
+class ScriptArguments:
+    """Model, data and method; what concerns the training itself is in `RobustTrainingArguments`.
+
+    Data is a parquet file or glob, a folder of parquet files, a folder with one subfolder of images per class, or a
+    dataset of the Hub, `owner/name` or `owner/name:split`. Underscores in class names are read as spaces.
+    """
+
+    model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
+    dtype: str = field(default="float32", metadata={"help": "Precision the weights are loaded in."})
+    train_data: str | None = field(default=None, metadata={"help": "Labelled images to train on."})
+    validation_data: str | None = field(default=None, metadata={"help": "Evaluated during training, too."})
+    eval_data: dict | str | None = field(default=None, metadata={"help": "Evaluation sets by name; as a flag: JSON."})
+    class_names_file: str | None = field(default=None, metadata={"help": "One name per line, in label order."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    method: str = field(default="saft", metadata={"help": "zero_shot, full, saft, lora or ln_tuning."})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "saft, lora: modules; by default all."})
+    density: float = field(default=0.001, metadata={"help": "saft: share of the parameters to train."})
+    score: str = field(default="signed_mean", metadata={"help": "saft: what ranks the parameters."})
+    scope: str = field(default="global", metadata={"help": "saft: rank all at once, or per_tensor."})
+    towers: str = field(default="both", metadata={"help": "saft: both, vision or text."})
+    exclude_input_embeddings: bool = field(default=False, metadata={"help": "saft: none in patch, token embeddings."})
+    lora_rank: int = field(default=8, metadata={"help": "lora: rank."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eval_data, str):
+            self.eval_data = json.loads(self.eval_data)
+        if not self.train_data:
+            raise ConfigError("no training data", where="train_data")
+        if self.method not in METHODS:
+            raise ConfigError("unknown method", got=self.method, remedy=close_matches(self.method, list(METHODS)))
+
+
+def keep_as_is(model: nn.Module, args: ScriptArguments) -> nn.Module:
+    """Zero-shot, and full fine-tuning: the model itself."""
+    return model
+
+
+def add_saft(model: nn.Module, args: ScriptArguments) -> nn.Module:
+    """SAFT; `RobustTrainer` selects the entries before it trains them."""
+    names = ("density", "score", "scope", "towers", "target_modules", "exclude_input_embeddings")
+    return get_peft_model(model, SAFTConfig(**{name: getattr(args, name) for name in names}))
+
+
+def add_lora(model: nn.Module, args: ScriptArguments) -> nn.Module:
+    """LoRA."""
+    targets = args.target_modules or "all-linear"
+    return get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=targets))
+
+
+def add_ln_tuning(model: nn.Module, args: ScriptArguments) -> nn.Module:
+    """Training of all LayerNorms."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    return get_peft_model(model, LNTuningConfig(target_modules=names))
+
+
+METHODS = {
+    "zero_shot": keep_as_is,
+    "full": keep_as_is,
+    "saft": add_saft,
+    "lora": add_lora,
+    "ln_tuning": add_ln_tuning,
+}
+
+
+def parse_arguments() -> tuple[ScriptArguments, RobustTrainingArguments]:
+    """Reads the config file, then the command line."""
+    config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    known, flags = config_parser.parse_known_args()
+    parser = HfArgumentParser((ScriptArguments, RobustTrainingArguments))
+    if known.config:
+        settings = yaml.safe_load(Path(known.config).read_text())
+        names = [one.name for one in fields(ScriptArguments) + fields(RobustTrainingArguments)]
+        for name in settings:
+            if name not in names:
+                raise ConfigError("unknown setting", where=known.config, got=name, remedy=close_matches(name, names))
+        parser.set_defaults(**settings)
+    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+
+
+def load_images(
+    source: str, split: str, args: ScriptArguments, class_names: list[str] | None, only_these: bool = False
+) -> Dataset:
+    """Loads a dataset and gives it the columns `image`, not yet decoded, and `label`."""
+    dataset = load_source(source, split)
+    for ours, theirs in (("image", args.image_column), ("label", args.label_column)):
+        if ours not in dataset.column_names and theirs in dataset.column_names:
+            dataset = dataset.rename_column(theirs, ours)
+    if isinstance(dataset.features.get("image"), Image):
+        dataset = dataset.cast_column("image", Image(decode=False))  # the collator decodes, with limits
+    label = dataset.features.get("label")
+    if isinstance(label, ClassLabel):
+        return dataset.cast_column("label", ClassLabel(names=[name.replace("_", " ") for name in label.names]))
+    if label is not None and label.dtype == "string":
+        return number_labels(dataset, source, class_names, only_these)
+    return dataset
+
+
+def load_source(source: str, split: str) -> Dataset:
+    """Loads from a folder, parquet files, or the Hub."""
+    files = sorted(glob(source + "/**/*.parquet" if Path(source).is_dir() else source, recursive=True))
+    name, _, own_split = source.partition(":")
+    try:
+        if files:
+            return load_dataset("parquet", data_files=files, split="train")
+        if Path(source).is_dir():
+            return load_dataset("imagefolder", data_files=source + "/**", drop_labels=False, split="train")
+        return load_dataset(name, split=own_split or split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise DataError("no such file, folder of images or dataset of the Hub", got=source) from error
+    except ValueError as error:  # how datasets says that there are no rows, or no such split
+        raise DataError("dataset is empty or has no such split", where=source, got=str(error)) from error
+
+
+def number_labels(dataset: Dataset, source: str, class_names: list[str] | None, only_these: bool) -> Dataset:
+    """Makes class indices of labels that are text; class names that are known already keep their order."""
+    found = set(dataset.unique("label"))
+    unknown = sorted(found - set(class_names or found))
+    if unknown and only_these:
+        remedy = close_matches(unknown[0], class_names)
+        raise DataError("label is outside the class names", where=source, got=unknown[0], remedy=remedy)
+    names = sorted(found) if unknown or class_names is None else class_names
+    return dataset.cast_column("label", ClassLabel(names=names))
+
+
+def accuracies(metrics: dict[str, float], sets: dict[str, Dataset]) -> dict[str, float]:
+    """The accuracy of every set, a fraction."""
+    return {name: metrics[f"eval_{name}_accuracy"] for name in sets}
+
+
+def show(results: dict[str, Any], sets: dict[str, Dataset]) -> None:
+    """Prints zero-shot and fine-tuned accuracy side by side, in percent."""
+    table = Table("set", "images", "zero-shot", results["method"], "change", title="Accuracy in %")
+    for name, dataset in sets.items():
+        before, after = 100 * results["zero_shot"][name], 100 * results["fine_tuned"][name]
+        table.add_row(name, str(len(dataset)), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+    Console().print(table)
+
+
+def write_json(results: dict[str, Any], path: Path) -> None:
+    """Writes a file that is complete or not there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=2))
+    os.replace(partial, path)
+
+
+def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
+    """Loads, evaluates, trains, evaluates, and writes what came of it."""
+    set_seed(training_args.seed)
+    names = Path(args.class_names_file).read_text().splitlines() if args.class_names_file else None
+    validation = {"validation": args.validation_data} if args.validation_data else {}
+    with training_args.main_process_first(desc="loading data"):
+        train = load_images(args.train_data, "train", args, names, only_these=True)
+        known = names or feature_class_names(train)
+        sources = {**validation, **(args.eval_data or {})}
+        sets = {name: load_images(source, "test", args, known) for name, source in sources.items()}
+    model = AutoModel.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    family(model)  # refuses what is no dual encoder
+    trainer = RobustTrainer(
+        model=METHODS[args.method](model, args),
+        args=training_args,
+        train_dataset=train,
+        eval_dataset={name: sets[name] for name in validation} or sets,
+        processing_class=AutoProcessor.from_pretrained(args.model_name_or_path),
+        class_names=names,
+    )
+    zero_shot = fine_tuned = accuracies(trainer.evaluate(sets), sets)
+    seconds = trained = 0
+    if args.method != "zero_shot":
+        start = time.perf_counter()
+        trainer.train(training_args.resume_from_checkpoint)
+        seconds = time.perf_counter() - start
+        fine_tuned = accuracies(trainer.evaluate(sets), sets)
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        trainer.save_model()
+    results = {
+        "method": args.method,
+        "zero_shot": zero_shot,
+        "fine_tuned": fine_tuned,
+        "trained_parameters": trained,
+        "training_seconds": seconds,
+        "images": {name: len(dataset) for name, dataset in {"train": train, **sets}.items()},
+        "config": {**asdict(args), **training_args.to_dict()},
+        "versions": {package: version(package) for package in VERSIONS_OF},
+    }
+    if trainer.is_world_process_zero():
+        show(results, sets)
+        write_json(results, Path(training_args.output_dir) / "results.json")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse_arguments())

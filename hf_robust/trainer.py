@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers.Trainer` for zero-shot classifiers: images and class names in, a fine-tuned dual encoder out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, ProcessorMixin, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from .checkpoint import load_encoder, load_head, save_encoder, save_head
+from .collator import ImageCollator, check_dataset, feature_class_names
+from .errors import ConfigError, NonFiniteError
+from .training_args import RobustTrainingArguments
+from .tuners.saft import mask_summary, saft_unselected, select_saft
+from .tuners.saft.selection import scores_single_images
+from .zero_shot import ZeroShotClassifier
+
+TRAINING_ARGS = "training_args.json"
+Metrics = dict[str, float]
+
+
+class RobustTrainer(Trainer):
+    """Fine-tunes a dual encoder as a zero-shot classifier, whole or through any PEFT method.
+
+    Datasets have the columns `image` and `label`. An evaluation set whose `label` feature has other class names than
+    the training set is classified among its own, by a zero-shot head from the current text tower. Every evaluation
+    set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction and nats). A SAFT adapter without entries gets
+    them, from the training set, when training starts. Every term of the loss is logged as `loss_<term>`.
+
+    A checkpoint is the adapter's folder (without adapter, the whole model's) with the processor, the class names and
+    the classifier's own weights beside it.
+
+    Args:
+        model: a `ZeroShotClassifier`, or a dual encoder, plain or `PeftModel`, that one is then built around with
+            `args.templates` and `args.head`.
+        args: the training arguments.
+        train_dataset: rows of `{"image", "label"}`; see `ImageCollator` for what an image may be.
+        eval_dataset: one evaluation set, or several by name.
+        processing_class: the model's processor.
+        class_names: names in label order; by default those of the training set's `label` feature.
+        data_collator: by default an `ImageCollator`.
+        compute_metrics: as in `Trainer`, gets logits and labels; by default accuracy and cross-entropy.
+        callbacks: as in `Trainer`.
+        optimizers: as in `Trainer`.
+        preprocess_logits_for_metrics: as in `Trainer`.
+
+    Raises:
+        ConfigError: the model is no dual encoder, a setting is wrong, or class names are missing.
+        DataError: a dataset is empty, lacks a column, or has a label outside its class names.
+
+    Example:
+        >>> model = get_peft_model(clip, SAFTConfig(density=0.001))
+        >>> trainer = RobustTrainer(
+        ...     model=model,
+        ...     args=RobustTrainingArguments("runs/saft", templates="a drawing of a {}.", learning_rate=1e-3),
+        ...     train_dataset=train,
+        ...     eval_dataset={"id": drawings, "ood_line": line_art},
+        ...     processing_class=processor,
+        ... )
+        >>> zero_shot = trainer.evaluate()
+        >>> trainer.train()
+        >>> trainer.evaluate()["eval_ood_line_accuracy"]
+    """
+
+    loss_is_scaled_for_ga = False  # `compute_loss` returns the mean over a micro-batch
+    model: Any  # a ZeroShotClassifier; mypy would take every attribute of a module for a tensor
+    args: RobustTrainingArguments
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RobustTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        class_names: list[str] | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        compute_metrics: Callable[[EvalPrediction], Metrics] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        if processing_class is None:
+            raise ConfigError("RobustTrainer needs the model's processor", where="processing_class")
+        if not isinstance(model, ZeroShotClassifier):
+            class_names = class_names or feature_class_names(train_dataset)
+            if class_names is None:
+                remedy = "Pass class_names, or make the dataset's label column a ClassLabel."
+                raise ConfigError("class names are missing", where="class_names", remedy=remedy)
+            model = ZeroShotClassifier(model, processing_class, class_names, args.templates, args.head)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or ImageCollator(processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or accuracy_and_loss,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if args.n_gpu > 1:
+            remedy = "Start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+            raise ConfigError("one process cannot train on several GPUs", got=args.n_gpu, allowed="1", remedy=remedy)
+        self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
+        self.can_return_loss = True
+        self._loss_terms: dict[str, Tensor] = {}  # sums over the steps since the last log
+        self._loss_steps = 0.0
+        self._check_datasets()
+
+    def _check_datasets(self) -> None:
+        if self.train_dataset is not None:
+            check_dataset(self.train_dataset, len(self.model.class_names), "train_dataset")
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in sets.items():
+            if dataset is not None:
+                check_dataset(dataset, len(self._class_names(dataset) or self.model.class_names), name)
+
+    def _class_names(self, dataset: Dataset) -> list[str] | None:
+        """Returns the class names of a dataset if it needs another head than the training set, else None."""
+        names = feature_class_names(dataset)
+        known = (None, list(self.model.class_names), feature_class_names(self.train_dataset))
+        return None if names in known else names
+
+    # --- training ---
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains; a SAFT adapter without entries gets them first, unless a checkpoint to resume from brings them.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last one in `args.output_dir`.
+            trial: as in `Trainer.train`.
+            ignore_keys_for_eval: as in `Trainer.train`.
+        """
+        self._unprepare()
+        if not resume_from_checkpoint and saft_unselected(self.model):
+            self.select_entries()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _unprepare(self) -> None:
+        """Takes back what `evaluate` did to the model.
+
+        Accelerate takes a model that was prepared for evaluation for one prepared for training: it would not be
+        wrapped in DistributedDataParallel, and every rank would train its own. Entries are ranked without autocast.
+        """
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
+
+    def select_entries(self) -> None:
+        """Selects the entries of the active SAFT adapter by the cross-entropy of the training set."""
+        self._unprepare()
+        select_saft(self.model, self._selection_batches(), lambda model, batch: model(**batch).loss)
+        if self.is_world_process_zero():
+            print(mask_summary(self.model))
+
+    def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Yields this rank's share of the training set, in order and without the copies that even batches need."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        loader = DataLoader(
+            Subset(self.train_dataset, range(rank, len(self.train_dataset), ranks)),
+            batch_size=1 if scores_single_images(self.model) else self.args.selection_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        device = next(self.model.parameters()).device
+        silent = self.args.disable_tqdm or not self.is_local_process_zero()
+        for batch in tqdm(loader, desc="Selecting entries", disable=silent):
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], int | None]:
+        """Returns the micro-batches of one optimizer step and their number of images."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(len(batch["pixel_values"]) for batch in batches)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Returns the sum of the loss terms, weighted so that accumulated micro-batches equal one big batch.
+
+        Args:
+            model: the classifier, as Accelerate wrapped it.
+            inputs: what the data collator returned.
+            return_outputs: also return the classifier's output.
+            num_items_in_batch: images of all micro-batches of this optimizer step; None in evaluation.
+        """
+        outputs = model(**inputs)
+        terms = self.loss_terms(outputs, inputs)
+        loss = torch.stack(list(terms.values())).sum()
+        if num_items_in_batch is not None:
+            # the Trainer divides by the number of micro-batches, which is right where they are equally large
+            loss = len(inputs["pixel_values"]) * self.current_gradient_accumulation_steps / num_items_in_batch * loss
+            self._remember_terms(terms, share=len(inputs["pixel_values"]) / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_terms(self, outputs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the terms of the loss by name, each a mean over the images; override it to add your own.
+
+        Args:
+            outputs: what the classifier returned.
+            inputs: what it was given.
+        """
+        return {"cross_entropy": outputs.loss}
+
+    def _remember_terms(self, terms: dict[str, Tensor], share: float) -> None:
+        for name, term in terms.items():
+            self._loss_terms[name] = self._loss_terms.get(name, 0.0) + share * term.detach()
+        self._loss_steps += share
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Runs forward and backward on a micro-batch; stops all ranks if the loss of one is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for rank, value in enumerate(self.accelerator.gather(loss.reshape(1)).tolist()):
+            if not math.isfinite(value):
+                self._stop(f"loss is {value}", rank)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # the fp16 scaler skips such a step by itself
+            self._stop(f"gradient norm is {float(norm)}", rank=None)
+        return norm
+
+    def _stop(self, what: str, rank: int | None) -> None:
+        where = f"step {self.state.global_step + 1}" + ("" if rank is None else f", rank {rank}")
+        remedy = "The weights are those of the step before. Lower the learning rate, or look for broken images."
+        raise NonFiniteError(what, where=where, remedy=remedy)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs; beside the training loss also the mean of each of its terms over steps and ranks."""
+        if "loss" in logs:
+            for name, total in self._loss_terms.items():
+                mean = self.accelerator.gather((total / self._loss_steps).reshape(1)).mean()
+                logs[f"loss_{name}"] = mean.item()
+            self._loss_terms, self._loss_steps = {}, 0.0
+        super().log(logs, start_time)
+
+    # --- evaluation ---
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Metrics:
+        """Evaluates one or several sets, each with the head for its class names.
+
+        Args:
+            eval_dataset: a set, or sets by name, or a name among those given at construction (default: all of these).
+            ignore_keys: outputs of the classifier to leave out; by default all but the logits.
+            metric_key_prefix: first part of every metric's name.
+
+        Returns:
+            Metrics by name, `eval_<name>_accuracy` among them.
+
+        Raises:
+            DataError: a set is empty, lacks a column, or has a label outside its class names.
+            NonFiniteError: a logit is NaN or infinite.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(given, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # calls this method for each
+        dataset = self.eval_dataset[given] if isinstance(given, str) else given
+        with self._head_for(dataset, metric_key_prefix):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise NonFiniteError("logits are not finite", where=metric_key_prefix)
+        return metrics
+
+    def _head_for(self, dataset: Dataset, where: str) -> AbstractContextManager:
+        names = self._class_names(dataset)
+        check_dataset(dataset, len(names or self.model.class_names), where)
+        return nullcontext() if names is None else self.model.classes(names)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns loss, logits and labels of a batch."""
+        ignore_keys = ["image_embeds"] if ignore_keys is None else ignore_keys
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # --- checkpoints ---
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_encoder(self.model, folder, state_dict)
+        save_head(self.model, folder)
+        self.processing_class.save_pretrained(folder)
+        (folder / TRAINING_ARGS).write_text(self.args.to_json_string())  # the Trainer's pickle would hold the token
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:  # sharded files, named after the whole classifier
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_encoder(self.model, Path(resume_from_checkpoint))
+        load_head(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def accuracy_and_loss(prediction: EvalPrediction) -> Metrics:
+    """Returns accuracy and mean cross-entropy over all images, the same for every batch size and number of ranks.
+
+    Args:
+        prediction: logits `(images, classes)` and labels `(images,)`.
+
+    Example:
+        >>> accuracy_and_loss(EvalPrediction(np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([0, 0])))["accuracy"]
+        0.5
+    """
+    logits, labels = torch.from_numpy(prediction.predictions).double(), torch.from_numpy(prediction.label_ids)
+    loss = nn.functional.cross_entropy(logits, labels)
+    return {"accuracy": (logits.argmax(dim=1) == labels).double().mean().item(), "loss": loss.item()}

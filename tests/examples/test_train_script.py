@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel
+
+from hf_robust.errors import ConfigError, DataError
+from tests.tiny_models import image_dataset, tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["red", "green", "blue"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's own LN tuning
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, parquet files, a folder of images, and a config that names them."""
+    folder = tmp_path_factory.mktemp("script")
+    tiny_model("clip").save_pretrained(folder / "model")
+    tiny_processor("clip").save_pretrained(folder / "model")
+    image_dataset(18, NAMES).to_parquet(folder / "train.parquet")
+    image_dataset(7, NAMES, seed=50).to_parquet(folder / "validation.parquet")
+    (folder / "split").mkdir()
+    image_dataset(9, ["cat", "dog"], seed=90).to_parquet(folder / "split" / "part.parquet")
+    for index, row in enumerate(image_dataset(6, ["sea_lion", "blue car"], seed=30)):
+        path = folder / "images" / ["sea_lion", "blue car"][row["label"]] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    config = {
+        "model_name_or_path": str(folder / "model"),
+        "train_data": str(folder / "train.parquet"),
+        "validation_data": str(folder / "validation.parquet"),
+        "eval_data": {"other": str(folder / "split"), "photos": str(folder / "images")},
+        "density": 0.01,
+        "output_dir": str(folder / "out"),
+        "learning_rate": "1e-2",  # how YAML reads 1e-2
+        "max_steps": 3,
+        "per_device_train_batch_size": 6,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def script(folder, monkeypatch):
+    """The script's module; `run` is its command line, with the config of `folder`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "examples" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_script", module)
+    spec.loader.exec_module(module)
+
+    def run(output, *flags, config=folder / "config.yaml"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--output_dir", str(output), *flags])
+        module.main(*module.parse_arguments())
+        return json.loads((output / "results.json").read_text())
+
+    module.run = run
+    return module
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "full", "saft", "lora", "ln_tuning"])
+def test_every_method_ends_in_results(script, tmp_path, method, capsys):
+    results = script.run(tmp_path, "--method", method)
+    assert results["zero_shot"].keys() == results["fine_tuned"].keys() == {"validation", "other", "photos"}
+    assert results["images"] == {"train": 18, "validation": 7, "other": 9, "photos": 6}
+    assert results["config"]["method"] == method and results["config"]["learning_rate"] == 0.01
+    assert results["versions"]["torch"] == torch.__version__
+    table = capsys.readouterr().out
+    assert "zero-shot" in table and all(name in table for name in results["zero_shot"])
+    if method == "zero_shot":
+        assert results["fine_tuned"] == results["zero_shot"] and results["trained_parameters"] == 0
+    else:
+        assert results["fine_tuned"]["validation"] > results["zero_shot"]["validation"]
+        assert (tmp_path / ("model.safetensors" if method == "full" else "adapter_model.safetensors")).exists()
+        assert results["training_seconds"] > 0
+    if method == "saft":
+        assert results["trained_parameters"] == 754
+        assert "SAFT selected 754 of" in table
+        PeftModel.from_pretrained(tiny_model("clip"), tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_names_of_folders_become_class_names(script, folder):
+    args = script.ScriptArguments(train_data="x")
+    images = script.load_images(str(folder / "images"), "test", args, None)
+    assert images.features["label"].names == ["blue car", "sea lion"]
+    assert len(images) == 6 and images.unique("label") == [0, 1]
+    assert "bytes" in images[0]["image"]  # left to the collator to decode
+
+
+def test_flags_win_over_the_config(script, folder, monkeypatch):
+    flags = ["--method", "lora", "--eval-data", '{"late": "a.parquet"}', "--target_modules", "q_proj", "v_proj"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(folder / "config.yaml"), *flags])
+    args, training_args = script.parse_arguments()
+    assert (args.method, args.density, args.target_modules) == ("lora", 0.01, ["q_proj", "v_proj"])
+    assert args.eval_data == {"late": "a.parquet"}
+    assert training_args.learning_rate == 0.01 and training_args.remove_unused_columns is False
+
+
+def labels_as_text(folder, labels):
+    dataset = image_dataset(len(labels), NAMES).remove_columns("label").add_column("label", labels)
+    dataset.to_parquet(folder / "text.parquet")
+    return str(folder / "text.parquet")
+
+
+def test_labels_may_be_text_and_columns_have_other_names(script, tmp_path):
+    args = script.ScriptArguments(train_data="x", image_column="img", label_column="kind")
+    source = labels_as_text(tmp_path, ["red", "blue", "red"])
+    assert script.load_images(source, "train", args, None)["label"][:] == [1, 0, 1]
+    assert script.load_images(source, "train", args, NAMES)["label"][:] == [0, 2, 0]
+    assert script.load_images(source, "test", args, ["cat"]).features["label"].names == ["blue", "red"]
+    with pytest.raises(DataError, match="outside the class names.*text.parquet.*'blue'"):
+        script.load_images(source, "train", args, ["red", "bleu"], only_these=True)
+    renamed = image_dataset(3, NAMES).rename_columns({"image": "img", "label": "kind"})
+    renamed.to_parquet(tmp_path / "renamed.parquet")
+    assert script.load_images(str(tmp_path / "renamed.parquet"), "train", args, None).column_names == [
+        "image",
+        "label",
+    ]
+
+
+def test_class_names_come_from_a_file(script, tmp_path):
+    (tmp_path / "names.txt").write_text("a red thing\na green thing\na blue thing\n")
+    script.run(tmp_path, "--class_names_file", str(tmp_path / "names.txt"), "--method", "lora")
+    assert json.loads((tmp_path / "classifier.json").read_text())["class_names"][0] == "a red thing"
+
+
+def write(folder, dataset):
+    dataset.to_parquet(folder / "bad.parquet")
+    return str(folder / "bad.parquet")
+
+
+def vision_tower(folder):
+    CLIPVisionModel(tiny_model("clip").config.vision_config).save_pretrained(folder / "tower")
+    return str(folder / "tower")
+
+
+BAD_INPUT = {
+    "unknown method": (lambda _: ["--method", "soft"], ConfigError, "unknown method.*'soft'.*'saft'"),
+    "no training data": (lambda _: ["--train_data", ""], ConfigError, "no training data"),
+    "no file": (lambda _: ["--train_data", "nowhere/of/images"], DataError, "no such file.*nowhere/of/images"),
+    "no image column": (
+        lambda folder: ["--train_data", write(folder, image_dataset(6, NAMES).rename_column("image", "x"))],
+        DataError,
+        "no column 'image'",
+    ),
+    "empty split": (
+        lambda folder: ["--validation_data", write(folder, image_dataset(6, NAMES).select([]))],
+        DataError,
+        "empty.*bad.parquet",
+    ),
+    "label outside": (
+        lambda folder: ["--train_data", labels_as_text(folder, [0, 1, 5]), "--class_names_file", names_file(folder)],
+        DataError,
+        "row 2 is no class.*got 5; allowed 0 to 2",
+    ),
+    "repeated class name": (
+        lambda folder: ["--class_names_file", names_file(folder, "Red")],
+        DataError,
+        "twice",
+    ),
+    "template": (lambda _: ["--templates", "a photo"], ConfigError, "without {}"),
+    "density": (lambda _: ["--density", "1.5"], ConfigError, r"density.*1.5.*\(0, 1\]"),
+    "target module": (lambda _: ["--target_modules", "qproj"], ConfigError, "qproj.*q_proj"),
+    "one tower": (lambda folder: ["--model_name_or_path", vision_tower(folder)], ConfigError, "dual encoder"),
+}
+
+
+def names_file(folder, last="blue"):
+    (folder / "names.txt").write_text(f"red\ngreen\n{last}\n")
+    return str(folder / "names.txt")
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_error_before_training(script, tmp_path, name):
+    make_flags, error, message = BAD_INPUT[name]
+    with pytest.raises(error, match=message):
+        script.run(tmp_path / "out", *make_flags(tmp_path))
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_unknown_setting_is_named(script, folder, tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rat: 1")
+    with pytest.raises(ConfigError, match="unknown setting.*config.yaml.*'learning_rat'.*'learning_rate'"):
+        script.run(tmp_path, config=tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_understood(script, config, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--output_dir", str(tmp_path)])
+    args, training_args = script.parse_arguments()
+    assert args.eval_data and training_args.learning_rate > 0
+
+
+def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path):
+    script.run(tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, str(ROOT / "examples" / "train.py")]
+    command += ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-4000:]
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert run.stdout.count("Accuracy in %") == run.stdout.count("SAFT selected") == 1
+    assert results["zero_shot"] == json.loads((tmp_path / "one" / "results.json").read_text())["zero_shot"]
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    indices = [name for name in one if "saft_indices" in name]
+    assert indices and all(torch.equal(one[name], two[name]) for name in indices)
+    assert not all(torch.equal(one[name], two[name]) for name in one)  # values from steps of twice as many images
