@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_robust import SAFTConfig, export_shira, select_saft
 from hf_robust.errors import AdapterFileError, ConfigError
-from hf_robust.tuners.saft import layer as layer_module
+from hf_robust.tuners.saft.plan import Plan
 
 from ..tiny_models import tiny_batch, tiny_model
 from .zoo import batches, zoo
@@ -63,7 +63,7 @@ def test_both_paths_agree_bit_for_bit(dtype: torch.dtype, monkeypatch: pytest.Mo
     with torch.no_grad():
         in_place = outputs(model, dtype)
         assert not torch.equal(in_place, outputs(zoo(dtype), dtype))
-        monkeypatch.setattr(layer_module, "_is_writable", lambda base_layer, tensor: False)
+        monkeypatch.setattr(Plan, "is_writable", lambda plan, base_layer: False)
         other = get_peft_model(zoo(dtype), SAFTConfig(density=0.3, score="random"))
         select_saft(other)
         randomise(other)
@@ -76,7 +76,7 @@ def test_both_paths_agree_bit_for_bit(dtype: torch.dtype, monkeypatch: pytest.Mo
 
 
 def test_the_base_is_not_written_out_of_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_module, "_is_writable", lambda base_layer, tensor: False)
+    monkeypatch.setattr(Plan, "is_writable", lambda plan, base_layer: False)
     model = tuned()
     outputs(model)
     base = dict(zoo().named_parameters())
@@ -149,7 +149,7 @@ def test_recomputing_a_block_inside_disable_adapter_is_refused(
 ) -> None:
     """Checkpointed blocks would run as θ₀ and silently give no gradient."""
     if not writable:
-        monkeypatch.setattr(layer_module, "_is_writable", lambda base_layer, tensor: False)
+        monkeypatch.setattr(Plan, "is_writable", lambda plan, base_layer: False)
     model = tuned()
     model.base_model.model.tower.checkpointing = reentrant
     loss = outputs(model).sum()

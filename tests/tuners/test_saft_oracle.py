@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_robust import SAFTConfig, mask_summary, select_saft
+from hf_robust.tuners.saft.plan import Plan
 
 from .zoo import batches, exact_loss, oracle_masks, oracle_train, zoo
 
@@ -43,7 +44,7 @@ def train(model: nn.Module, steps: list, clip: float | None = None) -> None:
 
 @pytest.fixture
 def out_of_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_robust.tuners.saft.layer._is_writable", lambda base_layer, tensor: False)
+    monkeypatch.setattr(Plan, "is_writable", lambda plan, base_layer: False)
 
 
 def compare(density: float, steps: list, checkpointing: bool | None = None, clip: float | None = None) -> nn.Module:

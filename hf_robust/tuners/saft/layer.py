@@ -9,7 +9,6 @@ inference tensors), the same numbers are put into a copy of the weight at every 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,73 +16,13 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...errors import AdapterFileError, ConfigError, NonFiniteError, SelectionError
+from ...errors import ConfigError, NonFiniteError, SelectionError
 from .config import SAFTConfig
 from .kernels import Entries, ResidentAlias, SampledEmbedding, SampledLinear
+from .plan import Plan, Stamp, floating_parameters, make_plan, same_bits, set_versions
 
 # Numbers for the version counters of written weights start here, far from what in-place edits of the base count up to.
 FIRST_VERSION = 2**20
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """Which slice of the unit's entries belongs to one parameter of the base, and the base's values there."""
-
-    name: str
-    parameter: nn.Parameter
-    entries: Entries
-    part: slice
-    originals: Tensor
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the active adapters need to be written: their entries joined, parameter by parameter.
-
-    Args:
-        adapters: their names.
-        tensors: one plan a parameter that holds entries.
-        lookups: for several adapters, where each one's entries stand in the joined vector; empty for one adapter.
-        size: number of joined entries.
-        stamp: the state of the indices this was made from.
-    """
-
-    adapters: tuple[str, ...]
-    tensors: tuple[TensorPlan, ...]
-    lookups: tuple[Tensor, ...]
-    size: int
-    stamp: Stamp
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Recognises a state of some tensors: the same objects, not written to since."""
-
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensors: list[Tensor]) -> Stamp:
-        """Takes the stamp of `tensors`; inference tensors keep no version."""
-        return cls(tuple(tensors), tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors))
-
-    def matches(self, other: Stamp) -> bool:
-        """Whether both stamps are of the same tensors in the same state."""
-        same_objects = all(mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=False))
-        return self.versions == other.versions and same_objects
-
-
-class Effective(torch.autograd.Function):
-    """`originals + delta`, rounded once to the base's dtype; a delta of zero leaves the bits (also those of −0)."""
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, originals: Tensor) -> Tensor:  # noqa: D102
-        ctx.dtype = delta.dtype
-        return torch.where(delta == 0, originals, (originals.to(delta.dtype) + delta).to(originals.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        return grad_output.to(ctx.dtype), None
 
 
 class SAFTLayer(nn.Module, BaseTunerLayer):
@@ -149,7 +88,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         self.saft_eligible[adapter_name] = ()
         if len(positions) == 0:  # a unit without entries holds no empty tensors: DDP's reducer fails on them
             return
-        parameters = self._parameters_of_base().values()
+        parameters = floating_parameters(self.base_layer).values()
         numel = sum(parameter.numel() for parameter in parameters)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         self.saft_indices[adapter_name] = positions.to(torch.int32 if numel < 2**31 else torch.int64)
@@ -215,9 +154,8 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         if not adapters:
             return
         plan = self._plan_for(adapters)
-        delta = self._delta(plan).detach()
-        for tensor in plan.tensors:
-            if not Effective.apply(delta[tensor.part], tensor.originals).isfinite().all():
+        for tensor, values in zip(plan.tensors, plan.effective(self._delta(plan).detach()), strict=True):
+            if not values.isfinite().all():
                 raise NonFiniteError(
                     "merging would write NaN or infinity into the base", where=tensor.name, got=list(adapters)
                 )
@@ -261,14 +199,11 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         return SampledLinear.apply(inputs, delta, weight, bias, weights, biases)
 
     def _replaced(self, plan: Plan, delta: Tensor) -> dict[str, Tensor]:
-        parameters = dict(self.base_layer.named_parameters())
-        return {
-            tensor.name: parameters[tensor.name]
-            .flatten()
-            .scatter(0, tensor.entries.positions, Effective.apply(delta[tensor.part], tensor.originals))
-            .view_as(parameters[tensor.name])
-            for tensor in plan.tensors
-        }
+        weights = {}
+        for tensor, values in zip(plan.tensors, plan.effective(delta), strict=True):
+            weight = self.base_layer.get_parameter(tensor.name)
+            weights[tensor.name] = weight.flatten().scatter(0, tensor.entries.positions, values).view_as(weight)
+        return weights
 
     def _check_forward(self) -> None:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -327,17 +262,15 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             return True
         self._restore()
         plan = self._plan_for(adapters)
-        if not all(_is_writable(self.base_layer, tensor) for tensor in plan.tensors):
+        if not plan.is_writable(self.base_layer):
             return False
-        plan = self._plan = _with_originals(plan)
-        parameters = [tensor.parameter for tensor in plan.tensors]
-        self._base_versions = tuple(parameter._version for parameter in parameters)
-        delta = self._delta(plan).detach()
-        effective = [Effective.apply(delta[tensor.part], tensor.originals) for tensor in plan.tensors]
-        if all(map(_same_bits, effective, [tensor.originals for tensor in plan.tensors])):
+        plan = self._plan = plan.with_fresh_originals()
+        self._base_versions = tuple(parameter._version for parameter in plan.parameters)
+        effective = plan.effective(self._delta(plan).detach())
+        if all(map(same_bits, effective, plan.originals)):
             return True  # as before the first step: θ₀ already is what shall be there
-        _store(plan, effective)
-        _set_versions(parameters, self._versions_of(stamp))
+        plan.store(effective)
+        set_versions(plan.parameters, self._versions_of(stamp))
         self._copies = {name: self.saft_values[name].detach().clone() for name in adapters}
         self._written = stamp
         return True
@@ -347,13 +280,13 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         if self._written is None:
             return
         plan = self._plan
-        if plan is None or not all(_is_writable(self.base_layer, tensor) for tensor in plan.tensors):
+        if plan is None or not plan.is_writable(self.base_layer):
             raise RuntimeError(
                 "the base weights were replaced while they held a SAFT adapter. Disable or merge the adapter first, "
                 "then shard, offload or replace the weights."
             )
-        _store(plan, [tensor.originals for tensor in plan.tensors])
-        _set_versions([tensor.parameter for tensor in plan.tensors], self._base_versions)
+        plan.store(plan.originals)
+        set_versions(plan.parameters, self._base_versions)
         self._written = None
 
     def _versions_of(self, stamp: Stamp) -> tuple[int, ...]:
@@ -372,9 +305,6 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
 
     # --- plans ---------------------------------------------------------------------------------------------------
 
-    def _parameters_of_base(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.base_layer.named_parameters() if p.is_floating_point()}
-
     def _plan_for(self, adapters: tuple[str, ...]) -> Plan:
         plan = self._plan
         if plan is not None and torch.compiler.is_compiling():
@@ -382,37 +312,11 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         stamp = Stamp.of([self.saft_indices[name] for name in adapters])
         if plan is None or plan.adapters != adapters or not plan.stamp.matches(stamp):
             self._restore()
-            plan = self._plan = self._make_plan(adapters, stamp)
+            plan = self._plan = make_plan(self.base_layer, {name: self.saft_indices[name] for name in adapters}, stamp)
         return plan
 
-    def _make_plan(self, adapters: tuple[str, ...], stamp: Stamp) -> Plan:
-        parameters = self._parameters_of_base()
-        numel = sum(parameter.numel() for parameter in parameters.values())
-        indices = [_validated(self.saft_indices[name], numel) for name in adapters]
-        joined, lookup = (
-            torch.unique(torch.cat(indices), return_inverse=True) if len(indices) > 1 else (indices[0], None)
-        )
-        lookups = () if lookup is None else lookup.split([len(index) for index in indices])
-        tensors, offset = [], 0
-        for name, parameter in parameters.items():
-            edges = torch.tensor([offset, offset + parameter.numel()], device=joined.device)
-            start, stop = torch.searchsorted(joined, edges).tolist()
-            if start < stop:
-                entries = Entries.of(joined[start:stop] - offset, parameter.shape)
-                originals = parameter.detach().flatten()[entries.positions]
-                tensors.append(TensorPlan(name, parameter, entries, slice(start, stop), originals))
-            offset += parameter.numel()
-        return Plan(adapters, tuple(tensors), tuple(lookups), len(joined), stamp)
-
     def _delta(self, plan: Plan) -> Tensor:
-        """The values of the plan's adapters, added up, `(entries,)`."""
-        values = [self.saft_values[name] for name in plan.adapters]
-        if not plan.lookups:
-            return values[0]
-        delta = values[0].new_zeros(plan.size)
-        for lookup, value in zip(plan.lookups, values, strict=True):
-            delta = delta.index_add(0, lookup, value)
-        return delta
+        return plan.delta([self.saft_values[name] for name in plan.adapters])
 
     # --- moving, saving, loading ---------------------------------------------------------------------------------
 
@@ -475,48 +379,3 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     special = isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq)
     return not special and not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _is_writable(base_layer: nn.Module, tensor: TensorPlan) -> bool:
-    """Whether the base still owns the very parameter that was planned for: FSDP and offloading put others there."""
-    parameter = tensor.parameter
-    usable = parameter.is_contiguous() and not parameter.is_inference()
-    return usable and base_layer.get_parameter(tensor.name) is parameter
-
-
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))  # −0 is not +0, NaN is NaN
-
-
-def _with_originals(plan: Plan) -> Plan:
-    fresh = [
-        replace(tensor, originals=tensor.parameter.detach().flatten()[tensor.entries.positions])
-        for tensor in plan.tensors
-    ]
-    return replace(plan, tensors=tuple(fresh))
-
-
-@torch.no_grad()
-def _store(plan: Plan, values: list[Tensor]) -> None:
-    for tensor, value in zip(plan.tensors, values, strict=True):
-        tensor.parameter.view(-1)[tensor.entries.positions] = value
-
-
-def _set_versions(parameters: list[nn.Parameter], versions: tuple[int, ...]) -> None:
-    # Autograd refuses to use a saved weight whose counter has moved. After a round trip the bits are the same again,
-    # so the counter may say so; torch has no public way to tell it.
-    torch._C._autograd._unsafe_set_version_counter(tuple(parameters), versions)
-
-
-def _validated(indices: Tensor, numel: int) -> Tensor:
-    """Indices as int64, once they are known to be safe to use: integers, strictly increasing, in range."""
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise AdapterFileError("indices have a wrong type", got=str(indices.dtype), allowed="int32 or int64")
-    indices = indices.to(torch.int64)
-    if indices[0] < 0 or indices[-1] >= numel:
-        raise AdapterFileError(
-            "an index is outside the module", got=(int(indices[0]), int(indices[-1])), allowed=f"0 to {numel - 1}"
-        )
-    if not (indices.diff() > 0).all():
-        raise AdapterFileError("indices are not strictly increasing", remedy="Save the adapter again.")
-    return indices

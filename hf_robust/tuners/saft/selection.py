@@ -19,6 +19,7 @@ from ...errors import NonFiniteError, SelectionError
 from .config import SAFTConfig
 from .layer import SAFTLayer
 from .model import SAFTModel
+from .plan import floating_parameters
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -268,9 +269,7 @@ def _top(score: Tensor, count: int) -> Tensor:
 
 def _positions_in_unit(layer: SAFTLayer, unit: str, chosen: dict[str, Tensor]) -> Tensor:
     found, offset = [], 0
-    for name, parameter in layer.base_layer.named_parameters():
-        if not parameter.is_floating_point():
-            continue
+    for name, parameter in floating_parameters(layer.base_layer).items():
         if f"{unit}.{name}" in chosen:
             found.append(chosen[f"{unit}.{name}"] + offset)
         offset += parameter.numel()

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import SelectionError
 from .layer import SAFTLayer
+from .plan import floating_parameters
 from .selection import find_tuner, layers_of
 
 
@@ -96,11 +97,10 @@ def _per_parameter(layer: SAFTLayer, adapter_name: str) -> list[tuple[str, int, 
     """For each parameter of a unit: its name, its selected entries, its size."""
     indices = layer.saft_indices[adapter_name] if adapter_name in layer.saft_indices else torch.empty(0)
     found, offset = [], 0
-    for name, parameter in layer.base_layer.named_parameters():
-        if parameter.is_floating_point():
-            end = offset + parameter.numel()
-            found.append((name, int(((indices >= offset) & (indices < end)).sum()), parameter.numel()))
-            offset = end
+    for name, parameter in floating_parameters(layer.base_layer).items():
+        end = offset + parameter.numel()
+        found.append((name, int(((indices >= offset) & (indices < end)).sum()), parameter.numel()))
+        offset = end
     return found
 
 
