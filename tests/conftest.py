@@ -7,6 +7,8 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
 
+from .methods import METHODS, Method
+
 
 @pytest.fixture(autouse=True)
 def deterministic() -> None:
@@ -21,3 +23,8 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
+def method(request: pytest.FixtureRequest) -> Method:
+    return request.param

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -18,8 +19,10 @@ from torch.nn import functional as F
 from hf_robust import SAFTConfig, saft_unselected, select_saft
 from hf_robust.dual_encoder import base_model, image_embeds, logit_bias, logit_scale, text_embeds, tokenize
 
-from .tiny_models import tiny_batch, tiny_model, tiny_processor
+from .tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor
 
+CLIP = "clip"
+all_families = pytest.mark.parametrize("family", FAMILIES)
 PROMPTS = ["a photo of a cat.", "a photo of a dog.", "a photo of an owl."]
 IMAGES = 4
 Batch = dict[str, Tensor]
@@ -151,12 +154,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, family: str = "clip") -> Tensor:
+def outputs(model: nn.Module, family: str = CLIP) -> Tensor:
     assert not model.training
     return logits(model, batch(family))
 
 
-def trained(method: Method, family: str = "clip", dtype: torch.dtype = torch.float32, **settings: object) -> PeftModel:
+def trained(method: Method, family: str = CLIP, dtype: torch.dtype = torch.float32, **settings: object) -> PeftModel:
     model = prepared(method, tiny_model(family).to(dtype), family, **settings).eval()
     before = outputs(model, family)
     train(model, batch(family))

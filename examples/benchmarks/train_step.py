@@ -28,16 +28,19 @@ Step = Callable[[], None]
 
 
 def contrastive_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """CLIP's own loss, the images against the texts of the batch."""
     return model(**batch, return_loss=True).loss
 
 
 def make_batch(size: int) -> dict[str, torch.Tensor]:
+    """Random images and texts."""
     ids = torch.randint(1000, 40_000, (size, 77))
     ids[:, -1] = 49_407  # end of text
     return {"pixel_values": torch.randn(size, 3, 224, 224), "input_ids": ids}
 
 
 def optimizer_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Step:
+    """A training step on the parameters that are trainable."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     model.train()
 
@@ -58,6 +61,7 @@ def floor(base: CLIPModel, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def peft_method(base: CLIPModel, batch: dict[str, torch.Tensor], config: PeftConfig) -> Step:
+    """A training step of one of PEFT's methods."""
     return optimizer_step(get_peft_model(copy.deepcopy(base), config), batch)
 
 
@@ -87,6 +91,7 @@ def gradient_masking(base: CLIPModel, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Step:
+    """A forward in eval mode, without gradients."""
     model.eval()
 
     @torch.no_grad()
@@ -97,6 +102,7 @@ def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def interleaved_medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """The median seconds of each step, all taking turns in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):  # the first round warms up
         for name, step in steps.items():
@@ -108,12 +114,14 @@ def interleaved_medians(steps: dict[str, Step], rounds: int) -> dict[str, float]
 
 
 def report(title: str, medians: dict[str, float], reference: str) -> None:
+    """Prints the seconds of each step, and how many times those of the reference they are."""
     print(f"\n{title:<24} {'seconds':>8} {f'x {reference}':>10}")
     for name, seconds in medians.items():
         print(f"{name:<24} {seconds:>8.3f} {seconds / medians[reference]:>10.3f}")
 
 
 def main() -> None:
+    """Times training steps and forwards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -3,8 +3,8 @@
 
     make demo
 
-Three models classify the same kinds of things: zero-shot, after full fine-tuning, after SAFT. All are trained on colour
-drawings alone. They are tested on unseen colour drawings (in-distribution), on line art and silhouettes (out of
+Three models classify the same kinds of things: zero-shot, after full fine-tuning, after SAFT. All are trained on
+colour drawings alone. They are tested on unseen colour drawings (in-distribution), on line art and silhouettes (out of
 distribution), and on kinds of things that were not in the training set. Learning rates were chosen on the validation
 set, by `--validate`.
 """

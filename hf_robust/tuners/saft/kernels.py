@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Where a faster kernel takes over, as a share of the weight's entries; measured on ViT-B/32's matrices, two CPU cores.
-GATHER_BELOW = 0.0015
+GATHER_BELOW = 0.002
 SAMPLED_BELOW = 0.05
 # Elements of one gathered block: a few tens of megabytes, whatever the batch.
 BLOCK_ELEMENTS = 2**22
@@ -86,8 +86,12 @@ def sampled_weight_gradient(grad_output: Tensor, inputs: Tensor, entries: Entrie
 def _gathered(grad_output: Tensor, inputs: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
     block = max(1, BLOCK_ELEMENTS // max(len(inputs), 1))
     pairs = zip(entries.rows.split(block), entries.columns.split(block), strict=True)
-    products = (grad_output[:, rows].to(dtype).mul_(inputs[:, columns]) for rows, columns in pairs)
+    products = (_columns(grad_output, rows).to(dtype).mul_(_columns(inputs, columns)) for rows, columns in pairs)
     return torch.cat([product.sum(0) for product in products])  # (entries,)
+
+
+def _columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    return matrix.gather(1, columns.expand(len(matrix), -1))  # on a CPU three times as fast as matrix[:, columns]
 
 
 def _has_sampled_product(inputs: Tensor) -> bool:
@@ -131,7 +135,7 @@ class SampledLinear(torch.autograd.Function):
             inputs = inputs.reshape(-1, inputs.shape[-1])  # (tokens, in_features)
             grads.append(sampled_weight_gradient(grad_output, inputs, ctx.entries, ctx.dtype))
         if len(ctx.biases):
-            grads.append(grad_output[:, ctx.biases].sum(0, dtype=ctx.dtype))
+            grads.append(_columns(grad_output, ctx.biases).sum(0, dtype=ctx.dtype))
         return grad_inputs, torch.cat(grads), None, None, None, None
 
 

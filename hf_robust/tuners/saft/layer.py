@@ -55,7 +55,8 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._plan: Plan | None = None
-        self._written: Stamp | None = None  # of the values now in the base; None: the base holds θ₀
+        self._written: Stamp | None = None  # of the values the base shows; None: it shows θ₀
+        self._changed = False  # whether its bits differ from those of θ₀
         self._copies: dict[str, Tensor] = {}
         self._base_versions: tuple[int, ...] = ()
         self._last: tuple[Stamp, tuple[int, ...], tuple[int, ...]] | None = None
@@ -237,7 +238,9 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         """The values that stand in the base, each with the copy taken when they were written."""
         if self._written is None or self._plan is None:
             return []
-        return [(self.saft_values[name].detach(), self._copies[name]) for name in self._plan.adapters]
+        values = {name: self.saft_values[name] for name in self._plan.adapters}
+        known = [name for name, value in values.items() if any(value is tensor for tensor in self._written.tensors)]
+        return [(values[name].detach(), self._copies[name]) for name in known]  # others are written at the forward
 
     def rewrite(self) -> None:
         """Writes the values again though their version counters have not moved."""
@@ -267,17 +270,18 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         plan = self._plan = plan.with_fresh_originals()
         self._base_versions = tuple(parameter._version for parameter in plan.parameters)
         effective = plan.effective(self._delta(plan).detach())
-        if all(map(same_bits, effective, plan.originals)):
-            return True  # as before the first step: θ₀ already is what shall be there
-        plan.store(effective)
-        set_versions(plan.parameters, self._versions_of(stamp))
+        if not all(map(same_bits, effective, plan.originals)):  # before the first step θ₀ is what shall be there
+            plan.store(effective)
+            set_versions(plan.parameters, self._versions_of(stamp))
+            self._changed = True
         self._copies = {name: self.saft_values[name].detach().clone() for name in adapters}
         self._written = stamp
         return True
 
     def _restore(self) -> None:
         """Gives the base its own values back, and its version counters: what autograd saved of θ₀ is valid again."""
-        if self._written is None:
+        self._written = None
+        if not self._changed:
             return
         plan = self._plan
         if plan is None or not plan.is_writable(self.base_layer):
@@ -287,7 +291,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             )
         plan.store(plan.originals)
         set_versions(plan.parameters, self._base_versions)
-        self._written = None
+        self._changed = False
 
     def _versions_of(self, stamp: Stamp) -> tuple[int, ...]:
         """The version numbers of this state: those it had when it was last there, else new ones."""
@@ -344,7 +348,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The unit's tensors; those of the base hold θ₀, unless the adapter is merged."""
         state = super().state_dict(*args, **kwargs)
-        if self._written is not None and self._plan is not None and not self.merged:
+        if self._changed and self._plan is not None and not self.merged:
             for tensor in self._plan.tensors:
                 base = tensor.parameter.detach().clone()
                 base.view(-1)[tensor.entries.positions] = tensor.originals

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RobustTrainer on two ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_models import image_dataset
+from tests.trainers import NAMES, build, entries, same
+
+TWO_RANKS = """
+import sys
+import torch
+from hf_robust.errors import NonFiniteError
+from hf_robust.trainer import RobustTrainer
+from tests.tiny_models import image_dataset
+from tests.trainers import NAMES, build, entries, weights
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+result = {}
+
+def scores(trained):
+    return {name: value for name, value in trained.evaluate().items() if name.endswith(("accuracy", "loss"))}
+
+for method in ("saft", "full"):
+    trained = build(folder, method, train_dataset=image_dataset(13, NAMES))
+    result["zero_shot"] = scores(trained)
+    trained.train()
+    result[method] = {"weights": weights(trained), "entries": entries(trained), "metrics": scores(trained)}
+
+class Broken(RobustTrainer):
+    def loss_terms(self, outputs, inputs):
+        terms = super().loss_terms(outputs, inputs)
+        bad = self.args.process_index == self.args.world_size - 1 and self.state.global_step == 1
+        return {"cross_entropy": terms["cross_entropy"] * (float("nan") if bad else 1.0)}
+
+try:
+    build(folder, cls=Broken).train()
+except NonFiniteError as error:
+    result["error"] = str(error)
+torch.save(result, f"{folder}/rank{trained.args.process_index}.pt")
+trained.accelerator.end_training()
+"""
+
+
+def run_on_two_ranks(script, folder):
+    """Runs a script as `accelerate launch` does, and returns what each rank saved."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    processes = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+        command = [sys.executable, str(script), str(folder)]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS)
+    first, second = run_on_two_ranks(script, tmp_path)
+    for method in ("saft", "full"):
+        assert same(first[method]["weights"], second[method]["weights"])
+        assert same(first[method]["entries"], second[method]["entries"])
+        assert first[method]["metrics"] == second[method]["metrics"]
+    one = build(tmp_path, "saft", train_dataset=image_dataset(13, NAMES))
+    zero_shot = one.evaluate()
+    one.select_entries()
+    assert entries(one) and same(entries(one), first["saft"]["entries"])
+    for name, value in first["zero_shot"].items():  # padding that makes batches even is not counted
+        assert value == pytest.approx(zero_shot[name], rel=1e-6)
+    assert first["error"] == second["error"] and "loss is nan (at step 2, rank 1)" in first["error"]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainers on a handful of tiny pictures, by every kind of fine-tuning."""
+
+from __future__ import annotations
+
+import torch
+from peft import LNTuningConfig, LoraConfig, get_peft_model
+from torch import nn
+
+from hf_robust import SAFTConfig
+from hf_robust.trainer import RobustTrainer
+from hf_robust.training_args import RobustTrainingArguments
+from tests.tiny_models import image_dataset, tiny_model, tiny_processor
+
+NAMES = ["red", "green", "blue"]
+OTHER_NAMES = ["cat", "dog"]
+
+
+def layer_norms(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+
+
+METHODS = {
+    "full": lambda model: model,
+    "saft": lambda model: get_peft_model(model, SAFTConfig(density=0.01)),
+    "lora": lambda model: get_peft_model(model, LoraConfig(target_modules="all-linear")),
+    "ln_tuning": lambda model: get_peft_model(model, LNTuningConfig(target_modules=layer_norms(model))),
+}
+
+
+def build(folder, method="full", family="clip", model=None, **settings):
+    """A trainer on 18 pictures of three classes, with an evaluation set of the same and one of two other classes."""
+    cls, callbacks = settings.pop("cls", RobustTrainer), settings.pop("callbacks", None)
+    datasets = {
+        "train_dataset": settings.pop("train_dataset", image_dataset(18, NAMES)),
+        "eval_dataset": {"id": image_dataset(7, NAMES, seed=50), "new": image_dataset(9, OTHER_NAMES, seed=90)},
+    }
+    datasets["eval_dataset"] = settings.pop("eval_dataset", datasets["eval_dataset"])
+    class_names = settings.pop("class_names", None)
+    defaults = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    args = RobustTrainingArguments(str(folder), **{**defaults, **quiet, **settings})
+    torch.manual_seed(0)  # LoRA's first weights
+    model = METHODS[method](tiny_model(family) if model is None else model)
+    processor = tiny_processor(family)
+    return cls(model, args, **datasets, processing_class=processor, class_names=class_names, callbacks=callbacks)
+
+
+def weights(trainer):
+    """The trained tensors; the weights of a model with SAFT show its values only from the next forward on."""
+    named = trainer.model.named_parameters()
+    return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def entries(trainer):
+    return {name: buffer for name, buffer in trainer.model.named_buffers() if "saft_indices" in name}

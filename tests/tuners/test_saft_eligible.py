@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters may hold entries, and which settings are wrong."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+from hf_robust import SAFTConfig, mask_summary, select_saft
+from hf_robust.errors import ConfigError
+from hf_robust.tuners.saft.eligible import eligible_parameters
+from hf_robust.tuners.saft.selection import _budget, layers_of
+
+from ..tiny_models import FAMILIES, tiny_model
+from .zoo import zoo
+
+
+def eligible(config: SAFTConfig, model: nn.Module) -> set[str]:
+    wrapped = get_peft_model(model, config)
+    return {
+        f"{unit}.{name}"
+        for unit, layer in layers_of(wrapped.base_model).items()
+        for name in layer.saft_eligible["default"]
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_both_towers_and_projections_is_eligible(family: str) -> None:
+    names = {name for name, _ in tiny_model(family).named_parameters()}
+    assert eligible(SAFTConfig(), tiny_model(family)) == names - {"logit_scale", "logit_bias"}
+
+
+def test_vit_b_32_has_the_papers_budget() -> None:
+    """All but `logit_scale`, each tied tensor once: 0.1 % are 151,277 entries."""
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig())
+    units = eligible_parameters(model, SAFTConfig())
+    numel = sum(model.get_parameter(f"{unit}.{name}").numel() for unit, names in units.items() for name in names)
+    assert numel == 151_277_312 and _budget(0.001, numel) == 151_277
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_towers_split_the_model(family: str) -> None:
+    vision, text = (eligible(SAFTConfig(towers=tower), tiny_model(family)) for tower in ("vision", "text"))
+    assert vision and text and not vision & text
+    assert vision | text == eligible(SAFTConfig(), tiny_model(family))
+    assert all(re.search("vis", name) for name in vision) and all(re.search("text", name) for name in text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_input_embeddings_can_be_left_out(family: str) -> None:
+    left_out = eligible(SAFTConfig(), tiny_model(family)) - eligible(
+        SAFTConfig(exclude_input_embeddings=True), tiny_model(family)
+    )
+    kinds = {re.search(r"(patch_embedding|token_embedding|word_embedding)", name).group(1) for name in left_out}
+    assert "patch_embedding" in kinds and kinds & {"token_embedding", "word_embedding"}
+    assert len([name for name in left_out if name.endswith("weight")]) == 2
+
+
+def test_target_and_exclude_modules() -> None:
+    found = eligible(SAFTConfig(target_modules=["twice", "patches"], exclude_modules=["bias"]), zoo())
+    assert found == {"tower.block.twice.weight", "tower.patches.class_embedding", "tower.patches.convolution.weight"}
+    assert eligible(SAFTConfig(target_modules=r".*\.norm"), zoo()) == {
+        "tower.block.norm.weight",
+        "tower.block.norm.bias",
+    }
+    assert not any(n.startswith("tower.head") for n in eligible(SAFTConfig(modules_to_save=["head"]), zoo()))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"density": 0}, r"density.*got 0; allowed a number in \(0, 1\]"),
+        ({"density": 1.1}, r"got 1.1"),
+        ({"density": float("nan")}, "got nan"),
+        ({"density": True}, "got True"),
+        ({"density": "0.1"}, "got '0.1'"),
+        ({"score": "gradient"}, "unknown score: got 'gradient'; allowed signed_mean, abs_mean"),
+        ({"scope": "layer"}, "allowed global, per_tensor"),
+        ({"towers": "image"}, "allowed both, vision, text"),
+        ({"target_modules": []}, "target_modules is empty"),
+    ],
+)
+def test_wrong_settings(settings_: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SAFTConfig(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"target_modules": ["twise"]}, "target_modules matches no module: got 'twise'. Did you mean 'twice'"),
+        ({"target_modules": ["twice", "nope"]}, "got 'nope'"),
+        ({"exclude_modules": ["nope"]}, "exclude_modules matches no module"),
+        ({"target_modules": "("}, "no regular expression.*got '\\('"),
+        ({"target_modules": ["head"], "exclude_modules": ["head"]}, "no parameter is left"),
+        ({"towers": "vision"}, "get_image_features"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_leave_it_untouched(settings_: dict, message: str) -> None:
+    model = zoo()
+    with warnings.catch_warnings(), pytest.raises(ConfigError, match=message):
+        get_peft_model(model, SAFTConfig(**settings_))
+    assert [type(m) for m in model.modules()] == [type(m) for m in zoo().modules()]
+
+
+def test_shared_parameters_and_renormalising_embeddings_are_refused() -> None:
+    tied = zoo()
+    tied.tower.other = nn.Linear(8, 3, bias=False)
+    tied.tower.other.weight = tied.tower.head.weight
+    with pytest.raises(ConfigError, match=r"share one parameter.*tower\.head.*tower\.other"):
+        get_peft_model(tied, SAFTConfig())
+    renormalising = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0))
+    with pytest.raises(ConfigError, match="max_norm=1.0"):
+        get_peft_model(renormalising, SAFTConfig())
+
+
+def test_the_summary_names_kinds_counts_and_shares() -> None:
+    model = get_peft_model(tiny_model("clip"), SAFTConfig(density=0.5, score="magnitude"))
+    select_saft(model)
+    summary = mask_summary(model)
+    eligible_count = sum(p.numel() for n, p in tiny_model("clip").named_parameters() if n != "logit_scale")
+    assert summary.selected == sum(kind.count for kind in summary.kinds) == eligible_count // 2
+    assert summary.parameters == eligible_count + 1
+    assert sum(kind.share_of_entries for kind in summary.kinds) == pytest.approx(1)
+    projection = next(kind for kind in summary.kinds if kind.kind == "visual_projection.weight")
+    weight = tiny_model("clip").visual_projection.weight
+    assert projection.share_of_tensor == pytest.approx(projection.count / weight.numel())
+    queries = [k for k in summary.kinds if k.kind == "vision_model.encoder.layers.*.self_attn.q_proj.weight"]
+    assert len(queries) == 1
+    assert f"{summary.selected:,} of {summary.parameters:,}" in str(summary)
+    assert len(str(summary).splitlines()) == 13 and "other kinds" in str(summary)
