@@ -169,11 +169,12 @@ def test_the_model_is_left_as_it_was() -> None:
     model = get_peft_model(zoo(), SAFTConfig(density=0.1))
     model.train()
     model.base_model.model.tower.head.eval()
-    flags = [(m.training) for m in model.modules()]
+    flags = {name: module.training for name, module in model.named_modules()}
     base = copy.deepcopy({n: p for n, p in model.named_parameters()})
     state = torch.get_rng_state()
     select_saft(model, batches(), lambda m, b: exact_loss(m, b) + torch.rand(()))
-    assert [m.training for m in model.modules()][: len(flags)] and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: model.get_submodule(name).training for name in flags} == flags
     assert not model.base_model.model.tower.head.training and model.base_model.model.tower.training
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
