@@ -3,7 +3,9 @@
 
     python examples/demo/pretrain.py
 
-About half an hour on 2 cores. The same seed, machine and number of threads give the same weights.
+About half an hour of CPU time, repeatable on the same machine with the same number of threads. The tokenizer is the
+model folder's own; `--learn_tokenizer` learns another one, which is not repeatable: BPE training breaks ties between
+equally frequent pairs in no fixed order.
 """
 
 from __future__ import annotations
@@ -203,12 +205,16 @@ def main() -> None:
     parser.add_argument("--warm_up", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learn_tokenizer", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     pictures = data.pretraining()
     rng = random.Random(args.seed)
-    processor = make_processor([caption(picture, rng)[0] for picture in pictures])
+    if args.learn_tokenizer:
+        processor = make_processor([caption(picture, rng)[0] for picture in pictures])
+    else:
+        processor = CLIPProcessor.from_pretrained(data.MODEL)
     model = make_model(processor.tokenizer)
     print(f"{len(pictures)} pictures, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(model, processor, pictures, args)

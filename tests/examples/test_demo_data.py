@@ -134,7 +134,9 @@ class TestModel:
         similarity = batch @ batch.T - torch.eye(len(prompts))
         assert similarity.max() < 0.999
 
-    @pytest.mark.parametrize(("name", "chance"), [("id", 1 / 25), ("ood_silhouette", 1 / 25), ("new", 1 / 9)])
+    @pytest.mark.parametrize(
+        ("name", "chance"), [("id", 1 / 25), ("ood_line", 1 / 25), ("ood_silhouette", 1 / 25), ("new", 1 / 9)]
+    )
     def test_zero_shot_is_well_above_chance(self, model, processor, splits, name, chance):
         kinds = splits[name].features["label"].names
         prompts = processor.tokenizer([f"a drawing of a {k}." for k in kinds], padding=True, return_tensors="pt")
@@ -142,4 +144,4 @@ class TestModel:
         with torch.no_grad():
             predictions = model(**images, **prompts).logits_per_image.argmax(dim=1)
         accuracy = (predictions == torch.tensor(splits[name]["label"])).float().mean()
-        assert accuracy > 2.5 * chance
+        assert accuracy > 4 * chance
