@@ -88,6 +88,10 @@ def saft_unselected(model: nn.Module, adapter_name: str | None = None) -> bool:
     Args:
         model: any module.
         adapter_name: the adapter; by default the active one.
+
+    Example:
+        >>> saft_unselected(get_peft_model(clip, SAFTConfig()))  # doctest: +SKIP
+        True
     """
     tuners = [module for module in model.modules() if isinstance(module, SAFTModel)]
     names = [adapter_name] if adapter_name else (tuners[0].active_adapters if tuners else [])
