@@ -200,6 +200,17 @@ def test_autocast_trains_in_the_low_precision_with_float32_gradients() -> None:
             assert cosine > 0.99, name
 
 
+def test_a_linear_called_with_a_keyword_gets_the_same_gradient() -> None:
+    grads = []
+    for call in (lambda head, x: head(x), lambda head, x: head(input=x)):
+        model = tuned()
+        head = model.base_model.model.tower.head
+        call(head, torch.ones(2, 8, dtype=torch.float64)).square().sum().backward()
+        grads.append(head.saft_values["default"].grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    assert grads[0].abs().sum() > 0
+
+
 def test_hooks_on_a_base_layer_still_run() -> None:
     model = tuned()
     calls = []

@@ -178,9 +178,9 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         delta = self._delta(plan)  # (entries,)
         if not in_place:
             return torch.func.functional_call(self.base_layer, self._replaced(plan, delta), args, kwargs)
-        if _is_plain(self.base_layer, nn.Linear):
+        if not kwargs and _is_plain(self.base_layer, nn.Linear):
             return self._linear(plan, delta, *args)
-        if _is_plain(self.base_layer, nn.Embedding):
+        if not kwargs and _is_plain(self.base_layer, nn.Embedding):
             weight, padding_idx = self.base_layer.weight, self.base_layer.padding_idx
             return SampledEmbedding.apply(delta, *args, weight, padding_idx, plan.tensors[0].entries)
         aliases = {t.name: ResidentAlias.apply(t.parameter, delta[t.part], t.entries.positions) for t in plan.tensors}
