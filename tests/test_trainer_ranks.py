@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +50,10 @@ trained.accelerator.end_training()
 """
 
 
-def run_on_two_ranks(script, folder):
+def run_on_two_ranks(script, folder, port):
     """Runs a script as `accelerate launch` does, and returns what each rank saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     common = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     processes = []
     for rank in ("0", "1"):
         environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
@@ -69,10 +65,10 @@ def run_on_two_ranks(script, folder):
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path):
+def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path, free_port):
     script = tmp_path / "script.py"
     script.write_text(TWO_RANKS)
-    first, second = run_on_two_ranks(script, tmp_path)
+    first, second = run_on_two_ranks(script, tmp_path, free_port)
     for method in ("saft", "full"):
         assert same(first[method]["weights"], second[method]["weights"])
         assert same(first[method]["entries"], second[method]["entries"])

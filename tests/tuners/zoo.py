@@ -87,12 +87,6 @@ def batches(count: int = 3, size: int = 4, dtype: torch.dtype = torch.float64) -
     ]
 
 
-def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch["pixel_values"], batch["ids"]).float(), batch["labels"]).to(
-        batch["pixel_values"].dtype
-    )
-
-
 def exact_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch["pixel_values"], batch["ids"]), batch["labels"])
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from .layer import SAFTLayer
-from .selection import find_tuner, layers_of
-from .summary import mask_summary
+from .selection import find_selected, layers_of
 
 
 def export_shira(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> None:
@@ -36,8 +35,7 @@ def export_shira(model: nn.Module, path: str | Path, adapter_name: str | None = 
         >>> config = SAFTConfig(target_modules=["q_proj", "k_proj", "v_proj"], exclude_modules=["bias"])
         >>> export_shira(model, "adapter-for-everybody")  # doctest: +SKIP
     """
-    tuner, name = find_tuner(model, adapter_name)
-    mask_summary(model, name)  # raises when nothing is selected
+    tuner, name = find_selected(model, adapter_name)
     config = tuner.peft_config[name]
     layers = {unit: layer for unit, layer in layers_of(tuner).items() if name in layer.saft_values}
     _refuse_others(layers, name, config.modules_to_save)

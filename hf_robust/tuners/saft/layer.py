@@ -229,10 +229,8 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     def refresh(self) -> None:
         """Makes the base hold what the active adapters say; done by itself whenever that may have changed."""
         adapters = self._shown()
-        if any(self.saft_values[name].is_meta for name in adapters):
-            return  # still being loaded
-        if not self._write(adapters):
-            self._plan_for(adapters)
+        if not any(self.saft_values[name].is_meta for name in adapters):  # else they are still being loaded
+            self._write(adapters)
 
     def written_values(self) -> list[tuple[Tensor, Tensor]]:
         """The values that stand in the base, each with the copy taken when they were written."""

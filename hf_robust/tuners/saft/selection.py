@@ -112,6 +112,14 @@ def find_tuner(model: nn.Module, adapter_name: str | None) -> tuple[SAFTModel, s
     return tuners[0], adapter_name or tuners[0].active_adapters[0]
 
 
+def find_selected(model: nn.Module, adapter_name: str | None) -> tuple[SAFTModel, str]:
+    """As `find_tuner`, for what needs the adapter's entries."""
+    tuner, name = find_tuner(model, adapter_name)
+    if tuner.peft_config[name].entry_counts is None:
+        raise SelectionError("the adapter has not selected its entries", got=name, remedy="Call select_saft first.")
+    return tuner, name
+
+
 def layers_of(tuner: SAFTModel) -> dict[str, SAFTLayer]:
     """The wrapped units of a tuner's model, by name."""
     return {name: module for name, module in tuner.model.named_modules() if isinstance(module, SAFTLayer)}

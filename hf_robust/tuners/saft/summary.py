@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...errors import SelectionError
 from .layer import SAFTLayer
 from .plan import floating_parameters
-from .selection import find_tuner, layers_of
+from .selection import find_selected, layers_of
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,7 @@ def mask_summary(model: nn.Module, adapter_name: str | None = None) -> MaskSumma
         >>> print(mask_summary(model))  # doctest: +SKIP
         SAFT selected 151,277 of 151,277,313 parameters (0.100%)
     """
-    tuner, name = find_tuner(model, adapter_name)
-    if tuner.peft_config[name].entry_counts is None:
-        raise SelectionError(
-            "the adapter has not selected its entries yet", got=name, remedy="Call select_saft first."
-        )
+    tuner, name = find_selected(model, adapter_name)
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for unit, layer in layers_of(tuner).items():
