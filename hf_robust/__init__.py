@@ -4,6 +4,8 @@
 from .collator import ImageCollator as ImageCollator
 from .trainer import RobustTrainer as RobustTrainer
 from .training_args import RobustTrainingArguments as RobustTrainingArguments
+from .tuners.aclip import ACLIPConfig as ACLIPConfig
+from .tuners.aclip import ACLIPModel as ACLIPModel
 from .tuners.saft import SAFTConfig as SAFTConfig
 from .tuners.saft import SAFTModel as SAFTModel
 from .tuners.saft import export_shira as export_shira

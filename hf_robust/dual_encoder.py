@@ -26,6 +26,7 @@ class Family:
             causal mask, or that are given an attention mask. `"max_length"`: to the tower's full length and without
             an attention mask, for towers that pool at the last position, padding or not, as in pre-training.
         qkv: names of the query, key and value projections of attention in both towers.
+        out_proj: endings of the names of attention's output projections in both towers.
         logit_bias: whether a learned bias is added to every logit.
     """
 
@@ -33,6 +34,7 @@ class Family:
     text: tuple[str, ...]
     padding: Literal["longest", "max_length"]
     qkv: tuple[str, ...]
+    out_proj: tuple[str, ...]
     logit_bias: bool = False
 
 
@@ -41,12 +43,14 @@ _CLIP = Family(
     text=("text_model", "text_projection"),
     padding="longest",
     qkv=("q_proj", "k_proj", "v_proj"),
+    out_proj=("self_attn.out_proj",),
 )
 _SIGLIP = Family(  # both towers end in their own head
     vision=("vision_model",),
     text=("text_model",),
     padding="max_length",
     qkv=("q_proj", "k_proj", "v_proj"),
+    out_proj=("self_attn.out_proj",),  # not that of the pooling head
     logit_bias=True,
 )
 FAMILIES: dict[str, Family] = {
@@ -59,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         text=("text_model", "text_projection"),
         padding="longest",
         qkv=("q_proj", "k_proj", "v_proj", "query", "key", "value"),  # a ViT and a BERT name them differently
+        out_proj=("attention.o_proj", "attention.output.dense", "self_attn.out_proj"),
     ),
 }
 

@@ -18,6 +18,7 @@ class RobustPeftType(str, enum.Enum):
     """
 
     SAFT = "SAFT"
+    ACLIP = "ACLIP"
 
 
 def register(peft_type: RobustPeftType, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:

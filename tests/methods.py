@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_robust import SAFTConfig, saft_unselected, select_saft
+from hf_robust import ACLIPConfig, SAFTConfig, saft_unselected, select_saft
 from hf_robust.dual_encoder import base_model, image_embeds, logit_bias, logit_scale, text_embeds, tokenize
 
 from .tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor
@@ -43,6 +43,7 @@ class Method:
 
 METHODS: list[Method] = [
     Method("SAFT", lambda: SAFTConfig(density=0.02)),
+    Method("A-CLIP", ACLIPConfig),
 ]
 
 

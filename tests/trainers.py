@@ -7,7 +7,7 @@ import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from hf_robust import SAFTConfig
+from hf_robust import ACLIPConfig, SAFTConfig
 from hf_robust.trainer import RobustTrainer
 from hf_robust.training_args import RobustTrainingArguments
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -23,6 +23,7 @@ def layer_norms(model):
 METHODS = {
     "full": lambda model: model,
     "saft": lambda model: get_peft_model(model, SAFTConfig(density=0.01)),
+    "aclip": lambda model: get_peft_model(model, ACLIPConfig()),
     "lora": lambda model: get_peft_model(model, LoraConfig(target_modules="all-linear")),
     "ln_tuning": lambda model: get_peft_model(model, LNTuningConfig(target_modules=layer_norms(model))),
 }

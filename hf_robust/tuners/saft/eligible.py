@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...dual_encoder import input_embeddings, tower_modules
-from ...errors import ConfigError, close_matches
+from ...errors import ConfigError
+from ..matching import matching
 from .config import SAFTConfig
 from .layer import SAFTLayer
 
@@ -36,11 +36,11 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
     names = {
         f"{unit}.{name}" for unit, m in units.items() for name, p in m.named_parameters() if p.is_floating_point()
     }
-    chosen = _matching(config.target_modules, names, "target_modules") if config.target_modules else names
+    chosen = matching(config.target_modules, names, "target_modules") if config.target_modules else names
     if config.exclude_modules:
-        chosen = chosen - _matching(config.exclude_modules, names, "exclude_modules")
+        chosen = chosen - matching(config.exclude_modules, names, "exclude_modules")
     if config.modules_to_save:
-        chosen = chosen - _matching(config.modules_to_save, names, "modules_to_save")
+        chosen = chosen - matching(config.modules_to_save, names, "modules_to_save")
     if config.towers != "both":
         prefixes = tower_modules(model, config.towers)
         chosen = {name for name in chosen if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
@@ -87,27 +87,3 @@ def _refuse_tied(units: dict[str, nn.Module]) -> None:
 def _parameter(units: dict[str, nn.Module], name: str) -> nn.Parameter:
     unit = next(unit for unit in units if name.startswith(f"{unit}."))
     return units[unit].get_parameter(name.removeprefix(f"{unit}."))
-
-
-def _matching(patterns: list[str] | str, names: set[str], argument: str) -> set[str]:
-    """The parameters whose own name, or that of a module around them, matches a regex or one of some endings."""
-    paths = {name: [".".join(name.split(".")[: i + 1]) for i in range(name.count(".") + 1)] for name in names}
-    if isinstance(patterns, str):
-        try:
-            regex = re.compile(patterns)
-        except re.error as error:
-            raise ConfigError(f"{argument} is no regular expression: {error}", got=patterns) from error
-        found = {name for name in names if any(regex.fullmatch(path) for path in paths[name])}
-        wanted = {patterns: found}
-    else:
-        wanted = {
-            pattern: {n for n in names if any(p == pattern or p.endswith(f".{pattern}") for p in paths[n])}
-            for pattern in patterns
-        }
-    for pattern, found in wanted.items():
-        if not found:
-            known = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-            raise ConfigError(
-                f"{argument} matches no module", got=pattern, remedy=close_matches(pattern.split(".")[-1], known)
-            )
-    return set().union(*wanted.values())

@@ -6,16 +6,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..base import RobustTuner
 from .config import SAFTConfig
 from .eligible import eligible_parameters
 from .layer import SAFTLayer
 
 
-class SAFTModel(BaseTuner):
+class SAFTModel(RobustTuner):
     """The tuner behind [`SAFTConfig`].
 
     SAFT: Sparse Adaptation for Fine-Tuning (Nguyen et al., ECCV 2024, https://huggingface.co/papers/2407.03036).
@@ -35,39 +35,35 @@ class SAFTModel(BaseTuner):
 
     prefix: str = "saft_"
     tuner_layer_cls = SAFTLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._hooks: list[RemovableHandle] = []
         super().__init__(*args, **kwargs)
 
+    def find_targets(self, model: nn.Module, config: SAFTConfig) -> dict[str, tuple[str, ...]]:
+        """Returns the units an adapter may use, or, once it is selected, those that hold its entries.
+
+        Args:
+            model: the model without its PEFT wrapper.
+            config: the settings of the adapter to add.
+        """
+        return (
+            eligible_parameters(model, config)
+            if config.entry_counts is None
+            else dict.fromkeys(config.entry_counts, ())
+        )
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Wraps the units an adapter may use, or, once it is selected, those that hold its entries.
+        """Wraps the units of an adapter.
 
         Args:
             model: the model without its PEFT wrapper.
             adapter_name: the adapter to add.
         """
-        config = self.peft_config[adapter_name]
-        if config.entry_counts is None:
-            self._units = eligible_parameters(model, config)
-        else:
-            self._units = dict.fromkeys(config.entry_counts, ())
-        patterns = config.target_modules, config.exclude_modules
-        config.target_modules = config.exclude_modules = None  # PEFT would shorten the first and miss the second
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            config.target_modules, config.exclude_modules = patterns
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         for child in model.children():  # the towers: a user may call one of them, or get_image_features
             if _see_data_edits not in child._forward_pre_hooks.values():
                 self._hooks.append(child.register_forward_pre_hook(_see_data_edits))
-
-    def _prepare_adapter_config(self, peft_config: SAFTConfig, model_config: dict) -> SAFTConfig:
-        return peft_config
-
-    def _check_target_module_exists(self, peft_config: SAFTConfig, key: str) -> bool:
-        return key in self._units
 
     def _create_and_replace(
         self,
@@ -80,7 +76,7 @@ class SAFTModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, SAFTLayer) else SAFTLayer(target)
         count = (peft_config.entry_counts or {}).get(current_key, 0)
-        layer.update_layer(adapter_name, peft_config, count, self._units[current_key])
+        layer.update_layer(adapter_name, peft_config, count, self._targets[current_key])
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -91,35 +87,8 @@ class SAFTModel(BaseTuner):
                 if submodule is child and module is not new_module:
                     module._modules[name] = new_module
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters into the base; a refused safe merge has merged nothing.
-
-        Args:
-            adapter_names: which ones; by default the active ones.
-            safe_merge: refuse when a merged value is not finite.
-
-        Raises:
-            NonFiniteError: `safe_merge`, and a value is NaN or infinite.
-        """
-        if safe_merge:
-            self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names)
-
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for layer in self.model.modules():
-            if isinstance(layer, SAFTLayer):
-                layer.check_finite(layer.merged_adapters + (adapter_names or layer.active_adapters))
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         return model

@@ -95,7 +95,7 @@ def saft_unselected(model: nn.Module, adapter_name: str | None = None) -> bool:
     """
     tuners = [module for module in model.modules() if isinstance(module, SAFTModel)]
     names = [adapter_name] if adapter_name else (tuners[0].active_adapters if tuners else [])
-    return any(tuners[0].peft_config[name].entry_counts is None for name in names)
+    return any(tuner.peft_config[name].entry_counts is None for tuner in tuners for name in names)
 
 
 def scores_single_images(model: nn.Module) -> bool:
