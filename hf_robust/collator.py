@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, ProcessorMixin
 
 from .errors import DataError
 
+REFERENCE_EMBEDS = "reference_embeds"  # the column of cached embeddings, see `hf_robust.reference_cache`
 MAX_PIXELS = 50_000_000
 MAX_ASPECT_RATIO = 20
 
@@ -26,7 +29,8 @@ class ImageCollator:
     """Turns a list of `{"image", "label"}` rows into the tensors a `ZeroShotClassifier` takes.
 
     An image is a `PIL.Image.Image`, the path of a file, or the `{"bytes": ..., "path": ...}` dictionary of
-    `datasets.Image(decode=False)`. See `load_rgb` for how it is opened. Other columns are ignored.
+    `datasets.Image(decode=False)`. See `load_rgb` for how it is opened. The column `reference_embeds`,
+    where the trainer has cached the pre-trained model's embeddings, becomes a tensor; other columns are ignored.
 
     Args:
         processor: the model's processor, or its image processor alone.
@@ -48,8 +52,9 @@ class ImageCollator:
             rows: rows of a dataset.
 
         Returns:
-            `pixel_values` `(batch, channels, height, width)`, `labels` `(batch,)` unless no row has one, and what else
-            the image processor returns (`pixel_attention_mask` and `spatial_shapes` of SigLIP 2).
+            `pixel_values` `(batch, channels, height, width)`, `labels` `(batch,)` unless no row has one,
+            `reference_embeds` `(batch, dim)` where the rows have them, and what else the image processor returns
+            (`pixel_attention_mask` and `spatial_shapes` of SigLIP 2).
 
         Raises:
             DataError: a row has no image, its image cannot be used, or its label is no integer from 0.
@@ -58,7 +63,42 @@ class ImageCollator:
         batch = dict(self.image_processor(images=images, return_tensors="pt"))
         if any("label" in row for row in rows):
             batch["labels"] = torch.tensor([_label(row) for row in rows])  # (batch,)
+        if any(REFERENCE_EMBEDS in row for row in rows):
+            embeds = [_column(row, REFERENCE_EMBEDS) for row in rows]
+            batch[REFERENCE_EMBEDS] = torch.tensor(embeds, dtype=torch.float32)  # (batch, dim)
         return batch
+
+
+def batches_in_order(
+    dataset: Any,
+    collator: Callable[[list[Any]], dict[str, Tensor]],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    title: str | None,
+) -> Iterator[dict[str, Tensor]]:
+    """Yields every row of a dataset once, in order.
+
+    Args:
+        dataset: rows for the collator.
+        collator: makes a batch of rows.
+        batch_size: rows in a batch; the last may have fewer.
+        workers: processes that open images.
+        device: where the tensors go.
+        title: of the progress bar; None for no bar.
+
+    Yields:
+        Batches, their tensors on the device.
+
+    Example:
+        >>> device = torch.device("cpu")
+        >>> [len(batch["labels"]) for batch in batches_in_order(photos, ImageCollator(processor), 4, 0, device, None)]
+        [4, 4, 1]
+    """
+    generator = torch.Generator()  # a loader without one draws from the global one
+    loader: Any = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collator, generator=generator)
+    for batch in tqdm(loader, desc=title, disable=title is None):
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def load_rgb(image: Image.Image | str | Path | Mapping[str, Any]) -> Image.Image:

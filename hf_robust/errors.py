@@ -68,6 +68,14 @@ class AdapterFileError(HfRobustError, ValueError):
     """A saved adapter does not fit the model, or its content is invalid."""
 
 
+class MergeError(HfRobustError, ValueError):
+    """Two models, checkpoints or an adapter and its base cannot be merged; nothing has been changed or written."""
+
+
+class UnsafeFileError(HfRobustError, ValueError):
+    """A file could run code when loaded, or names a file outside its folder."""
+
+
 def close_matches(name: str, known: list[str]) -> str:
     """Names the entries of `known` that resemble `name`, for the remedy of an error message.
 

@@ -4,27 +4,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset, Subset
 from transformers import EvalPrediction, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from .accuracy import accuracy_and_loss
 from .checkpoint import load_encoder, load_head, save_encoder, save_head
-from .collator import ImageCollator, check_dataset, feature_class_names
+from .collator import REFERENCE_EMBEDS, ImageCollator, batches_in_order, check_dataset, feature_class_names
 from .errors import ConfigError, NonFiniteError
+from .losses.log import LossLog
+from .reference import Reference
+from .reference_cache import with_reference_embeds
 from .training_args import RobustTrainingArguments
 from .tuners.saft import mask_summary, saft_unselected, select_saft
 from .tuners.saft.selection import scores_single_images
+from .wise_ft.adapters import zero_shot_copy
+from .wise_ft.sweep import AlphaSweep, alpha_sweep
 from .zero_shot import ZeroShotClassifier
 
 TRAINING_ARGS = "training_args.json"
+TENTHS = tuple(step / 10 for step in range(11))
+SPEEDS = ("_runtime", "_per_second", "epoch", "_preparation_time")  # what Trainer adds to the metrics
 Metrics = dict[str, float]
 
 
@@ -34,7 +41,10 @@ class RobustTrainer(Trainer):
     Datasets have the columns `image` and `label`. An evaluation set whose `label` feature has other class names than
     the training set is classified among its own, by a zero-shot head from the current text tower. Every evaluation
     set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction and nats). A SAFT adapter without entries gets
-    them, from the training set, when training starts. Every term of the loss is logged as `loss_<term>`.
+    them, from the training set, when training starts. With a `similarity_weight` the embeddings are held near those of
+    the pre-trained model: the one given here, without its adapters. Every term of the loss is logged as `loss_<term>`.
+
+    Of a model that is trained whole it keeps the zero-shot weights in CPU memory, for WiSE-FT.
 
     A checkpoint is the adapter's folder (without adapter, the whole model's) with the processor, the class names and
     the classifier's own weights beside it.
@@ -117,9 +127,21 @@ class RobustTrainer(Trainer):
             raise ConfigError("one process cannot train on several GPUs", got=args.n_gpu, allowed="1", remedy=remedy)
         self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
         self.can_return_loss = True
-        self._loss_terms: dict[str, Tensor] = {}  # sums over the steps since the last log
-        self._loss_steps = 0.0
+        self.loss_log = LossLog()
         self._check_datasets()
+        self.zero_shot = zero_shot_copy(self.model)
+        self.reference = self._make_reference() if args.similarity_weight > 0 else None
+
+    def _make_reference(self) -> Reference:
+        """Keeps of θ₀ what training will need, before a checkpoint to resume from replaces its weights."""
+        args, cached = self.args, self.args.cache_reference_embeddings
+        with self.accelerator.autocast():  # as in training
+            reference = Reference.of(self.model, args.similarity_loss(), cached)
+            if cached and self.train_dataset is not None:
+                how = self.data_collator, args.eval_batch_size, args.dataloader_num_workers, self._is_silent()
+                with args.main_process_first(desc="embedding the training set"):
+                    self.train_dataset = with_reference_embeds(self.train_dataset, self.model.model, *how)
+        return reference
 
     def _check_datasets(self) -> None:
         if self.train_dataset is not None:
@@ -174,17 +196,15 @@ class RobustTrainer(Trainer):
 
     def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of the training set, in order and without the copies that even batches need."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        loader = DataLoader(
-            Subset(self.train_dataset, range(rank, len(self.train_dataset), ranks)),
-            batch_size=1 if scores_single_images(self.model) else self.args.selection_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-        device = next(self.model.parameters()).device
-        silent = self.args.disable_tqdm or not self.is_local_process_zero()
-        for batch in tqdm(loader, desc="Selecting entries", disable=silent):
-            yield {name: tensor.to(device) for name, tensor in batch.items()}
+        share = range(self.accelerator.process_index, len(self.train_dataset), self.accelerator.num_processes)
+        size = 1 if scores_single_images(self.model) else self.args.selection_batch_size
+        how = size, self.args.dataloader_num_workers, next(self.model.parameters()).device
+        title = None if self._is_silent() else "Selecting entries"
+        for batch in batches_in_order(Subset(self.train_dataset, share), self.data_collator, *how, title):
+            yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
+
+    def _is_silent(self) -> bool:
+        return self.args.disable_tqdm or not self.is_local_process_zero()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -208,13 +228,13 @@ class RobustTrainer(Trainer):
             return_outputs: also return the classifier's output.
             num_items_in_batch: images of all micro-batches of this optimizer step; None in evaluation.
         """
-        outputs = model(**inputs)
+        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != REFERENCE_EMBEDS})
         terms = self.loss_terms(outputs, inputs)
         loss = torch.stack(list(terms.values())).sum()
         if num_items_in_batch is not None:
             # the Trainer divides by the number of micro-batches, which is right where they are equally large
             loss = len(inputs["pixel_values"]) * self.current_gradient_accumulation_steps / num_items_in_batch * loss
-            self._remember_terms(terms, share=len(inputs["pixel_values"]) / num_items_in_batch)
+            self.loss_log.add(terms, share=len(inputs["pixel_values"]) / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def loss_terms(self, outputs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,14 +242,13 @@ class RobustTrainer(Trainer):
 
         Args:
             outputs: what the classifier returned.
-            inputs: what it was given.
+            inputs: what the data collator returned.
         """
-        return {"cross_entropy": outputs.loss}
-
-    def _remember_terms(self, terms: dict[str, Tensor], share: float) -> None:
-        for name, term in terms.items():
-            self._loss_terms[name] = self._loss_terms.get(name, 0.0) + share * term.detach()
-        self._loss_steps += share
+        terms = {"cross_entropy": outputs.loss}
+        if self.reference is not None and self.model.training:
+            with self.accelerator.autocast():
+                terms |= self.reference.terms(outputs, inputs, self.state.global_step / self.state.max_steps)
+        return terms
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -255,10 +274,8 @@ class RobustTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; beside the training loss also the mean of each of its terms over steps and ranks."""
         if "loss" in logs:
-            for name, total in self._loss_terms.items():
-                mean = self.accelerator.gather((total / self._loss_steps).reshape(1)).mean()
-                logs[f"loss_{name}"] = mean.item()
-            self._loss_terms, self._loss_steps = {}, 0.0
+            means = self.loss_log.pop_means()
+            logs |= {f"loss_{name}": self.accelerator.gather(mean.reshape(1)).mean().item() for name, mean in means}
         super().log(logs, start_time)
 
     # --- evaluation ---
@@ -293,6 +310,42 @@ class RobustTrainer(Trainer):
             raise NonFiniteError("logits are not finite", where=metric_key_prefix)
         return metrics
 
+    def wise_ft_sweep(
+        self,
+        validation_dataset: Dataset | None = None,
+        alphas: Sequence[float] = TENTHS,
+        metric: str = "accuracy",
+        greater_is_better: bool = True,
+    ) -> AlphaSweep:
+        """Evaluates the trained model at θ₀ + α Δ, and leaves it at the α that is best on validation data.
+
+        Args:
+            validation_dataset: what α is chosen on; by default the evaluation set named `validation`. The other
+                evaluation sets are evaluated beside it and have no say.
+            alphas: the α to evaluate, fractions in [0, 1].
+            metric: what to choose by, `"accuracy"` or what `compute_metrics` returns.
+            greater_is_better: False where that is a loss.
+
+        Returns:
+            For every α the metrics `<set>_accuracy`, `<set>_loss`, …, and the chosen α. `wise_ft(trainer.model, alpha,
+            trainer.zero_shot)` sets another.
+
+        Raises:
+            ConfigError: there is no validation set, or what `alpha_sweep` raises.
+        """
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        if validation_dataset is not None:
+            sets = {"validation": validation_dataset, **{n: d for n, d in sets.items() if n != "validation"}}
+        if "validation" not in sets:
+            raise ConfigError("alpha is chosen on validation data", where="validation_dataset", got=sorted(sets))
+
+        def evaluate(model: nn.Module) -> Metrics:
+            found = self.evaluate(sets)
+            return {key.removeprefix("eval_"): found[key] for key in found if not key.endswith(SPEEDS)}
+
+        return alpha_sweep(self.model, alphas, evaluate, f"validation_{metric}", self.zero_shot, greater_is_better)
+
     def _head_for(self, dataset: Dataset, where: str) -> AbstractContextManager:
         names = self._class_names(dataset)
         check_dataset(dataset, len(names or self.model.class_names), where)
@@ -306,7 +359,7 @@ class RobustTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns loss, logits and labels of a batch."""
-        ignore_keys = ["image_embeds"] if ignore_keys is None else ignore_keys
+        ignore_keys = ["image_embeds", "class_embeds"] if ignore_keys is None else ignore_keys
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # --- checkpoints ---
@@ -331,18 +384,3 @@ class RobustTrainer(Trainer):
         if self.is_fsdp_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-def accuracy_and_loss(prediction: EvalPrediction) -> Metrics:
-    """Returns accuracy and mean cross-entropy over all images, the same for every batch size and number of ranks.
-
-    Args:
-        prediction: logits `(images, classes)` and labels `(images,)`.
-
-    Example:
-        >>> accuracy_and_loss(EvalPrediction(np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([0, 0])))["accuracy"]
-        0.5
-    """
-    logits, labels = torch.from_numpy(prediction.predictions).double(), torch.from_numpy(prediction.label_ids)
-    loss = nn.functional.cross_entropy(logits, labels)
-    return {"accuracy": (logits.argmax(dim=1) == labels).double().mean().item(), "loss": loss.item()}

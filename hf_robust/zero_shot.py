@@ -41,11 +41,13 @@ class ZeroShotClassifierOutput(ModelOutput):
         loss: 0-dim, mean cross-entropy over the batch; None without labels.
         logits: `(batch, classes)`.
         image_embeds: `(batch, dim)`, L2-normalised.
+        class_embeds: `(classes, dim)`, L2-normalised; under `head="trainable"` the directions of its rows.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     image_embeds: Tensor | None = None
+    class_embeds: Tensor | None = None
 
 
 class ZeroShotClassifier(nn.Module):
@@ -128,12 +130,13 @@ class ZeroShotClassifier(nn.Module):
             spatial_shapes: `(batch, 2)`, SigLIP 2 only.
 
         Returns:
-            Logits and image embeddings in float32 or better, and the loss where there are labels.
+            Logits and embeddings in float32 or better, and the loss where there are labels.
         """
         embeds = image_embeds(self.model, pixel_values, pixel_attention_mask, spatial_shapes)  # (batch, dim)
-        logits = self._logits(embeds)  # (batch, classes)
+        class_embeds = self._class_embeds()  # (classes, dim)
+        logits = self._logits(embeds, class_embeds)  # (batch, classes)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds)
+        return ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
 
     @contextmanager
     def classes(self, class_names: Sequence[str]) -> Iterator[None]:
@@ -163,6 +166,10 @@ class ZeroShotClassifier(nn.Module):
         self._kept = None
         return super().train(mode)
 
+    def encode_prompts(self) -> Tensor:
+        """Returns the class embeddings that the text tower gives now, `(classes, dim)`, L2-normalised."""
+        return _mean_over_templates(self._embed_prompts(slice(None)), len(self.templates))
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recomputes activations in the backward; called by the `Trainer` of older transformers.
 
@@ -186,8 +193,8 @@ class ZeroShotClassifier(nn.Module):
         )
 
     def _build_head(self) -> None:
-        with torch.no_grad(), _evaluating(self.model):
-            embeds = self._encode_prompts()  # (classes, dim)
+        with torch.no_grad(), evaluating(self.model):
+            embeds = self.encode_prompts()  # (classes, dim)
             if self.head == "frozen":
                 self.register_buffer("class_embeds", embeds, persistent=False)
                 return
@@ -206,31 +213,33 @@ class ZeroShotClassifier(nn.Module):
             for name in tower_modules(self.model, "text"):
                 base.get_submodule(name).requires_grad_(False)
 
-    def _logits(self, embeds: Tensor) -> Tensor:
-        weight, bias = self._weight_and_bias()  # (classes, dim), (classes,) or 0-dim
+    def _logits(self, embeds: Tensor, class_embeds: Tensor) -> Tensor:
+        weight, bias = self._weight_and_bias(class_embeds)  # (classes, dim), (classes,) or 0-dim
         with torch.autocast(embeds.device.type, enabled=False):  # logits differ by less than bfloat16 resolves
             logits = embeds @ weight.T
         return logits if bias is None else logits + bias
 
-    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+    def _weight_and_bias(self, class_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.head == "trainable" and self._other_embeds is None:
             return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
-        return logit_scale(self.model) * self._class_embeds(), logit_bias(self.model)
+        return logit_scale(self.model) * class_embeds, logit_bias(self.model)
 
     def _class_embeds(self) -> Tensor:
         if self._other_embeds is not None:
             return self._other_embeds
         if self.head == "frozen":
             return at_least_float32(self.class_embeds)
+        if self.head == "trainable":
+            return F.normalize(at_least_float32(self.class_head.weight), dim=-1)
         if self.training or torch.is_grad_enabled():
-            return self._encode_prompts()
+            return self.encode_prompts()
         return self._kept_live_embeds()
 
     def _kept_live_embeds(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             versions, probe = self._text_state()
             if self._kept is None or self._kept[0] != versions or not self._kept[1].equal(probe):
-                self._kept = (versions, probe, self._encode_prompts())
+                self._kept = (versions, probe, self.encode_prompts())
         return self._kept[2]
 
     def _text_state(self) -> tuple[list[int], Tensor]:
@@ -238,9 +247,6 @@ class ZeroShotClassifier(nn.Module):
         towers = [base_model(self.model).get_submodule(name) for name in tower_modules(self.model, "text")]
         versions = [parameter._version for tower in towers for parameter in tower.parameters()]
         return versions, self._embed_prompts(slice(1))
-
-    def _encode_prompts(self) -> Tensor:
-        return _mean_over_templates(self._embed_prompts(slice(None)), len(self.templates))
 
     def _embed_prompts(self, rows: slice) -> Tensor:
         mask = self.prompt_attention_mask
@@ -272,7 +278,7 @@ def class_embeddings(
     """
     templates = check_templates(templates)
     prompts = _prompt_tokens(model, processor, check_class_names(class_names), templates)
-    with _evaluating(model):
+    with evaluating(model):
         embeds = _embed(model, prompts["input_ids"], prompts.get("attention_mask"))
     return _mean_over_templates(embeds, len(templates))
 
@@ -298,8 +304,12 @@ def _mean_over_templates(embeds: Tensor, n_templates: int) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has its own mode back, which `train()` would not give."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has its own mode back, which `train()` would not give.
+
+    Args:
+        model: any module.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +36,17 @@ for method in ("saft", "full"):
     trained.train()
     result[method] = {"weights": weights(trained), "entries": entries(trained), "metrics": scores(trained)}
 
+SIMILARITY = {"similarity_weight": 2.0, "max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
+for name, method, settings in (
+    ("similar saft", "saft", {"similarity_towers": "both"}),
+    ("similar full", "full", {"similarity_towers": "both"}),
+    ("cached full", "full", {"cache_reference_embeddings": True}),
+):
+    trained = build(folder, method, train_dataset=image_dataset(13, NAMES), **SIMILARITY, **settings)
+    trained.train()
+    logs = [entry for entry in trained.state.log_history if "loss" in entry]
+    result[name] = {"weights": weights(trained), "logs": logs}
+
 class Broken(RobustTrainer):
     def loss_terms(self, outputs, inputs):
         terms = super().loss_terms(outputs, inputs)
@@ -53,6 +65,7 @@ trained.accelerator.end_training()
 def run_on_two_ranks(script, folder, port):
     """Runs a script as `accelerate launch` does, and returns what each rank saved."""
     common = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    common |= {"HF_DATASETS_CACHE": str(folder / "datasets")}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     processes = []
     for rank in ("0", "1"):
@@ -73,6 +86,13 @@ def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path, free_port):
         assert same(first[method]["weights"], second[method]["weights"])
         assert same(first[method]["entries"], second[method]["entries"])
         assert first[method]["metrics"] == second[method]["metrics"]
+    for name in ("similar saft", "similar full", "cached full"):
+        assert same(first[name]["weights"], second[name]["weights"])
+        terms = [{key: value for key, value in entry.items() if "_" in key} for entry in first[name]["logs"]]
+        assert terms == [{key: entry[key] for key in terms[0]} for entry in second[name]["logs"]]
+        assert terms[-1]["loss_similarity_vision"] > 0 == round(terms[0]["loss_similarity_vision"], 6)
+        assert all(math.isfinite(value) for entry in terms for value in entry.values())
+    assert len(list((tmp_path / "datasets" / "hf_robust").iterdir())) == 1
     one = build(tmp_path, "saft", train_dataset=image_dataset(13, NAMES))
     zero_shot = one.evaluate()
     one.select_entries()

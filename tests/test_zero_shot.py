@@ -89,9 +89,18 @@ def test_similarities_are_float32(case, head):
     if case == "bfloat16 classifier":
         classifier = classifier.bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        output, (weight, _) = classifier(**tiny_batch("clip", 3)), classifier._weight_and_bias()
-    assert output.logits.dtype == output.image_embeds.dtype == torch.float32
+        output = classifier(**tiny_batch("clip", 3))
+        weight, _ = classifier._weight_and_bias(output.class_embeds)
+    assert {output.logits.dtype, output.image_embeds.dtype, output.class_embeds.dtype} == {torch.float32}
     torch.testing.assert_close(output.logits, output.image_embeds @ weight.T, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_output_has_the_class_embeddings(head):
+    expected = class_embeddings(tiny_model("clip"), tiny_processor("clip"), NAMES)
+    classifier = build(head=head).train()
+    torch.testing.assert_close(classifier(**tiny_batch("clip", 2)).class_embeds, expected, atol=1e-6, rtol=0)
+    assert classifier(**tiny_batch("clip", 2)).class_embeds.requires_grad == (head != "frozen")
 
 
 # --- other classes ---

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the similarity loss adds to a training step, with cached reference embeddings and without.
+
+    python examples/benchmarks/similarity.py --rounds 15
+
+A randomly initialised CLIP of ViT-B/32's shapes, images against ten class prompts, float32, the image tower held. The
+steps of one method share its model and optimizer and take turns in every round, so that whatever else the machine does
+meets them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from train_step import Step, interleaved_medians, report, saft_model
+from transformers import CLIPConfig, CLIPModel
+
+from hf_robust.collator import REFERENCE_EMBEDS
+from hf_robust.dual_encoder import image_embeds, logit_scale, text_embeds
+from hf_robust.losses import SimilarityLoss
+from hf_robust.reference import Reference, pretrained_image_embeds, pretrained_vision
+from hf_robust.zero_shot import ZeroShotClassifierOutput
+
+CLASSES, TOKENS = 10, 8  # "a photo of a cat."
+
+
+def make_batch(size: int) -> dict[str, torch.Tensor]:
+    """Random images and labels."""
+    return {"pixel_values": torch.randn(size, 3, 224, 224), "labels": torch.randint(CLASSES, (size,))}
+
+
+def make_prompts() -> torch.Tensor:
+    """Random class prompts, `(classes, tokens)`."""
+    ids = torch.randint(1000, 40_000, (CLASSES, TOKENS))
+    ids[:, -1] = 49_407  # end of text
+    return ids
+
+
+def classify(model: nn.Module, batch: dict[str, torch.Tensor], prompts: torch.Tensor) -> ZeroShotClassifierOutput:
+    """What `ZeroShotClassifier` does with a live head; it would need a tokenizer."""
+    images, classes = image_embeds(model, batch["pixel_values"]), text_embeds(model, prompts)
+    loss = F.cross_entropy(logit_scale(model) * images @ classes.T, batch["labels"])
+    return ZeroShotClassifierOutput(loss=loss, image_embeds=images, class_embeds=classes)
+
+
+def training_steps(model: nn.Module, batch: dict[str, torch.Tensor], prompts: torch.Tensor) -> dict[str, Step]:
+    """A training step without the loss, with the cache, and with θ₀'s forward in every step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    vision, similarity = pretrained_vision(model), SimilarityLoss()
+    cached = {**batch, REFERENCE_EMBEDS: pretrained_image_embeds(vision, batch)}
+    model.train()
+
+    def step(reference: Reference | None, inputs: dict[str, torch.Tensor]) -> None:
+        optimizer.zero_grad()
+        outputs = classify(model, inputs, prompts)
+        terms = {} if reference is None else reference.terms(outputs, inputs, progress=0.5)
+        torch.stack([outputs.loss, *terms.values()]).sum().backward()
+        optimizer.step()
+
+    return {
+        "without": lambda: step(None, batch),
+        "with the cache": lambda: step(Reference(similarity, None, None), cached),
+        "without cache": lambda: step(Reference(similarity, vision, None), batch),
+    }
+
+
+def main() -> None:
+    """Times the steps of full fine-tuning and of SAFT."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    base = CLIPModel(CLIPConfig())  # its defaults are ViT-B/32
+    batch, prompts = make_batch(arguments.batch_size), make_prompts()
+    for title, model in {"full fine-tuning": copy.deepcopy(base), "SAFT 0.1 %": saft_model(base)}.items():
+        medians = interleaved_medians(training_steps(model, batch, prompts), arguments.rounds)
+        report(title, medians, "without")
+
+
+if __name__ == "__main__":
+    main()

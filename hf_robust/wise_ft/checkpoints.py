@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WiSE-FT of two checkpoints on disk, in little memory and in one step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from ..errors import ConfigError, MergeError, NonFiniteError
+from .arithmetic import check_alpha, interpolate_, is_finite
+from .files import (
+    COMPANION_FILES,
+    Checkpoint,
+    Stamp,
+    StoredTensor,
+    read_checkpoint,
+    read_header,
+    read_json,
+    some,
+    stamp,
+)
+from .publish import check_output, publish_folder
+
+SLICE = 2**15  # values at once: more of them torch would share among threads, which here costs more than it gains
+SIDES = ("zero-shot", "fine-tuned", "Fisher of zero-shot", "Fisher of fine-tuned")
+PREFIXES = ("module.", "model.", "_orig_mod.", "base_model.model.")  # of models saved inside a wrapper
+Files = Mapping[Path, BufferedReader]
+
+
+def interpolate_checkpoints(
+    zero_shot_dir: str | Path,
+    fine_tuned_dir: str | Path,
+    out_dir: str | Path,
+    alpha: float,
+    *,
+    overwrite: bool = False,
+    fishers: tuple[str | Path, str | Path] | None = None,
+) -> None:
+    """Writes the model on the way from one checkpoint to another: (1 - α) θ₀ + α θ₁.
+
+    The output has the files of the fine-tuned checkpoint: the weights in the same shards, configuration, processor,
+    and a trainable head, which is interpolated too. For α = 0 and α = 1 the weights are copies of that side's files.
+    Integers and booleans are the fine-tuned ones. Values are read in slices, so that models larger than memory can be
+    merged. Whatever happens, the output folder is what it was or complete.
+
+    WiSE-FT (Wortsman et al., CVPR 2022, https://huggingface.co/papers/2109.01903).
+
+    Args:
+        zero_shot_dir: θ₀, a folder in transformers' format with safetensors weights, in one file or in shards.
+        fine_tuned_dir: θ₁, likewise; names, shapes and dtypes of the tensors must be the same. `position_ids`, which
+            older transformers saved and newer ones compute, may be in one of them alone.
+        out_dir: a folder that is empty or does not exist.
+        alpha: the share of the way, a fraction in [0, 1].
+        overwrite: whether `out_dir`, as a whole, may be replaced; on Linux only.
+        fishers: safetensors files with the diagonal Fisher information of both, as `diagonal_fisher` gives it, to
+            weight the mean by. Tensors that they lack are interpolated without.
+
+    Raises:
+        ConfigError: alpha is no fraction.
+        MergeError: the folders do not fit each other, are damaged, quantised or adapters, or changed during the
+            merge; the output is in use, or the disk full. Nothing has been written.
+        NonFiniteError: a weight is NaN or infinite. Nothing has been written.
+        UnsafeFileError: weights are pickled or lie outside their folder. Nothing has been written.
+
+    Example:
+        >>> interpolate_checkpoints("zero_shot", "runs/full", "merged", alpha=0.5)
+        >>> model = AutoModel.from_pretrained("merged")
+    """
+    alpha = check_alpha(alpha)
+    out_dir, folders = Path(out_dir), [Path(zero_shot_dir), Path(fine_tuned_dir)]
+    check_output(out_dir, folders, overwrite)
+    zero_shot, fine_tuned = (read_checkpoint(folder) for folder in folders)
+    fisher_stamps, weights = _read_fishers(fishers, fine_tuned)
+    check_same_head(*folders)
+    check_same_tensors(zero_shot.tensors, fine_tuned.tensors)
+    layout = zero_shot if alpha == 0 else fine_tuned
+    companions = [path for path in fine_tuned.stamps if path.name in COMPANION_FILES]
+    needed = sum(path.stat().st_size for path in [*layout.data_starts, *companions])
+    with publish_folder(out_dir, overwrite, needed) as folder:
+        if alpha in (0, 1):
+            for path in layout.data_starts:
+                shutil.copyfile(path, folder / path.name)
+        else:
+            _merge_weights([zero_shot.tensors, fine_tuned.tensors, *weights], fine_tuned, alpha, folder)
+        for path in [*([layout.index] if layout.index else []), *companions]:
+            shutil.copyfile(path, folder / path.name)
+        _check_unchanged({**zero_shot.stamps, **fine_tuned.stamps, **fisher_stamps})
+
+
+def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path) -> None:
+    """Refuses two folders of which only one has a trained head, or whose heads are of other classes or shapes.
+
+    Args:
+        zero_shot_dir: as `RobustTrainer.save_model` writes it.
+        fine_tuned_dir: likewise.
+
+    Raises:
+        MergeError: the heads do not fit each other.
+
+    Example:
+        >>> check_same_head(Path("runs/before"), Path("runs/full"))
+    """
+    folders = zero_shot_dir, fine_tuned_dir
+    without = [folder for folder in folders if not (folder / WEIGHTS_FILE).exists()]
+    if len(without) == 2:
+        return
+    if without:
+        raise MergeError(
+            f"only one of the folders has a trained head, {WEIGHTS_FILE}",
+            where=f"missing in {without[0]}",
+            remedy="Save the zero-shot classifier before training, RobustTrainer.save_model(), and merge with it.",
+        )
+    check_same_tensors(*(read_header(folder / WEIGHTS_FILE)[1] for folder in folders))
+    configs = [folder / CONFIG_FILE for folder in folders if (folder / CONFIG_FILE).exists()]
+    names = [read_json(config).get("class_names") for config in configs]
+    if len(names) == 2 and names[0] != names[1]:
+        raise MergeError("heads are of other classes", where=str(zero_shot_dir), got=f"{names[0]} and {names[1]}")
+
+
+def check_same_tensors(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, StoredTensor]) -> None:
+    """Refuses tensors of other names, dtypes or shapes.
+
+    Args:
+        zero_shot: tensors by name.
+        fine_tuned: likewise; integers named `position_ids` may be in one alone.
+
+    Raises:
+        MergeError: they differ.
+
+    Example:
+        >>> check_same_tensors(read_header(Path("a.safetensors"))[1], read_header(Path("b.safetensors"))[1])
+    """
+    _check_same_names(zero_shot, fine_tuned)
+    common = [name for name in fine_tuned if name in zero_shot]
+    kinds = {name: (_kind(zero_shot[name]), _kind(fine_tuned[name])) for name in common}
+    different = [f"{name}: {first} and {second}" for name, (first, second) in kinds.items() if first != second]
+    if different:
+        raise MergeError(f"{len(different)} tensors differ in dtype or shape", got=some(different))
+
+
+def _read_fishers(
+    fishers: tuple[str | Path, str | Path] | None, model: Checkpoint
+) -> tuple[dict[Path, Stamp], list[dict[str, StoredTensor]]]:
+    if fishers is None:
+        return {}, []
+    paths = [Path(path) for path in fishers]
+    if len(paths) != 2:
+        raise ConfigError("Fisher information is needed of both models", got=len(paths), allowed="two files")
+    stamps = {path: stamp(path) for path in paths if path.exists()}
+    both = [read_header(path)[1] for path in paths]
+    _check_same_names(*both)
+    for path, tensors in zip(paths, both, strict=True):
+        for name, tensor in tensors.items():
+            if name not in model.tensors:
+                raise MergeError("Fisher information of a tensor that the model lacks", where=str(path), got=name)
+            weight = model.tensors[name]
+            if tensor.shape != weight.shape or not (tensor.dtype.is_floating_point and weight.dtype.is_floating_point):
+                got = f"{name}: {_kind(tensor)} for {_kind(weight)}"
+                raise MergeError("Fisher information does not fit the tensor", where=str(path), got=got)
+    return stamps, both
+
+
+def _check_same_names(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, StoredTensor]) -> None:
+    left, right = (
+        sorted(name for name in one.keys() - other.keys() if not _is_computed(name, one[name]))
+        for one, other in ((zero_shot, fine_tuned), (fine_tuned, zero_shot))
+    )
+    if not left and not right:
+        return
+    got = "; ".join(
+        f"{len(names)} only in {side}" + (f": {some(names)}" if names else "")
+        for side, names in zip(SIDES, (left, right), strict=False)
+    )
+    remedy = None
+    for prefix in PREFIXES:
+        if [prefix + name for name in left] == right or left == [prefix + name for name in right]:
+            remedy = f"The prefix {prefix!r} is the only difference; save the model without its wrapper."
+    raise MergeError("checkpoints have different tensors", got=got, remedy=remedy)
+
+
+def _is_computed(name: str, tensor: StoredTensor) -> bool:
+    return name.endswith(".position_ids") and not tensor.dtype.is_floating_point
+
+
+def _kind(tensor: StoredTensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tensor.shape}"
+
+
+def _merge_weights(sides: list[dict[str, StoredTensor]], layout: Checkpoint, alpha: float, folder: Path) -> None:
+    """Writes behind the header of each file of `layout` what belongs there."""
+    paths = {tensor.path for tensors in sides for tensor in tensors.values()}
+    with ExitStack() as stack:
+        sources = {path: stack.enter_context(path.open("rb")) for path in paths | layout.data_starts.keys()}
+        buffers = [(bytearray(8 * SLICE), torch.empty(SLICE, dtype=torch.float64)) for _ in sides]
+        for path, data_start in layout.data_starts.items():
+            output = stack.enter_context((folder / path.name).open("xb"))
+            output.write(_read(sources[path], 0, memoryview(bytearray(data_start))))
+            for name in (name for name, tensor in layout.tensors.items() if tensor.path == path):
+                tensors = [tensors[name] for tensors in sides if name in tensors]
+                if layout.tensors[name].dtype.is_floating_point:
+                    _merge_tensor(name, tensors, alpha, sources, buffers, output)
+                else:
+                    _copy_tensor(layout.tensors[name], sources, buffers[0][0], output)
+
+
+def _merge_tensor(
+    name: str,
+    tensors: list[StoredTensor],
+    alpha: float,
+    sources: Files,
+    buffers: list[tuple[bytearray, Tensor]],
+    output: BufferedWriter,
+) -> None:
+    dtype = tensors[0].dtype
+    for start in range(0, _values(tensors[0]), SLICE):
+        count = min(SLICE, _values(tensors[0]) - start)
+        doubles = [
+            _read_doubles(tensor, start, count, sources, *buffer)
+            for tensor, buffer in zip(tensors, buffers, strict=False)
+        ]
+        finite = all(is_finite(fisher) for fisher in doubles[2:])  # an infinite one may leave no trace in the mean
+        merged = interpolate_(doubles[0], doubles[1], alpha, *doubles[2:])
+        if not finite or not is_finite(merged):
+            raise _non_finite(name, tensors, sources, buffers[0])
+        torch.frombuffer(buffers[0][0], dtype=dtype, count=count).copy_(merged)
+        output.write(memoryview(buffers[0][0])[: count * dtype.itemsize])
+
+
+def _copy_tensor(tensor: StoredTensor, sources: Files, buffer: bytearray, output: BufferedWriter) -> None:
+    for position in range(tensor.begin, tensor.end, len(buffer)):
+        view = memoryview(buffer)[: min(len(buffer), tensor.end - position)]
+        output.write(_read(sources[tensor.path], position, view))
+
+
+def _read_doubles(
+    tensor: StoredTensor, start: int, count: int, sources: Files, raw: bytearray, doubles: Tensor
+) -> Tensor:
+    width = tensor.dtype.itemsize
+    _read(sources[tensor.path], tensor.begin + start * width, memoryview(raw)[: count * width])
+    return doubles[:count].copy_(torch.frombuffer(raw, dtype=tensor.dtype, count=count))
+
+
+def _read(source: BufferedReader, position: int, view: memoryview) -> memoryview:
+    source.seek(position)
+    if source.readinto(view) != len(view):
+        raise MergeError("source changed during the merge", where=source.name, got="it ends early")
+    return view
+
+
+def _values(tensor: StoredTensor) -> int:
+    return (tensor.end - tensor.begin) // tensor.dtype.itemsize
+
+
+def _non_finite(
+    name: str, tensors: list[StoredTensor], sources: Files, buffer: tuple[bytearray, Tensor]
+) -> NonFiniteError:
+    counts = []
+    for tensor, side in zip(tensors, SIDES, strict=False):
+        n_values = _values(tensor)
+        slices = [(start, min(SLICE, n_values - start)) for start in range(0, n_values, SLICE)]
+        bad = sum(int((~_read_doubles(tensor, *part, sources, *buffer).isfinite()).sum()) for part in slices)
+        counts.append(f"{bad} of {n_values} in {side}")
+    return NonFiniteError("tensor has NaN or infinity", where=name, got="; ".join(counts))
+
+
+def _check_unchanged(stamps: dict[Path, Stamp]) -> None:
+    for path, before in stamps.items():
+        if not path.exists() or stamp(path) != before:
+            raise MergeError("source changed during the merge", where=str(path), remedy="Merge again.")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WiSE-FT of two whole models in memory."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..errors import MergeError
+from ..tuners.saft.plan import same_bits
+from .arithmetic import check_alpha, check_finite, interpolate_tensor
+from .files import some
+
+
+@torch.no_grad()
+def interpolate(zero_shot: nn.Module, fine_tuned: nn.Module, alpha: float) -> nn.Module:
+    """Makes the model on the way from one model to another: (1 - α) θ₀ + α θ₁.
+
+    Parameters and floating-point buffers are interpolated, tied ones stay tied. Integers and booleans are those of the
+    fine-tuned model, for α = 0 of the zero-shot one.
+
+    WiSE-FT (Wortsman et al., CVPR 2022, https://huggingface.co/papers/2109.01903).
+
+    Args:
+        zero_shot: θ₀; not changed.
+        fine_tuned: θ₁, of the same architecture; not changed.
+        alpha: the share of the way, a fraction in [0, 1].
+
+    Returns:
+        A new model in eval mode, on the device of `fine_tuned`.
+
+    Raises:
+        ConfigError: alpha is out of range.
+        MergeError: names, shapes or dtypes differ; a model is quantised, on the meta device, or has adapters.
+        NonFiniteError: a value is NaN or infinite.
+
+    Example:
+        >>> zero_shot = AutoModel.from_pretrained("openai/clip-vit-base-patch32")
+        >>> model = interpolate(zero_shot, AutoModel.from_pretrained("runs/full"), 0.5)
+    """
+    alpha = check_alpha(alpha)
+    for side, model in (("zero-shot", zero_shot), ("fine-tuned", fine_tuned)):
+        _check_model(model, side)
+    starts = _tensors(zero_shot)
+    _check_alike(starts, _tensors(fine_tuned))
+    result = copy.deepcopy(fine_tuned).eval()
+    written: set[int] = set()
+    for name, tensor in _tensors(result).items():
+        if id(tensor) not in written:
+            written.add(id(tensor))
+            tensor.copy_(interpolate_tensor(starts[name].to(tensor.device), tensor, alpha))
+    return result
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, also the buffers that are not saved; a tied one under each of its names."""
+    parameters, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
+    return {**dict(parameters), **dict(buffers)}
+
+
+def _check_model(model: nn.Module, side: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            remedy = "Call merge_and_unload() first, or use wise_ft(model, alpha)."
+            raise MergeError(f"the {side} model has adapters", where=name, remedy=remedy)
+    for name, tensor in _tensors(model).items():
+        if tensor.is_meta:
+            raise MergeError(f"the {side} model is not loaded: a tensor is on the meta device", where=name)
+        if isinstance(tensor, nn.Parameter) and tensor.dtype.itemsize == 1:
+            remedy = "Load it in float32, float16 or bfloat16."
+            raise MergeError(f"the {side} model is quantised", where=name, got=tensor.dtype, remedy=remedy)
+        check_finite(tensor, f"{name} of the {side} model")
+
+
+def _check_alike(starts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    lacking, extra = ([name for name in one if name not in other] for one, other in _both_ways(tensors, starts))
+    if lacking or extra:
+        what = f"the zero-shot model lacks {len(lacking)} tensors of the fine-tuned one and has {len(extra)} others"
+        raise MergeError(what, got=f"lacking {some(lacking) or 'none'}; others {some(extra) or 'none'}")
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        start = starts[name]
+        if start.shape != tensor.shape or start.dtype != tensor.dtype:
+            forms = (f"{tuple(side.shape)}, {side.dtype}" for side in (start, tensor))
+            raise MergeError("the models have a tensor in two forms", where=name, got=" and ".join(forms))
+        twin = starts[first.setdefault(id(tensor), name)]
+        if twin is not start and not same_bits(twin.reshape(-1), start.reshape(-1)):
+            what = "a tensor is tied in the fine-tuned model and has two values in the zero-shot one"
+            raise MergeError(what, where=name, got=first[id(tensor)])
+
+
+def _both_ways(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[dict, dict]]:
+    return [(one, other), (other, one)]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far to go: α chosen on validation data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError, NonFiniteError
+from .adapters import wise_ft, zero_shot_heads
+from .arithmetic import check_alpha
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class AlphaSweep:
+    """What `alpha_sweep` found; printed as a table.
+
+    Args:
+        rows: for every α, in the order given, `alpha` and the metrics there.
+        metric: the metric α was chosen by.
+        best_alpha: the chosen α.
+
+    Example:
+        >>> print(AlphaSweep([{"alpha": 0.5, "validation_accuracy": 0.75}], "validation_accuracy", 0.5))
+         alpha  validation_accuracy
+        *  0.5               0.7500
+    """
+
+    rows: list[Metrics]
+    metric: str
+    best_alpha: float
+
+    def __str__(self) -> str:
+        names = list(self.rows[0])
+        table = [names] + [[_text(name, row[name]) for name in names] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        marks = [" ", *("*" if row["alpha"] == self.best_alpha else " " for row in self.rows)]
+        lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
+        return "\n".join(mark + line for mark, line in zip(marks, lines, strict=True))
+
+
+def _text(name: str, value: float) -> str:
+    return f"{value:g}" if name == "alpha" else f"{value:.4f}"
+
+
+def alpha_sweep(
+    model: nn.Module,
+    alphas: Sequence[float],
+    evaluate: Callable[[nn.Module], Metrics],
+    metric: str,
+    zero_shot: Mapping[str, Tensor] | None = None,
+    greater_is_better: bool = True,
+) -> AlphaSweep:
+    """Evaluates a fine-tuned model at every α, and leaves it at the one that is best on validation data.
+
+    Of equally good ones that is the smallest, which is nearest to what the model knew.
+
+    WiSE-FT (Wortsman et al., CVPR 2022, https://huggingface.co/papers/2109.01903).
+
+    Args:
+        model: as in `wise_ft`.
+        alphas: the α to evaluate, fractions in [0, 1].
+        evaluate: returns the metrics of the model as it is now, by name.
+        metric: the metric to choose by, with `validation` in its name.
+        zero_shot: as in `wise_ft`.
+        greater_is_better: False where the metric is a loss.
+
+    Returns:
+        The metrics at every α, and the chosen α.
+
+    Raises:
+        ConfigError: no α, an α twice or out of range; the metric is none of validation data, or is not among the
+            results; or what `wise_ft` raises.
+        NonFiniteError: the metric is NaN or infinite.
+
+    Example:
+        >>> sweep = alpha_sweep(model, [0, 0.5, 1], evaluate, "validation_accuracy")
+        >>> sweep.best_alpha
+        0.5
+    """
+    alphas = _check_alphas(alphas)
+    if "validation" not in metric:
+        what = "alpha is chosen on validation data, never on a test set"
+        raise ConfigError(what, where="metric", got=metric, allowed="a name with 'validation' in it")
+    wise_ft(model, 1.0, zero_shot)  # refuses before anything is evaluated
+    heads = zero_shot_heads(model, zero_shot or {})  # once, not for every α
+    zero_shot = {**heads, **(zero_shot or {})} if heads else zero_shot
+    rows = []
+    for alpha in alphas:
+        wise_ft(model, alpha, zero_shot)
+        try:
+            rows.append({"alpha": alpha, **_check_metrics(evaluate(model), metric, alpha)})
+        except BaseException:
+            wise_ft(model, 1.0, zero_shot)
+            raise
+    sign = 1 if greater_is_better else -1
+    best = max(rows, key=lambda row: (sign * row[metric], -row["alpha"]))
+    wise_ft(model, best["alpha"], zero_shot)
+    return AlphaSweep(rows, metric, best["alpha"])
+
+
+def _check_alphas(alphas: Sequence[float]) -> list[float]:
+    checked = [check_alpha(alpha) for alpha in alphas]
+    if not checked or len(set(checked)) < len(checked):
+        raise ConfigError("alphas are none, or one is there twice", got=checked, allowed="different numbers in [0, 1]")
+    return checked
+
+
+def _check_metrics(metrics: Metrics, metric: str, alpha: float) -> Metrics:
+    if metric not in metrics:
+        raise ConfigError("evaluate does not return the metric", got=metric, allowed=", ".join(metrics))
+    if not math.isfinite(metrics[metric]):
+        raise NonFiniteError(f"{metric} is {metrics[metric]}", where=f"alpha {alpha}")
+    return metrics

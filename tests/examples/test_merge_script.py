@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+from hf_robust import ACLIPConfig, SAFTConfig, select_saft
+from hf_robust.errors import ConfigError, MergeError
+from hf_robust.wise_ft.arithmetic import interpolate_tensor
+from tests.tiny_models import tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def merge(monkeypatch, tmp_path):
+    """The command line of the script, beside the folder `base` of a model and its processor."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("clip").save_pretrained("base")
+    tiny_processor("clip").save_pretrained("base")
+    spec = importlib.util.spec_from_file_location("merge_script", ROOT / "examples" / "merge.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*flags, zero_shot="base", output="merged"):
+        flags = ["--zero_shot", zero_shot, "--output", output, *flags]
+        monkeypatch.setattr(sys, "argv", ["merge.py", *flags])
+        module.main(module.parse_arguments())
+
+    run.module = module
+    return run
+
+
+def save_adapter(folder, config, dtype=torch.float32):
+    """Writes an adapter with values that change the model; returns the state dict of the model merged with it."""
+    model = get_peft_model(tiny_model("clip").to(dtype), copy.deepcopy(config))
+    if isinstance(config, SAFTConfig):
+        select_saft(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model.merge_and_unload().state_dict()
+
+
+def state(folder):
+    return AutoModel.from_pretrained(folder).state_dict()
+
+
+def oracle(fine_tuned, alpha):
+    zero_shot = tiny_model("clip").state_dict()
+    return {
+        name: (1 - alpha) * zero_shot[name].double() + alpha * tensor.double() for name, tensor in fine_tuned.items()
+    }
+
+
+def assert_close(folder, expected):
+    got = state(folder)
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+CONFIGS = {
+    "saft": SAFTConfig(density=0.05, score="random"),
+    "aclip": ACLIPConfig(),
+    "lora": LoraConfig(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["visual_projection"]),
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_adapter_goes_part_of_the_way(merge, method, capsys):
+    fine_tuned = save_adapter("adapter", CONFIGS[method])
+    merge("--fine_tuned", "adapter", "--alpha", "0.25", "0", "1")
+    folders = {0.25: "merged/alpha=0.250", 0.0: "merged/alpha=0.000", 1.0: "merged/alpha=1.000"}
+    assert capsys.readouterr().out.splitlines() == [f"alpha {alpha:g}: {folder}" for alpha, folder in folders.items()]
+    for alpha, folder in folders.items():
+        assert_close(folder, oracle(fine_tuned, alpha))
+    base, start, quarter = state("base"), state(folders[0.0]), state(folders[0.25])
+    assert all(torch.equal(start[name], base[name]) for name in base)
+    assert not all(torch.equal(quarter[name], base[name]) for name in base)
+    AutoProcessor.from_pretrained(folders[0.25])
+    assert sorted(os.listdir("merged")) == sorted(Path(folder).name for folder in folders.values())
+    assert not list(Path(folders[0.25]).glob("adapter*"))
+
+
+def test_an_adapter_keeps_the_dtype_of_its_model(merge):
+    tiny_model("clip").bfloat16().save_pretrained("half")
+    save_adapter("adapter", CONFIGS["aclip"], torch.bfloat16)
+    merge("--fine_tuned", "adapter", zero_shot="half")
+    assert {tensor.dtype for tensor in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_whole_checkpoints(merge, capsys):
+    tiny_model("clip", seed=1).save_pretrained("full", max_shard_size="90KB")
+    merge("--fine_tuned", "full")
+    first, second = state("base"), state("full")
+    for name, tensor in state("merged").items():
+        assert torch.equal(tensor, interpolate_tensor(first[name], second[name], 0.5))
+    assert capsys.readouterr().out == "alpha 0.5: merged\n"
+    with pytest.raises(MergeError, match="not empty"):
+        merge("--fine_tuned", "full", "--alpha", "0.1")
+    merge("--fine_tuned", "full", "--alpha", "0.1", "--overwrite")
+    assert torch.equal(
+        state("merged")["logit_scale"], interpolate_tensor(first["logit_scale"], second["logit_scale"], 0.1)
+    )
+
+
+def test_fisher_information(merge):
+    tiny_model("clip", seed=1).save_pretrained("full")
+    name = "visual_projection.weight"
+    first, second = state("base")[name], state("full")[name]
+    fishers = torch.rand_like(first), torch.rand_like(first)
+    for file, fisher in zip(("f0", "f1"), fishers, strict=True):
+        save_file({name: fisher}, file)
+    merge("--fine_tuned", "full", "--fisher", "f0", "f1")
+    assert torch.equal(state("merged")[name], interpolate_tensor(first, second, 0.5, fishers))
+    save_adapter("adapter", CONFIGS["aclip"])
+    with pytest.raises(ConfigError, match="not adapters"):
+        merge("--fine_tuned", "adapter", "--fisher", "f0", "f1", output="other")
+
+
+def test_a_head_trained_beside_an_adapter(merge):
+    save_adapter("adapter", CONFIGS["lora"])
+    heads = [{"class_head.weight": torch.randn(2, 24)} for _ in range(2)]
+    Path("adapter/classifier.json").write_text(json.dumps({"class_names": ["x", "y"]}))
+    save_file(heads[1], "adapter/classifier.safetensors")
+    with pytest.raises(MergeError, match="only one.*trained head.*missing in base"):
+        merge("--fine_tuned", "adapter")
+    save_file(heads[0], "base/classifier.safetensors")
+    merge("--fine_tuned", "adapter", "--alpha", "0.25")
+    merged = load_file("merged/classifier.safetensors")["class_head.weight"]
+    assert torch.equal(merged, interpolate_tensor(*(head["class_head.weight"] for head in heads), 0.25))
+    assert json.loads(Path("merged/classifier.json").read_text()) == {"class_names": ["x", "y"]}
+
+
+def test_a_name_of_the_hub_is_downloaded_without_pickles(merge, monkeypatch):
+    asked = []
+    monkeypatch.setattr(merge.module, "snapshot_download", lambda name, **only: asked.append((name, only)) or "base")
+    tiny_model("clip", seed=1).save_pretrained("full")
+    merge("--fine_tuned", "full", zero_shot="owner/model")
+    (name, only), patterns = asked[0], asked[0][1]["allow_patterns"]
+    assert name == "owner/model" and only.keys() == {"allow_patterns"}
+    assert not any(Path(file).match(one) for one in patterns for file in ("pytorch_model.bin", "x.py", "x.pt"))
+    assert state("merged").keys() == state("base").keys()
+
+
+def test_bad_input_leaves_no_output(merge):
+    save_adapter("adapter", CONFIGS["saft"])
+    for flags, error, message in [
+        (["--alpha", "1.5"], ConfigError, "alpha"),
+        (["--alpha", "0.1", "0.1"], ConfigError, "two alphas"),
+        (["--alpha", "0.1", "0.1001"], ConfigError, "two alphas"),
+    ]:
+        with pytest.raises(error, match=message):
+            merge("--fine_tuned", "adapter", *flags)
+    with pytest.raises(MergeError, match="overlap"):
+        merge("--fine_tuned", "adapter", output="adapter/merged")
+    with pytest.raises(MergeError, match="no such folder"):
+        merge("--fine_tuned", "nowhere")
+    assert sorted(os.listdir()) == ["adapter", "base"]
+    PeftModel.from_pretrained(tiny_model("clip"), "adapter")
