@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
-from hf_robust import RobustTrainer, RobustTrainingArguments, SAFTConfig
+from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
 from hf_robust.collator import feature_class_names
 from hf_robust.dual_encoder import family
 from hf_robust.errors import ConfigError, DataError, close_matches
@@ -60,14 +60,15 @@ class ScriptArguments:
     class_names_file: str | None = field(default=None, metadata={"help": "One name per line, in label order."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the labels."})
-    method: str = field(default="saft", metadata={"help": "zero_shot, full, saft, lora or ln_tuning."})
-    target_modules: list[str] | None = field(default=None, metadata={"help": "saft, lora: modules; by default all."})
+    method: str = field(default="saft", metadata={"help": "zero_shot, full, saft, aclip, lora, ln_tuning."})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "saft, aclip, lora: which modules."})
     density: float = field(default=0.001, metadata={"help": "saft: share of the parameters to train."})
     score: str = field(default="signed_mean", metadata={"help": "saft: what ranks the parameters."})
     scope: str = field(default="global", metadata={"help": "saft: rank all at once, or per_tensor."})
-    towers: str = field(default="both", metadata={"help": "saft: both, vision or text."})
+    towers: str = field(default="both", metadata={"help": "saft, aclip: both, vision or text."})
     exclude_input_embeddings: bool = field(default=False, metadata={"help": "saft: none in patch, token embeddings."})
     lora_rank: int = field(default=8, metadata={"help": "lora: rank."})
+    wise_ft: bool = field(default=False, metadata={"help": "Go back to the alpha that is best on validation_data."})
 
     def __post_init__(self) -> None:
         if isinstance(self.eval_data, str):
@@ -76,6 +77,8 @@ class ScriptArguments:
             raise ConfigError("no training data", where="train_data")
         if self.method not in METHODS:
             raise ConfigError("unknown method", got=self.method, remedy=close_matches(self.method, list(METHODS)))
+        if self.wise_ft and not self.validation_data:
+            raise ConfigError("wise_ft chooses alpha on validation data", where="validation_data")
 
 
 def keep_as_is(model: nn.Module, args: ScriptArguments) -> nn.Module:
@@ -87,6 +90,11 @@ def add_saft(model: nn.Module, args: ScriptArguments) -> nn.Module:
     """SAFT; `RobustTrainer` selects the entries before it trains them."""
     names = ("density", "score", "scope", "towers", "target_modules", "exclude_input_embeddings")
     return get_peft_model(model, SAFTConfig(**{name: getattr(args, name) for name in names}))
+
+
+def add_aclip(model: nn.Module, args: ScriptArguments) -> nn.Module:
+    """A-CLIP."""
+    return get_peft_model(model, ACLIPConfig(towers=args.towers, target_modules=args.target_modules))
 
 
 def add_lora(model: nn.Module, args: ScriptArguments) -> nn.Module:
@@ -105,6 +113,7 @@ METHODS = {
     "zero_shot": keep_as_is,
     "full": keep_as_is,
     "saft": add_saft,
+    "aclip": add_aclip,
     "lora": add_lora,
     "ln_tuning": add_ln_tuning,
 }
@@ -178,10 +187,19 @@ def accuracies(metrics: dict[str, float], sets: dict[str, Dataset]) -> dict[str,
 
 def show(results: dict[str, Any], sets: dict[str, Dataset]) -> None:
     """Prints zero-shot and fine-tuned accuracy side by side, in percent."""
-    table = Table("set", "images", "zero-shot", results["method"], "change", title="Accuracy in %")
+    columns = {results["method"]: results["fine_tuned"]}
+    if results["wise_ft"]:
+        columns[f"alpha {results['wise_ft']['alpha']:.1f}"] = results["wise_ft"]["accuracy"]
+    table = Table("set", "images", "zero-shot", title="Accuracy in %")
+    for title in columns:
+        table.add_column(title)
+        table.add_column("change")
     for name, dataset in sets.items():
-        before, after = 100 * results["zero_shot"][name], 100 * results["fine_tuned"][name]
-        table.add_row(name, str(len(dataset)), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+        before = 100 * results["zero_shot"][name]
+        cells = [f"{before:.1f}"]
+        for accuracy in columns.values():
+            cells += [f"{100 * accuracy[name]:.1f}", f"{100 * accuracy[name] - before:+.1f}"]
+        table.add_row(name, str(len(dataset)), *cells)
     Console().print(table)
 
 
@@ -214,17 +232,23 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     )
     zero_shot = fine_tuned = accuracies(trainer.evaluate(sets), sets)
     seconds = trained = 0
+    wise_ft = None
     if args.method != "zero_shot":
         start = time.perf_counter()
         trainer.train(training_args.resume_from_checkpoint)
         seconds = time.perf_counter() - start
         fine_tuned = accuracies(trainer.evaluate(sets), sets)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        if args.wise_ft:
+            sweep = trainer.wise_ft_sweep(sets["validation"])
+            accuracy = accuracies(trainer.evaluate(sets), sets)
+            wise_ft = {"alpha": sweep.best_alpha, "accuracy": accuracy, "sweep": sweep.rows}
         trainer.save_model()
     results = {
         "method": args.method,
         "zero_shot": zero_shot,
         "fine_tuned": fine_tuned,
+        "wise_ft": wise_ft,
         "trained_parameters": trained,
         "training_seconds": seconds,
         "images": {name: len(dataset) for name, dataset in {"train": train, **sets}.items()},

@@ -75,7 +75,7 @@ def script(folder, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "full", "saft", "lora", "ln_tuning"])
+@pytest.mark.parametrize("method", ["zero_shot", "full", "saft", "aclip", "lora", "ln_tuning"])
 def test_every_method_ends_in_results(script, tmp_path, method, capsys):
     results = script.run(tmp_path, "--method", method)
     assert results["zero_shot"].keys() == results["fine_tuned"].keys() == {"validation", "other", "photos"}
@@ -95,6 +95,29 @@ def test_every_method_ends_in_results(script, tmp_path, method, capsys):
         assert "SAFT selected 754 of" in table
         PeftModel.from_pretrained(tiny_model("clip"), tmp_path)
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("method", ["full", "aclip"])
+def test_wise_ft_is_chosen_on_validation_data_and_saved(script, tmp_path, method, capsys):
+    results = script.run(tmp_path, "--method", method, "--wise_ft", "--similarity_weight", "0.1")
+    found = results["wise_ft"]
+    by_alpha = {row["alpha"]: row["validation_accuracy"] for row in found["sweep"]}
+    assert by_alpha[0] == results["zero_shot"]["validation"] and by_alpha[1] == results["fine_tuned"]["validation"]
+    assert by_alpha[found["alpha"]] == max(by_alpha.values()) == found["accuracy"]["validation"]
+    assert found["accuracy"].keys() == results["zero_shot"].keys()
+    assert f"alpha {found['alpha']:.1f}" in capsys.readouterr().out
+    again = script.run(tmp_path / "again", "--method", "zero_shot", *reloaded(tmp_path, method))
+    assert again["zero_shot"]["validation"] == found["accuracy"]["validation"]
+
+
+def reloaded(folder, method):
+    """Flags for the model that was saved."""
+    if method == "full":
+        return ["--model_name_or_path", str(folder)]
+    merged = PeftModel.from_pretrained(tiny_model("clip"), folder).merge_and_unload()
+    merged.save_pretrained(folder / "merged")
+    tiny_processor("clip").save_pretrained(folder / "merged")
+    return ["--model_name_or_path", str(folder / "merged")]
 
 
 def test_names_of_folders_become_class_names(script, folder):
@@ -155,6 +178,11 @@ def vision_tower(folder):
 BAD_INPUT = {
     "unknown method": (lambda _: ["--method", "soft"], ConfigError, "unknown method.*'soft'.*'saft'"),
     "no training data": (lambda _: ["--train_data", ""], ConfigError, "no training data"),
+    "wise_ft without validation": (
+        lambda _: ["--wise_ft", "--validation_data", ""],
+        ConfigError,
+        "validation data.*validation_data",
+    ),
     "no file": (lambda _: ["--train_data", "nowhere/of/images"], DataError, "no such file.*nowhere/of/images"),
     "no image column": (
         lambda folder: ["--train_data", write(folder, image_dataset(6, NAMES).rename_column("image", "x"))],
