@@ -7,10 +7,12 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .collator import REFERENCE_EMBEDS
@@ -27,22 +29,24 @@ def pretrained_weights(model: nn.Module) -> Iterator[None]:
     """Inside the context the model is θ₀ in eval mode: its adapters are off; afterwards all is as it was.
 
     Args:
-        model: a `PeftModel`, or a model that is θ₀ itself.
+        model: a model with adapters, by PEFT or by transformers' `load_adapter`, or one that is θ₀ itself.
 
     Example:
         >>> with torch.no_grad(), pretrained_weights(model):
         ...     before = image_embeds(model, pixel_values)
     """
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    layers: Any = [module for module in model.modules() if isinstance(module, kinds) and not module.disable_adapters]
     # PEFT lets all of an active adapter require gradients afterwards, also in a tower the head froze
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with evaluating(model):
-            if isinstance(model, PeftModel):
-                with model.disable_adapter():
-                    yield
-            else:
-                yield
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
     finally:
+        for layer in layers:
+            layer.enable_adapters(True)
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from transformers import EvalPrediction, ProcessorMixin, Trainer, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from .accuracy import accuracy_and_loss
@@ -340,11 +341,20 @@ class RobustTrainer(Trainer):
         if "validation" not in sets:
             raise ConfigError("alpha is chosen on validation data", where="validation_dataset", got=sorted(sets))
 
+        bar = tqdm(total=len(alphas), desc="Evaluating over alpha", disable=self._is_silent())
+
         def evaluate(model: nn.Module) -> Metrics:
             found = self.evaluate(sets)
+            bar.update()
             return {key.removeprefix("eval_"): found[key] for key in found if not key.endswith(SPEEDS)}
 
-        return alpha_sweep(self.model, alphas, evaluate, f"validation_{metric}", self.zero_shot, greater_is_better)
+        bars_of_sets = self.pop_callback(ProgressCallback)
+        try:
+            return alpha_sweep(self.model, alphas, evaluate, f"validation_{metric}", self.zero_shot, greater_is_better)
+        finally:
+            bar.close()
+            if bars_of_sets is not None:
+                self.add_callback(bars_of_sets)
 
     def _head_for(self, dataset: Dataset, where: str) -> AbstractContextManager:
         names = self._class_names(dataset)

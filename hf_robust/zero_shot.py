@@ -170,6 +170,11 @@ class ZeroShotClassifier(nn.Module):
         """Returns the class embeddings that the text tower gives now, `(classes, dim)`, L2-normalised."""
         return _mean_over_templates(self._embed_prompts(slice(None)), len(self.templates))
 
+    def zero_shot_head(self) -> tuple[Tensor, Tensor]:
+        """Returns weight `(classes, dim)` and bias `(classes,)` of the linear layer that the text tower gives now."""
+        embeds, bias = self.encode_prompts(), logit_bias(self.model)  # (classes, dim), 0-dim
+        return logit_scale(self.model) * embeds, embeds.new_zeros(len(embeds)) + (0.0 if bias is None else bias)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recomputes activations in the backward; called by the `Trainer` of older transformers.
 
@@ -199,9 +204,8 @@ class ZeroShotClassifier(nn.Module):
                 self.register_buffer("class_embeds", embeds, persistent=False)
                 return
             self.class_head = nn.Linear(embeds.shape[1], embeds.shape[0], device="meta")  # no draw from the global RNG
-            self.class_head.weight = nn.Parameter(logit_scale(self.model) * embeds)
-            bias = logit_bias(self.model)
-            self.class_head.bias = nn.Parameter(embeds.new_zeros(len(embeds)) + (0.0 if bias is None else bias))
+            weight, bias = self.zero_shot_head()
+            self.class_head.weight, self.class_head.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def _freeze_unused(self) -> None:
         base = base_model(self.model)

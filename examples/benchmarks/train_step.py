@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a training step takes with SAFT, LoRA, SHiRA, gradient masking and full fine-tuning.
+"""How long a training step takes with SAFT, A-CLIP, LoRA, SHiRA, gradient masking and full fine-tuning.
 
     python examples/benchmarks/train_step.py --rounds 15
 
@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from hf_robust import SAFTConfig, select_saft
+from hf_robust import ACLIPConfig, SAFTConfig, select_saft
 
 DENSITY = 0.001
 Step = Callable[[], None]
@@ -135,6 +135,7 @@ def main() -> None:
     steps = {
         "floor": floor(base, batch),
         "SAFT 0.1 %": optimizer_step(saft_model(base), batch),
+        "A-CLIP": peft_method(base, batch, ACLIPConfig()),
         "LoRA r=8": peft_method(base, batch, LoraConfig(r=8, target_modules=linear)),
         "SHiRA r=1": peft_method(base, batch, ShiraConfig(r=1, target_modules=linear)),
         "gradient masking": gradient_masking(base, batch),

@@ -1,32 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes a tiny CLIP on colour drawings, whole and with SAFT, and shows what each gained and what it kept.
+"""Fine-tunes a tiny CLIP on colour drawings in several ways, and shows what each gained and what it kept.
 
     make demo
 
-Three models classify the same kinds of things: zero-shot, after full fine-tuning, after SAFT. All are trained on
-colour drawings alone. They are tested on unseen colour drawings (in-distribution), on line art and silhouettes (out of
-distribution), and on kinds of things that were not in the training set. Learning rates were chosen on the validation
-set, by `--validate`.
+The same pre-trained model is trained whole, whole with the similarity loss, with A-CLIP and with SAFT; WiSE-FT goes
+part of the way back from the fine-tuned weights. All see colour drawings alone. They are tested on unseen colour
+drawings (in-distribution), on line art and silhouettes (out of distribution), and on kinds of things that were not in
+the training set. Learning rates and the weight of the similarity loss were chosen on the validation set, by
+`--validate`: the lowest loss among those within one standard error of the best accuracy. α is chosen on it in every
+run, by accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import data
-import matplotlib
 import torch
 from datasets import Dataset, Image
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from pictures import draw_comparison, draw_curves
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
-from hf_robust import RobustTrainer, RobustTrainingArguments, SAFTConfig
+from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
 
 OUTPUT = Path("runs/demo")
 TITLES = {
@@ -35,24 +40,40 @@ TITLES = {
     "ood_silhouette": "silhouettes\n(out of distribution)",
     "new": "new kinds of things\n(never trained)",
 }
-COLOURS = {"zero-shot": "#9aa0a6", "full": "#d9822b", "SAFT": "#1f6feb"}
 EPOCHS = 3
-LEARNING_RATES = {"full": 1e-3, "SAFT": 3e-3}
-DENSITY = 0.001
+WISE_FT = ("full", "SAFT")  # whose way from the zero-shot model is shown
 
 
-def adapted(method: str) -> nn.Module:
-    """The pre-trained model, ready for a method."""
-    model = CLIPModel.from_pretrained(data.MODEL, dtype=torch.float32)
-    return get_peft_model(model, SAFTConfig(density=DENSITY)) if method == "SAFT" else model
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Args:
+        learning_rate: chosen on the validation set.
+        config: the adapter's, None for the whole model.
+        similarity_weight: weight of the similarity loss, chosen on the validation set.
+    """
+
+    learning_rate: float
+    config: PeftConfig | None = None
+    similarity_weight: float = 0.0
 
 
-def make_trainer(method: str, learning_rate: float, sets: dict[str, Dataset]) -> RobustTrainer:
-    """A trainer on the colour drawings; everything but the model and its learning rate is the same for all methods."""
+METHODS = {
+    "full": Method(1e-3),
+    "full + similarity": Method(1e-3, similarity_weight=30.0),
+    "A-CLIP": Method(3e-4, ACLIPConfig()),
+    "SAFT": Method(3e-3, SAFTConfig(density=0.001)),
+}
+
+
+def make_trainer(name: str, method: Method, sets: dict[str, Dataset]) -> RobustTrainer:
+    """A trainer on the colour drawings; everything but what `method` says is the same for all methods."""
     arguments = RobustTrainingArguments(
-        output_dir=str(OUTPUT / method.replace(" ", "-")),
+        output_dir=str(OUTPUT / name.replace(" ", "-")),
         templates="a drawing of a {}.",
-        learning_rate=learning_rate,
+        learning_rate=method.learning_rate,
+        similarity_weight=method.similarity_weight,
         num_train_epochs=EPOCHS,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=256,
@@ -62,8 +83,9 @@ def make_trainer(method: str, learning_rate: float, sets: dict[str, Dataset]) ->
         save_strategy="no",
         seed=0,
     )
+    model = CLIPModel.from_pretrained(data.MODEL, dtype=torch.float32)
     return RobustTrainer(
-        model=adapted(method),
+        model=get_peft_model(model, replace(method.config)) if method.config else model,
         args=arguments,
         train_dataset=sets["train"],
         eval_dataset={name: sets[name] for name in TITLES},
@@ -71,92 +93,107 @@ def make_trainer(method: str, learning_rate: float, sets: dict[str, Dataset]) ->
     )
 
 
-def accuracies(trainer: RobustTrainer) -> dict[str, float]:
+def accuracies(metrics: dict[str, float], prefix: str = "") -> dict[str, float]:
     """Accuracy on every test set, a fraction."""
-    metrics = trainer.evaluate()
-    return {name: metrics[f"eval_{name}_accuracy"] for name in TITLES}
+    return {name: metrics[f"{prefix}{name}_accuracy"] for name in TITLES}
 
 
-def compare(sets: dict[str, Dataset]) -> dict[str, dict]:
-    """Zero-shot and fine-tuned accuracies with the number of trained parameters and the seconds it took."""
+def compare(sets: dict[str, Dataset]) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """Accuracies, number of trained parameters and seconds by method, and the α-sweeps of some."""
     results: dict[str, dict] = {}
-    for method, learning_rate in LEARNING_RATES.items():
-        Console().rule(f"[bold]{method}")
-        trainer = make_trainer(method, learning_rate, sets)
+    curves: dict[str, list[dict]] = {}
+    for name, method in METHODS.items():
+        Console().rule(f"[bold]{name}")
+        trainer = make_trainer(name, method, sets)
         if not results:
-            results["zero-shot"] = {"accuracy": accuracies(trainer), "trained_parameters": 0, "seconds": 0.0}
+            results["zero-shot"] = {"accuracy": accuracies(trainer.evaluate(), "eval_"), "trained_parameters": 0}
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        results[method] = {"accuracy": accuracies(trainer), "trained_parameters": trained, "seconds": seconds}
-        if method == "SAFT":
-            trainer.save_model()
-    return results
+        metrics = accuracies(trainer.evaluate(), "eval_")
+        results[name] = {"accuracy": metrics, "trained_parameters": trained, "seconds": seconds}
+        if name in WISE_FT:
+            sweep = trainer.wise_ft_sweep(sets["validation"])
+            curves[name] = [point(row) for row in sweep.rows]
+            best = next(row for row in sweep.rows if row["alpha"] == sweep.best_alpha)
+            wise = {"accuracy": accuracies(best), "trained_parameters": trained, "alpha": sweep.best_alpha}
+            results[f"{name} + WiSE-FT"] = wise
+            trainer.save_model()  # at the chosen α
+    return results, curves
+
+
+def point(row: dict[str, float]) -> dict[str, float]:
+    """A point of the curve: α, accuracy in distribution, and the mean of those out of distribution."""
+    found = accuracies(row)
+    ood = mean(value for name, value in found.items() if name.startswith("ood_"))
+    return {"alpha": row["alpha"], "validation": row["validation_accuracy"], "id": found["id"], "ood": ood}
 
 
 def show(results: dict[str, dict]) -> None:
     """Prints accuracies in percent, with the change against zero-shot."""
-    table = Table(title="Accuracy in %, and the change against zero-shot")
-    for title in ("", *TITLES, "trained", "seconds"):
-        table.add_column(title, justify="right" if title else "left")
+    table = Table(title="Accuracy in %, and the change against zero-shot", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for title in ("", *TITLES, "α", "trained", "seconds"):
+        table.add_column(title.replace("_", "_\n"), justify="right" if title else "left", no_wrap=True)
     zero_shot = results["zero-shot"]["accuracy"]
     for method, result in results.items():
         cells = []
         for name, value in result["accuracy"].items():
             change = 100 * (value - zero_shot[name])
             cells.append(f"{100 * value:.1f}" + ("" if method == "zero-shot" else f"\n{change:+.1f}"))
-        table.add_row(method, *cells, f"{result['trained_parameters']:,}", f"{result['seconds']:.0f}")
+        alpha = f"{result['alpha']:.1f}" if "alpha" in result else ""
+        seconds = f"{result['seconds']:.0f}" if "seconds" in result else ""
+        table.add_row(method, *cells, alpha, f"{result['trained_parameters']:,}", seconds)
     Console().print(table)
     print("\n".join(f"{name}: {title}".replace("\n", " ") for name, title in TITLES.items()))
+    print("α: how far WiSE-FT goes from the zero-shot to the fine-tuned weights, chosen on the validation set")
     print("trained: number of trained parameters\n")
 
 
-def plot(results: dict[str, dict], path: Path) -> None:
-    """Draws the accuracies as groups of bars, one group a test set."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    for place, (method, result) in enumerate(results.items()):
-        positions = [group + 0.28 * (place - 1) for group in range(len(TITLES))]
-        percent = [100 * value for value in result["accuracy"].values()]
-        bars = axes.bar(positions, percent, width=0.26, color=COLOURS[method], label=method)
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
-    axes.set_xticks(range(len(TITLES)), TITLES.values())
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title("Trained on colour drawings: what was gained, and what was kept")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=3, loc="upper right")
-    axes.set_ylim(0, 1.2 * max(100 * v for r in results.values() for v in r["accuracy"].values()))
-    figure.savefig(path, dpi=150)
-
-
 def validate(sets: dict[str, Dataset]) -> None:
-    """Prints the validation accuracy of every method over learning rates."""
-    for method in LEARNING_RATES:
-        for learning_rate in (1e-4, 3e-4, 1e-3, 3e-3):
-            trainer = make_trainer(method, learning_rate, sets)
+    """Prints validation accuracy and loss of every method over its settings, and which of them to take."""
+    for name, method in METHODS.items():
+        settings = [replace(method, learning_rate=rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
+        if method.similarity_weight:
+            settings = [replace(method, similarity_weight=weight) for weight in (1.0, 3.0, 10.0, 30.0)]
+        found = []
+        for setting in settings:
+            trainer = make_trainer(name, setting, sets)
             trainer.train()
-            accuracy = trainer.evaluate(sets["validation"])["eval_accuracy"]
-            print(f"{method}, learning rate {learning_rate}: {100 * accuracy:.1f} %")
+            metrics = trainer.evaluate(sets["validation"])
+            found.append((setting, metrics["eval_accuracy"], metrics["eval_loss"]))
+            print(f"{describe(name, setting)}: {100 * found[-1][1]:.1f} %, loss {found[-1][2]:.3f}")
+        print(f"-> {describe(name, choose(found, len(sets['validation'])))}")
+
+
+def describe(name: str, method: Method) -> str:
+    """A method and its settings in words."""
+    return f"{name}, learning rate {method.learning_rate}, similarity weight {method.similarity_weight}"
+
+
+def choose(found: list[tuple[Method, float, float]], images: int) -> Method:
+    """Of the settings whose accuracy is within one standard error of the best, the one with the lowest loss."""
+    best = max(accuracy for _, accuracy, _ in found)
+    error = math.sqrt(best * (1 - best) / images)
+    return min((one for one in found if one[1] >= best - error), key=lambda one: one[2])[0]
 
 
 def main() -> None:
-    """Loads the drawings, compares the methods, and writes the table and the picture."""
+    """Loads the drawings, compares the methods, and writes the table and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--validate", action="store_true", help="compare learning rates on the validation set instead")
+    parser.add_argument("--validate", action="store_true", help="compare settings on the validation set instead")
     arguments = parser.parse_args()
     sets = {name: dataset.cast_column("image", Image(decode=False)) for name, dataset in data.load().items()}
     if arguments.validate:
         validate(sets)
         return
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    results = compare(sets)
+    results, curves = compare(sets)
     show(results)
-    (OUTPUT / "results.json").write_text(json.dumps(results, indent=2))
-    plot(results, OUTPUT / "comparison.png")
-    print(f"Wrote {OUTPUT}/results.json, {OUTPUT}/comparison.png and the adapter, {OUTPUT}/SAFT.")
+    (OUTPUT / "results.json").write_text(json.dumps({"results": results, "curves": curves}, indent=2))
+    draw_comparison(results, TITLES, OUTPUT / "comparison.png")
+    draw_curves(curves, OUTPUT / "wise_ft.png")
+    print(f"Wrote results.json, comparison.png, wise_ft.png and the models of WiSE-FT to {OUTPUT}.")
 
 
 if __name__ == "__main__":

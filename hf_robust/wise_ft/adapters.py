@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..dual_encoder import base_model, logit_bias, logit_scale, tower_modules
+from ..dual_encoder import base_model, tower_modules
 from ..errors import ConfigError, MergeError
+from ..reference import pretrained_weights
 from ..tuners.saft.layer import SAFTLayer
-from ..zero_shot import ZeroShotClassifier, evaluating
+from ..zero_shot import ZeroShotClassifier
 from .arithmetic import check_alpha, check_finite
 from .files import some
 from .linear import (
@@ -182,27 +180,8 @@ def zero_shot_heads(model: nn.Module, known: Mapping[str, Tensor]) -> dict[str, 
     for name, module in model.named_modules():
         prefix = f"{name}.class_head." if name else "class_head."
         if isinstance(module, ZeroShotClassifier) and module.head == "trainable" and f"{prefix}weight" not in known:
-            with torch.no_grad(), evaluating(module.model), _without_adapters(module.model):
-                embeds, bias = module.encode_prompts(), logit_bias(module.model)  # (classes, dim), 0-dim
-                weight = logit_scale(module.model) * embeds
-                biases = embeds.new_zeros(len(embeds)) + (0.0 if bias is None else bias)  # (classes,)
+            with torch.no_grad(), pretrained_weights(module.model):
+                weight, bias = module.zero_shot_head()
             found[f"{prefix}weight"] = weight.to(module.class_head.weight)
-            found[f"{prefix}bias"] = biases.to(module.class_head.bias)
+            found[f"{prefix}bias"] = bias.to(module.class_head.bias)
     return found
-
-
-@contextmanager
-def _without_adapters(model: nn.Module) -> Iterator[None]:
-    """As PEFT's `disable_adapter()`, for adapters that came in any way; what requires gradients stays as it is."""
-    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
-    layers: Any = [module for module in model.modules() if isinstance(module, kinds) and not module.disable_adapters]
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, requires_grad in required:
-            parameter.requires_grad_(requires_grad)

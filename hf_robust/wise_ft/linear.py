@@ -81,14 +81,15 @@ class LinearTensor:
 
     @property
     def record(self) -> Record | None:
-        """Its record, unless another parameter has taken its place since."""
-        record = vars(self.owner).get("_wise_ft", {}).get(self.key)
-        return record if record is not None and record.parameter is self.parameter else None
+        """Its record."""
+        return vars(self.owner).get("_wise_ft", {}).get(self.key)
 
     def is_as_written(self) -> bool:
         """Whether it holds what the last call wrote, or has no record."""
-        # a cast since has rounded both alike
-        return self.record is None or equal_bits(self.parameter, self.record.written.to(self.parameter))
+        record, parameter = self.record, self.parameter
+        if record is None or record.parameter is not parameter:  # another has taken its place
+            return record is None
+        return equal_bits(parameter, record.written.to(parameter))  # a cast since has rounded both alike
 
     def write(self, tuned: Tensor, alpha: float) -> None:
         """Writes the value at α.

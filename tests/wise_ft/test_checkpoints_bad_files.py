@@ -150,14 +150,22 @@ def test_shard_is_missing_or_holds_a_tensor_again(folders):
     refused(folders, MergeError, "weight file is missing.*1-of-00002")
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+@pytest.mark.parametrize("name", ["a/" + WEIGHTS, "b/" + INDEX])
 def test_not_a_regular_file(folders, name):
-    (folders / "a" / name).unlink()
-    os.mkfifo(folders / "a" / name)
-    refused(folders, (UnsafeFileError, MergeError), "not a regular file|no config.json")
-    (folders / "a" / name).unlink()
-    (folders / "a" / name).mkdir()
-    refused(folders, (UnsafeFileError, MergeError), "not a regular file|no config.json")
+    (folders / name).unlink()
+    os.mkfifo(folders / name)
+    refused(folders, UnsafeFileError, f"not a regular file.*{name}")
+    (folders / name).unlink()
+    (folders / name).mkdir()
+    refused(folders, UnsafeFileError, f"not a regular file.*{name}")
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_no_configuration(folders, side):
+    (folders / side / "config.json").unlink()
+    refused(folders, MergeError, f"folder has no config.json.*/{side}")
+    os.mkfifo(folders / side / "config.json")
+    refused(folders, MergeError, "folder has no config.json")
 
 
 def test_sockets_are_not_opened(folders, monkeypatch):

@@ -20,6 +20,7 @@ ACLIP = Method("A-CLIP", lambda: ACLIPConfig(modules_to_save=["visual_projection
 LORA = Method("LoRA", lambda: LoraConfig(r=2, target_modules=ATTENTION, modules_to_save=["visual_projection"]))
 RANKS = {"rank_pattern": {"fc1": 3}, "alpha_pattern": {"fc1": 5}}
 RSLORA = Method("rsLoRA", lambda: LoraConfig(r=2, target_modules=["q_proj", "fc1"], use_rslora=True, **RANKS))
+SHIRA = Method("SHiRA", lambda: ShiraConfig(r=1, target_modules=["q_proj", "fc2"], random_seed=0))
 METHODS = [
     SAFT,
     ACLIP,
@@ -28,7 +29,7 @@ METHODS = [
     Method("LoRA with bias", lambda: LoraConfig(r=2, target_modules=["q_proj", "fc1"], lora_bias=True)),
     Method("LoRA on inputs", lambda: LoraConfig(r=2, target_modules=["token_embedding", "patch_embedding", "k_proj"])),
     Method("orthogonal LoRA", lambda: LoraConfig(r=2, target_modules=["fc1"], init_lora_weights="orthogonal")),
-    Method("SHiRA", lambda: ShiraConfig(r=1, target_modules=["q_proj", "fc2"], random_seed=0)),
+    SHIRA,
     Method("LN tuning", lambda: LNTuningConfig(target_modules=LAYER_NORMS)),
 ]
 
