@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-import hf_robust.wise_ft.checkpoints as checkpoints
+from hf_robust.wise_ft import checkpoints
 from hf_robust.wise_ft.arithmetic import interpolate_tensor
 from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor

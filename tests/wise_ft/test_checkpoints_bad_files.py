@@ -162,6 +162,8 @@ def test_not_a_regular_file(folders, name):
 
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_no_configuration(folders, side):
+    (folders / side / "config.json").write_text("[]")
+    refused(folders, MergeError, f"damaged.*/{side}/config.json.*no JSON object but a list")
     (folders / side / "config.json").unlink()
     refused(folders, MergeError, f"folder has no config.json.*/{side}")
     os.mkfifo(folders / side / "config.json")

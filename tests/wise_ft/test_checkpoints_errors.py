@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import hf_robust.wise_ft.checkpoints as checkpoints
-import hf_robust.wise_ft.publish as publish
 from hf_robust.errors import ConfigError, MergeError, NonFiniteError
+from hf_robust.wise_ft import checkpoints, publish
 from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
 from tests.wise_ft.folders import content, load, pair, put, refused, same, save, save_pair
 
