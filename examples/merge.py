@@ -30,11 +30,11 @@ from transformers import AutoModel
 
 from hf_robust.checkpoint import WEIGHTS_FILE
 from hf_robust.errors import ConfigError
-from hf_robust.wise_ft.adapters import wise_ft
-from hf_robust.wise_ft.arithmetic import check_alpha, check_finite, interpolate_tensor
-from hf_robust.wise_ft.checkpoints import check_same_head, interpolate_checkpoints
-from hf_robust.wise_ft.files import COMPANION_FILES
-from hf_robust.wise_ft.publish import check_output, publish_folder
+from hf_robust.interpolation.adapters import wise_ft
+from hf_robust.interpolation.arithmetic import check_alpha, check_finite, interpolate_tensor
+from hf_robust.interpolation.checkpoints import check_same_head, interpolate_checkpoints
+from hf_robust.interpolation.files import COMPANION_FILES
+from hf_robust.interpolation.publish import check_output, publish_folder
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 

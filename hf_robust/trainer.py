@@ -20,14 +20,14 @@ from .accuracy import accuracy_and_loss
 from .checkpoint import load_encoder, load_head, save_encoder, save_head
 from .collator import REFERENCE_EMBEDS, ImageCollator, batches_in_order, check_dataset, feature_class_names
 from .errors import ConfigError, NonFiniteError
+from .interpolation.adapters import zero_shot_copy
+from .interpolation.sweep import AlphaSweep, alpha_sweep
 from .losses.log import LossLog
 from .reference import Reference
 from .reference_cache import with_reference_embeds
 from .training_args import RobustTrainingArguments
 from .tuners.saft import mask_summary, saft_unselected, select_saft
 from .tuners.saft.selection import scores_single_images
-from .wise_ft.adapters import zero_shot_copy
-from .wise_ft.sweep import AlphaSweep, alpha_sweep
 from .zero_shot import ZeroShotClassifier
 
 TRAINING_ARGS = "training_args.json"

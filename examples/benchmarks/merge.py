@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
+from hf_robust.interpolation.checkpoints import interpolate_checkpoints
 
 N_TENSORS, ALPHA = 16, 0.5
 Measurement = tuple[float, float]  # seconds, megabytes

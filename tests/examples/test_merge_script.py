@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_robust import ACLIPConfig, SAFTConfig, select_saft
 from hf_robust.errors import ConfigError, MergeError
-from hf_robust.wise_ft.arithmetic import interpolate_tensor
+from hf_robust.interpolation.arithmetic import interpolate_tensor
 from tests.tiny_models import tiny_model, tiny_processor
 
 ROOT = Path(__file__).parents[2]

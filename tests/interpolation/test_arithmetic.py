@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_robust.errors import ConfigError, NonFiniteError
-from hf_robust.wise_ft.arithmetic import check_alpha, check_finite, interpolate_, interpolate_tensor, is_finite
+from hf_robust.interpolation.arithmetic import check_alpha, check_finite, interpolate_, interpolate_tensor, is_finite
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 alphas = st.floats(0, 1)

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from hf_robust.errors import ConfigError, MergeError, NonFiniteError
-from hf_robust.wise_ft import checkpoints, publish
-from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
-from tests.wise_ft.folders import content, load, pair, put, refused, same, save, save_pair
+from hf_robust.interpolation import checkpoints, publish
+from hf_robust.interpolation.checkpoints import interpolate_checkpoints
+from tests.interpolation.folders import content, load, pair, put, refused, same, save, save_pair
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -22,7 +22,7 @@ from peft import (
 
 from hf_robust import ACLIPConfig, SAFTConfig
 from hf_robust.errors import ConfigError, NonFiniteError, SelectionError
-from hf_robust.wise_ft.adapters import wise_ft
+from hf_robust.interpolation.adapters import wise_ft
 from tests.methods import CLIP, Method, assert_same, trained
 from tests.tiny_models import TRANSFORMER, tiny_model
 

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from hf_robust.wise_ft import checkpoints
-from hf_robust.wise_ft.arithmetic import interpolate_tensor
-from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
+from hf_robust.interpolation import checkpoints
+from hf_robust.interpolation.arithmetic import interpolate_tensor
+from hf_robust.interpolation.checkpoints import interpolate_checkpoints
+from tests.interpolation.folders import content, load, pair, same, save
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor
-from tests.wise_ft.folders import content, load, pair, same, save
 
 
 def merged(first, second, alpha):

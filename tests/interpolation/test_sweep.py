@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_robust.errors import ConfigError, NonFiniteError
-from hf_robust.wise_ft import adapters, sweep
-from hf_robust.wise_ft.adapters import wise_ft
-from hf_robust.wise_ft.sweep import AlphaSweep, alpha_sweep
+from hf_robust.interpolation import adapters, sweep
+from hf_robust.interpolation.adapters import wise_ft
+from hf_robust.interpolation.sweep import AlphaSweep, alpha_sweep
 from hf_robust.zero_shot import ZeroShotClassifier
 from tests.methods import same_bits
 from tests.tiny_models import tiny_lora, tiny_model, tiny_processor

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_robust.errors import MergeError, UnsafeFileError
-from tests.wise_ft.folders import pair, put, refused, save, save_pair
+from tests.interpolation.folders import pair, put, refused, save, save_pair
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

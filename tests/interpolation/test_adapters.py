@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_robust.wise_ft.adapters import wise_ft
+from hf_robust.interpolation.adapters import wise_ft
+from tests.interpolation.tuned import LORA, METHODS, RSLORA, SAFT, own, tuned
 from tests.methods import CLIP, Method, add, all_families, assert_same, batch, outputs, same_bits, train
 from tests.tiny_models import tiny_model
-from tests.wise_ft.tuned import LORA, METHODS, RSLORA, SAFT, own, tuned
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT, of LN tuning

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from hf_robust.errors import ConfigError
-from hf_robust.wise_ft.adapters import wise_ft
-from hf_robust.wise_ft.callback import WiSEFTCallback
+from hf_robust.interpolation.adapters import wise_ft
+from hf_robust.interpolation.callback import WiSEFTCallback
 from hf_robust.zero_shot import ZeroShotClassifier
 from tests.methods import CLIP, outputs, same_bits
 from tests.tiny_models import image_dataset, tiny_batch, tiny_model, tiny_processor

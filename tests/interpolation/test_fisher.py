@@ -7,12 +7,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from hf_robust.errors import ConfigError, DataError, NonFiniteError
-from hf_robust.wise_ft.arithmetic import interpolate_tensor
-from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
-from hf_robust.wise_ft.fisher import diagonal_fisher
+from hf_robust.interpolation.arithmetic import interpolate_tensor
+from hf_robust.interpolation.checkpoints import interpolate_checkpoints
+from hf_robust.interpolation.fisher import diagonal_fisher
 from hf_robust.zero_shot import ZeroShotClassifier
+from tests.interpolation.folders import load
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_lora, tiny_model, tiny_processor
-from tests.wise_ft.folders import load
 
 NAMES = ["red", "green", "blue"]
 

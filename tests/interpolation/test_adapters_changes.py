@@ -12,10 +12,10 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from hf_robust.wise_ft.adapters import wise_ft
+from hf_robust.interpolation.adapters import wise_ft
+from tests.interpolation.tuned import ACLIP, LORA, SAFT, SHIRA, own, tuned
 from tests.methods import CLIP, Method, assert_same, batch, outputs, prepared, same_bits, train
 from tests.tiny_models import tiny_model
-from tests.wise_ft.tuned import ACLIP, LORA, SAFT, SHIRA, own, tuned
 
 
 @pytest.fixture(params=[SAFT, ACLIP, LORA], ids=lambda method: method.name)

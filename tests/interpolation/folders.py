@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
+from hf_robust.interpolation.checkpoints import interpolate_checkpoints
 
 
 def save(folder, tensors, shards=1, config=None):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
-from tests.wise_ft.folders import content, pair, save
+from hf_robust.interpolation.checkpoints import interpolate_checkpoints
+from tests.interpolation.folders import content, pair, save
 
 CALLS = {"write", "fsync", "rename", "rmdir", "unlink", "mkdir", "sendfile", "_exchange"}
 CHILD = f"""
 import os, signal, sys
-from hf_robust.wise_ft.checkpoints import interpolate_checkpoints
+from hf_robust.interpolation.checkpoints import interpolate_checkpoints
 
 def run(when, alpha, overwrite):
     seen = 0
