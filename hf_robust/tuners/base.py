@@ -3,12 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
+
+
+def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns what `Module._apply` shall do to trained tensors when it does `fn` to a model: never fewer bits.
+
+    Args:
+        fn: moves or casts a tensor.
+
+    Example:
+        >>> keep_precision(torch.Tensor.half)(torch.zeros(2)).dtype
+        torch.float32
+    """
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+    return apply
 
 
 class RobustTuner(BaseTuner):

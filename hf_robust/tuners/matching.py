@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ..errors import ConfigError, close_matches
 
@@ -43,3 +44,20 @@ def matching(patterns: list[str] | str, names: set[str], argument: str) -> set[s
                 f"{argument} matches no module", got=pattern, remedy=close_matches(pattern.split(".")[-1], known)
             )
     return set().union(*wanted.values())
+
+
+def check_patterns(config: Any) -> None:
+    """Refuses empty `target_modules` and `exclude_modules` of a config, and sorts sets.
+
+    Args:
+        config: a config with these two fields.
+
+    Raises:
+        ConfigError: one of them is empty.
+    """
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, set | tuple):  # a set has no order, and the saved file shall not depend on hashes
+            setattr(config, name, sorted(value))
+        if value is not None and len(value) == 0:
+            raise ConfigError(f"{name} is empty", got=value, remedy="Leave it at None, or name modules.")

@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 
 from ...errors import ConfigError
 from ...peft_types import RobustPeftType
+from ..matching import check_patterns
 
 Towers = Literal["both", "vision", "text"]
 
@@ -63,9 +64,4 @@ class ACLIPConfig(PeftConfig):
         if self.train_out_proj and self.target_modules is not None:
             remedy = "Name the output projections in target_modules."
             raise ConfigError("train_out_proj adds to the default target_modules alone", remedy=remedy)
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (set, tuple)):  # a set has no order, and the saved file shall not depend on hashes
-                setattr(self, name, sorted(value))
-            if value is not None and len(value) == 0:
-                raise ConfigError(f"{name} is empty", got=value, remedy="Leave it at None, or name modules.")
+        check_patterns(self)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...dual_encoder import at_least_float32
 from ...errors import NonFiniteError
+from ..base import keep_precision
 from .config import ACLIPConfig
 
 
@@ -144,14 +145,10 @@ class ACLIPLayer(nn.Module, BaseTunerLayer):
     # --- moving, saving, loading ---
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
-
         self.base_layer._apply(fn)
         self._theta0._apply(fn)
-        self.aclip_weight._apply(keep_precision)
-        self.aclip_bias._apply(keep_precision)
+        self.aclip_weight._apply(keep_precision(fn))
+        self.aclip_bias._apply(keep_precision(fn))
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

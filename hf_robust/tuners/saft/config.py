@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 
 from ...errors import ConfigError
 from ...peft_types import RobustPeftType
+from ..matching import check_patterns
 
 Score = Literal["signed_mean", "abs_mean", "fisher", "magnitude", "random"]
 Scope = Literal["global", "per_tensor"]
@@ -77,9 +78,4 @@ class SAFTConfig(PeftConfig):
         for name, choices in (("score", Score), ("scope", Scope), ("towers", Towers)):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"unknown {name}", got=getattr(self, name), allowed=", ".join(get_args(choices)))
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (set, tuple)):  # a set has no order, and the saved file shall not depend on hashes
-                setattr(self, name, sorted(value))
-            if value is not None and len(value) == 0:
-                raise ConfigError(f"{name} is empty", got=value, remedy="Leave it at None, or name modules.")
+        check_patterns(self)

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...errors import ConfigError, NonFiniteError, SelectionError
+from ..base import keep_precision
 from .config import SAFTConfig
 from .kernels import Entries, ResidentAlias, SampledEmbedding, SampledLinear
 from .plan import Plan, Stamp, floating_parameters, make_plan, same_bits, set_versions
@@ -326,13 +327,9 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         self._restore()
         self._plan = self._last = None
 
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
-
         self.base_layer._apply(fn)
         self.saft_indices._apply(fn)
-        self.saft_values._apply(keep_precision)
+        self.saft_values._apply(keep_precision(fn))
         if not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
             self.refresh()
         return self
