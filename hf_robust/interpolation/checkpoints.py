@@ -142,7 +142,8 @@ def check_same_tensors(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str,
     kinds = {name: (_kind(zero_shot[name]), _kind(fine_tuned[name])) for name in common}
     different = [f"{name}: {first} and {second}" for name, (first, second) in kinds.items() if first != second]
     if different:
-        raise MergeError(f"{len(different)} tensors differ in dtype or shape", got=some(different))
+        remedy = "If it is the dtype: load one side with from_pretrained(folder, dtype=...), and save it."
+        raise MergeError(f"{len(different)} tensors differ in dtype or shape", got=some(different), remedy=remedy)
 
 
 def _read_fishers(

@@ -72,6 +72,9 @@ def publish_folder(out_dir: Path, overwrite: bool, needed: int = 0) -> Iterator[
     try:
         temporary.mkdir()  # not tempfile: its folders are for their owner alone
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
+        for path in (path for path in temporary.rglob("*") if path.is_file()):
+            path.chmod(mode)  # the safetensors library writes for the owner alone
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         if overwrite and out_dir.exists() and any(out_dir.iterdir()):

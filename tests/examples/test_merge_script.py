@@ -95,6 +95,14 @@ def test_an_adapter_goes_part_of_the_way(merge, method, capsys):
     assert not list(Path(folders[0.25]).glob("adapter*"))
 
 
+def test_all_files_may_be_read_by_whom_the_folder_may(merge):
+    """The safetensors library writes a file that only its owner may read."""
+    save_adapter("tuned", CONFIGS["lora"])
+    merge("--fine_tuned", "tuned")
+    modes = {path.stat().st_mode & 0o777 for path in Path("merged").iterdir()}
+    assert modes == {Path("merged").stat().st_mode & 0o666}
+
+
 def test_an_adapter_keeps_the_dtype_of_its_model(merge):
     tiny_model("clip").bfloat16().save_pretrained("half")
     save_adapter("adapter", CONFIGS["aclip"], torch.bfloat16)
