@@ -199,12 +199,11 @@ class ZeroShotClassifier(nn.Module):
 
     def _build_head(self) -> None:
         with torch.no_grad(), evaluating(self.model):
-            embeds = self.encode_prompts()  # (classes, dim)
             if self.head == "frozen":
-                self.register_buffer("class_embeds", embeds, persistent=False)
+                self.register_buffer("class_embeds", self.encode_prompts(), persistent=False)
                 return
-            self.class_head = nn.Linear(embeds.shape[1], embeds.shape[0], device="meta")  # no draw from the global RNG
             weight, bias = self.zero_shot_head()
+            self.class_head = nn.Linear(weight.shape[1], len(weight), device="meta")  # no draw from the global RNG
             self.class_head.weight, self.class_head.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def _freeze_unused(self) -> None:

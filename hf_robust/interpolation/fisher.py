@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from ..dual_encoder import at_least_float32
 from ..errors import ConfigError, DataError
+from ..reference import IMAGE_INPUTS
 from ..zero_shot import ZeroShotClassifier, evaluating
 from .arithmetic import check_finite
-
-VISION_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
 def diagonal_fisher(
@@ -69,7 +68,7 @@ def diagonal_fisher(
 
 def _single_images(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     for batch in batches:
-        inputs = {name: batch[name] for name in VISION_INPUTS if name in batch}
+        inputs = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
         for index in range(len(batch["pixel_values"])):
             yield {name: tensor[index : index + 1] for name, tensor in inputs.items()}
 

@@ -11,9 +11,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..tuners.saft.plan import same_bits
 from .arithmetic import check_alpha, check_finite, interpolate_tensor
 from .files import some
+from .linear import equal_bits
 
 
 @torch.no_grad()
@@ -77,7 +77,8 @@ def _check_model(model: nn.Module, side: str) -> None:
 
 
 def _check_alike(starts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    lacking, extra = ([name for name in one if name not in other] for one, other in _both_ways(tensors, starts))
+    lacking = [name for name in tensors if name not in starts]
+    extra = [name for name in starts if name not in tensors]
     if lacking or extra:
         what = f"the zero-shot model lacks {len(lacking)} tensors of the fine-tuned one and has {len(extra)} others"
         raise MergeError(what, got=f"lacking {some(lacking) or 'none'}; others {some(extra) or 'none'}")
@@ -88,10 +89,6 @@ def _check_alike(starts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
             forms = (f"{tuple(side.shape)}, {side.dtype}" for side in (start, tensor))
             raise MergeError("the models have a tensor in two forms", where=name, got=" and ".join(forms))
         twin = starts[first.setdefault(id(tensor), name)]
-        if twin is not start and not same_bits(twin.reshape(-1), start.reshape(-1)):
+        if twin is not start and not equal_bits(twin, start):
             what = "a tensor is tied in the fine-tuned model and has two values in the zero-shot one"
             raise MergeError(what, where=name, got=first[id(tensor)])
-
-
-def _both_ways(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[dict, dict]]:
-    return [(one, other), (other, one)]
