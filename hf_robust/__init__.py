@@ -10,6 +10,11 @@ from .interpolation import interpolate as interpolate
 from .interpolation import interpolate_checkpoints as interpolate_checkpoints
 from .interpolation import wise_ft as wise_ft
 from .losses import SimilarityLoss as SimilarityLoss
+from .ogen import FeatureGenerator as FeatureGenerator
+from .ogen import OGENClassifier as OGENClassifier
+from .ogen import OGENConfig as OGENConfig
+from .prompts import context_prompt as context_prompt
+from .reference_cache import with_image_embeds as with_image_embeds
 from .trainer import RobustTrainer as RobustTrainer
 from .training_args import RobustTrainingArguments as RobustTrainingArguments
 from .tuners.aclip import ACLIPConfig as ACLIPConfig

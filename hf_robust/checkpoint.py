@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import AdapterFileError
+from .ogen import OGENClassifier
 from .tuners.saft import SAFTConfig, saft_unselected
 from .zero_shot import ZeroShotClassifier
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
-ENCODER = "model."  # prefix of the dual encoder's tensors in the classifier's state dict
+ENCODER, HEAD = "model.", "class_head."  # prefixes in the classifier's state dict
 
 
 def save_encoder(classifier: ZeroShotClassifier, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -82,14 +83,19 @@ def _require_all(missing: list[str], folder: Path) -> None:
 
 
 def save_head(classifier: ZeroShotClassifier, folder: Path) -> None:
-    """Writes class names, templates and head mode, and the classifier's weights outside the dual encoder.
+    """Writes class names, templates and head mode, and the weights of a trainable head.
+
+    The names of the new classes that OGEN was given are written too, as they are information that went into the model.
 
     Args:
         classifier: the classifier.
         folder: where to.
     """
-    head = {name: list(getattr(classifier, name)) for name in ("class_names", "templates")}
-    text = json.dumps({**head, "head": classifier.head}, indent=2, ensure_ascii=False)
+    head: dict[str, Any] = {name: list(getattr(classifier, name)) for name in ("class_names", "templates")}
+    head["head"] = classifier.head
+    if isinstance(classifier, OGENClassifier):
+        head["new_class_names"] = classifier.new_class_names
+    text = json.dumps(head, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     weights = _own_weights(classifier)
     if weights:
@@ -117,4 +123,4 @@ def load_head(classifier: ZeroShotClassifier, folder: Path) -> None:
 
 
 def _own_weights(classifier: ZeroShotClassifier) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in classifier.state_dict().items() if not name.startswith(ENCODER)}
+    return {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith(HEAD)}

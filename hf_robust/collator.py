@@ -20,7 +20,8 @@ from transformers import BaseImageProcessor, ProcessorMixin
 
 from .errors import DataError
 
-REFERENCE_EMBEDS = "reference_embeds"  # the column of cached embeddings, see `hf_robust.reference_cache`
+# columns of cached embeddings, see `hf_robust.reference_cache`: beside the images, and in their place
+REFERENCE_EMBEDS, IMAGE_EMBEDS = "reference_embeds", "image_embeds"
 MAX_PIXELS = 50_000_000
 MAX_ASPECT_RATIO = 20
 
@@ -31,6 +32,7 @@ class ImageCollator:
     An image is a `PIL.Image.Image`, the path of a file, or the `{"bytes": ..., "path": ...}` dictionary of
     `datasets.Image(decode=False)`. See `load_rgb` for how it is opened. The column `reference_embeds`,
     where the trainer has cached the pre-trained model's embeddings, becomes a tensor; other columns are ignored.
+    Rows with `image_embeds`, see `with_image_embeds`, need no image.
 
     Args:
         processor: the model's processor, or its image processor alone.
@@ -52,21 +54,34 @@ class ImageCollator:
             rows: rows of a dataset.
 
         Returns:
-            `pixel_values` `(batch, channels, height, width)`, `labels` `(batch,)` unless no row has one,
-            `reference_embeds` `(batch, dim)` where the rows have them, and what else the image processor returns
-            (`pixel_attention_mask` and `spatial_shapes` of SigLIP 2).
+            `pixel_values` `(batch, channels, height, width)`, or `image_embeds` `(batch, dim)` where the rows have
+            them; `labels` `(batch,)` unless no row has one; `reference_embeds` `(batch, dim)` where the rows have
+            them; and what else the image processor returns (`pixel_attention_mask` and `spatial_shapes` of SigLIP 2).
 
         Raises:
             DataError: a row has no image, its image cannot be used, or its label is no integer from 0.
         """
-        images = [load_rgb(_column(row, "image")) for row in rows]
-        batch = dict(self.image_processor(images=images, return_tensors="pt"))
+        batch = {} if any(IMAGE_EMBEDS in row for row in rows) else self._images(rows)
         if any("label" in row for row in rows):
             batch["labels"] = torch.tensor([_label(row) for row in rows])  # (batch,)
-        if any(REFERENCE_EMBEDS in row for row in rows):
-            embeds = [_column(row, REFERENCE_EMBEDS) for row in rows]
-            batch[REFERENCE_EMBEDS] = torch.tensor(embeds, dtype=torch.float32)  # (batch, dim)
+        for column in (REFERENCE_EMBEDS, IMAGE_EMBEDS):
+            if any(column in row for row in rows):
+                embeds = [_column(row, column) for row in rows]
+                batch[column] = torch.tensor(embeds, dtype=torch.float32)  # (batch, dim)
         return batch
+
+    def _images(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        images = [load_rgb(_column(row, "image")) for row in rows]
+        return dict(self.image_processor(images=images, return_tensors="pt"))
+
+
+def n_images(batch: Mapping[str, Tensor]) -> int:
+    """Returns the number of images in a batch of images or of their embeddings.
+
+    Args:
+        batch: what the data collator returned.
+    """
+    return len(batch[IMAGE_EMBEDS] if IMAGE_EMBEDS in batch else batch["pixel_values"])
 
 
 def batches_in_order(
@@ -192,7 +207,7 @@ def check_dataset(dataset: Any, n_classes: int, where: str) -> None:
         where: the dataset's name, for the message.
 
     Raises:
-        DataError: it is empty, lacks `image` or `label`, or has a label outside the classes.
+        DataError: it is empty, lacks `image` (or `image_embeds`) or `label`, or has a label outside the classes.
     """
     if isinstance(dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
         return
@@ -201,6 +216,8 @@ def check_dataset(dataset: Any, n_classes: int, where: str) -> None:
     if not isinstance(dataset, datasets.Dataset):
         return
     for column in ("image", "label"):
+        if column == "image" and IMAGE_EMBEDS in dataset.column_names:
+            continue
         if column not in dataset.column_names:
             remedy = f"Use dataset.rename_column(..., {column!r})."
             raise DataError(f"no column {column!r}", where=where, got=dataset.column_names, remedy=remedy)

@@ -15,12 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .collator import REFERENCE_EMBEDS
+from .class_embeds import evaluating
+from .collator import IMAGE_EMBEDS, REFERENCE_EMBEDS
 from .dual_encoder import base_model, image_embeds, tower_modules
 from .errors import ConfigError
 from .losses.similarity import SimilarityLoss
-from .zero_shot import ZeroShotClassifier, ZeroShotClassifierOutput, evaluating
+from .zero_shot import ZeroShotClassifier, ZeroShotClassifierOutput
 
+ADAPTERS = BaseTunerLayer | AuxiliaryTrainingWrapper
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
@@ -35,8 +37,9 @@ def pretrained_weights(model: nn.Module) -> Iterator[None]:
         >>> with torch.no_grad(), pretrained_weights(model):
         ...     before = image_embeds(model, pixel_values)
     """
-    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
-    layers: Any = [module for module in model.modules() if isinstance(module, kinds) and not module.disable_adapters]
+    layers: Any = [
+        module for module in model.modules() if isinstance(module, ADAPTERS) and not module.disable_adapters
+    ]
     # PEFT lets all of an active adapter require gradients afterwards, also in a tower the head froze
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -53,7 +56,7 @@ def pretrained_weights(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def pretrained_image_embeds(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Embeds the images of a batch with θ₀.
+    """Embeds the images of a batch with θ₀, unless they come embedded.
 
     Args:
         model: what `pretrained_vision` returned.
@@ -66,6 +69,8 @@ def pretrained_image_embeds(model: nn.Module, inputs: Mapping[str, Tensor]) -> T
         >>> pretrained_image_embeds(pretrained_vision(clip), collate(rows)).shape
         torch.Size([2, 512])
     """
+    if IMAGE_EMBEDS in inputs:
+        return inputs[IMAGE_EMBEDS]
     with pretrained_weights(model):
         return image_embeds(model, **{name: inputs[name] for name in IMAGE_INPUTS if name in inputs})
 
@@ -98,6 +103,27 @@ def pretrained_vision(model: nn.Module) -> nn.Module:
     text = {id(model.get_submodule(name)): nn.Identity() for name in tower_modules(model, "text")}
     # deepcopy takes what is in `text` for copied. Flags stay: SigLIP's head is rounded otherwise with frozen weights.
     return copy.deepcopy(model, text).eval()
+
+
+def check_vision_is_pretrained(model: nn.Module, what: str) -> None:
+    """Refuses a vision tower that is trained or has adapters.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        what: what needs the vision tower as it was, for the message.
+
+    Raises:
+        ConfigError: a parameter of it requires gradients, or one of its modules has an adapter.
+    """
+    base = base_model(model)
+    parts = [(name, base.get_submodule(name)) for name in tower_modules(model, "vision")]
+    changed = [f"{part}.{name}" for part, m in parts for name, p in m.named_parameters() if p.requires_grad]
+    changed += [f"{part}.{name}" for part, m in parts for name, one in m.named_modules() if isinstance(one, ADAPTERS)]
+    if changed:
+        remedy = (
+            "Adapt the text tower alone: context_prompt(...), SAFTConfig(towers='text'), ACLIPConfig(towers='text')."
+        )
+        raise ConfigError(f"{what}, so the vision tower must stay as it is", got=changed[:3], remedy=remedy)
 
 
 def check_reference(classifier: ZeroShotClassifier, towers: Literal["vision", "text", "both"]) -> None:

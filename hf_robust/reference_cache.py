@@ -16,8 +16,9 @@ import pyarrow as pa
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import BaseImageProcessor, ProcessorMixin
 
-from .collator import REFERENCE_EMBEDS, ImageCollator, batches_in_order
+from .collator import IMAGE_EMBEDS, REFERENCE_EMBEDS, ImageCollator, batches_in_order
 from .dual_encoder import base_model, tower_modules
 from .errors import ConfigError, DataError
 from .reference import pretrained_image_embeds, pretrained_weights
@@ -70,6 +71,58 @@ def with_reference_embeds(
     return joined if indices is None else joined.select(indices)
 
 
+def with_image_embeds(
+    dataset: datasets.Dataset,
+    model: nn.Module,
+    processor: ProcessorMixin | BaseImageProcessor,
+    batch_size: int = 64,
+    workers: int = 0,
+    silent: bool = False,
+) -> datasets.Dataset:
+    """Replaces the images of a dataset by their embeddings, for training that leaves the vision tower as it is.
+
+    A learned context, or any adapter of the text tower alone, then trains and is evaluated without the vision tower,
+    many times as fast. The embeddings are kept on disk, as those of `with_reference_embeds`, and taken from there the
+    next time. Rows can be selected and labels changed afterwards.
+
+    Args:
+        dataset: a `datasets.Dataset` with a column `image`, without transform.
+        model: the dual encoder that will be trained; its adapters have no say.
+        processor: its processor, or its image processor.
+        batch_size: images embedded at once; it moves an embedding by no more than rounding.
+        workers: processes that open images.
+        silent: without a progress bar.
+
+    Returns:
+        The dataset with a column `image_embeds`, float32, and without `image`.
+
+    Raises:
+        ConfigError: images may not look the same every time.
+        DataError: an image cannot be used.
+
+    Example:
+        >>> with_image_embeds(photos, clip, processor).column_names
+        ['label', 'image_embeds']
+    """
+    how = ImageCollator(processor), batch_size, workers, silent
+    embedded = with_reference_embeds(dataset, model, *how)
+    return embedded.remove_columns("image").rename_column(REFERENCE_EMBEDS, IMAGE_EMBEDS)
+
+
+def is_cacheable(dataset: Any, collator: Any) -> bool:
+    """Whether images of a dataset are the same every time, and can be told from those of other datasets.
+
+    Args:
+        dataset: any dataset.
+        collator: the data collator.
+    """
+    try:
+        _check_cacheable(dataset, collator)
+    except (ConfigError, DataError):
+        return False
+    return True
+
+
 def _check_cacheable(dataset: Any, collator: Any) -> None:
     where, remedy = "cache_reference_embeddings", "Set cache_reference_embeddings=False."
     if not isinstance(dataset, datasets.Dataset):
@@ -81,6 +134,8 @@ def _check_cacheable(dataset: Any, collator: Any) -> None:
     if type(collator) is not ImageCollator:
         what, got = "images of another data collator may differ every time", type(collator).__name__
         raise ConfigError(what, where=where, got=got, allowed="ImageCollator", remedy=remedy)
+    if IMAGE_EMBEDS in dataset.column_names:
+        raise ConfigError("images are embedded already", where=where, got=dataset.column_names, remedy=remedy)
     if REFERENCE_EMBEDS in dataset.column_names:
         remedy = f"Use dataset.remove_columns({REFERENCE_EMBEDS!r})."
         raise DataError("dataset has the column already", where=where, got=REFERENCE_EMBEDS, remedy=remedy)

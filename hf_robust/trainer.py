@@ -9,22 +9,33 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .accuracy import accuracy_and_loss
 from .checkpoint import load_encoder, load_head, save_encoder, save_head
-from .collator import REFERENCE_EMBEDS, ImageCollator, batches_in_order, check_dataset, feature_class_names
+from .collator import (
+    IMAGE_EMBEDS,
+    REFERENCE_EMBEDS,
+    ImageCollator,
+    batches_in_order,
+    check_dataset,
+    feature_class_names,
+    n_images,
+)
 from .errors import ConfigError, NonFiniteError
 from .interpolation.adapters import zero_shot_copy
 from .interpolation.sweep import AlphaSweep, alpha_sweep
 from .losses.log import LossLog
-from .reference import Reference
-from .reference_cache import with_reference_embeds
+from .ogen import OGENClassifier, OGENConfig, class_prototypes
+from .ogen.training import OGENTraining
+from .reference import Reference, check_vision_is_pretrained, pretrained_image_embeds
+from .reference_cache import is_cacheable, with_image_embeds, with_reference_embeds
 from .training_args import RobustTrainingArguments
 from .tuners.saft import mask_summary, saft_unselected, select_saft
 from .tuners.saft.selection import scores_single_images
@@ -58,6 +69,7 @@ class RobustTrainer(Trainer):
         eval_dataset: one evaluation set, or several by name.
         processing_class: the model's processor.
         class_names: names in label order; by default those of the training set's `label` feature.
+        ogen: settings of OGEN, see `OGENConfig`; None for training without it.
         data_collator: by default an `ImageCollator`.
         compute_metrics: as in `Trainer`, gets logits and labels; by default accuracy and cross-entropy.
         callbacks: as in `Trainer`.
@@ -88,6 +100,7 @@ class RobustTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     processing_class: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -97,6 +110,7 @@ class RobustTrainer(Trainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: ProcessorMixin | None = None,
         class_names: list[str] | None = None,
+        ogen: OGENConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
         compute_metrics: Callable[[EvalPrediction], Metrics] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -110,7 +124,10 @@ class RobustTrainer(Trainer):
             if class_names is None:
                 remedy = "Pass class_names, or make the dataset's label column a ClassLabel."
                 raise ConfigError("class names are missing", where="class_names", remedy=remedy)
-            model = ZeroShotClassifier(model, processing_class, class_names, args.templates, args.head)
+            model = _classifier(model, processing_class, class_names, args, ogen)
+        elif ogen is not None:
+            remedy = "Pass the dual encoder itself, or an OGENClassifier."
+            raise ConfigError("a classifier brings its own settings", where="ogen", got=ogen, remedy=remedy)
         super().__init__(
             model=model,
             args=args,
@@ -132,6 +149,7 @@ class RobustTrainer(Trainer):
         self._check_datasets()
         self.zero_shot = zero_shot_copy(self.model)
         self.reference = self._make_reference() if args.similarity_weight > 0 else None
+        self.ogen: OGENTraining | None = None
 
     def _make_reference(self) -> Reference:
         """Keeps of θ₀ what training will need, before a checkpoint to resume from replaces its weights."""
@@ -145,12 +163,15 @@ class RobustTrainer(Trainer):
         return reference
 
     def _check_datasets(self) -> None:
-        if self.train_dataset is not None:
-            check_dataset(self.train_dataset, len(self.model.class_names), "train_dataset")
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
-        for name, dataset in sets.items():
+        for name, dataset in {"train_dataset": self.train_dataset, **sets}.items():
             if dataset is not None:
-                check_dataset(dataset, len(self._class_names(dataset) or self.model.class_names), name)
+                self._check_dataset(dataset, name)
+
+    def _check_dataset(self, dataset: Dataset, where: str) -> None:
+        check_dataset(dataset, len(self._class_names(dataset) or self.model.class_names), where)
+        if isinstance(dataset, datasets.Dataset) and IMAGE_EMBEDS in dataset.column_names:
+            check_vision_is_pretrained(self.model.model, f"{where} has image embeddings in the place of images")
 
     def _class_names(self, dataset: Dataset) -> list[str] | None:
         """Returns the class names of a dataset if it needs another head than the training set, else None."""
@@ -176,6 +197,9 @@ class RobustTrainer(Trainer):
         self._unprepare()
         if not resume_from_checkpoint and saft_unselected(self.model):
             self.select_entries()
+        if isinstance(self.model, OGENClassifier):
+            self.ogen = OGENTraining(self.model)
+            self.model.set_prototypes(class_prototypes(self._image_features(), self.model.class_names))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _unprepare(self) -> None:
@@ -196,13 +220,29 @@ class RobustTrainer(Trainer):
             print(mask_summary(self.model))
 
     def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yields this rank's share of the training set, in order and without the copies that even batches need."""
-        share = range(self.accelerator.process_index, len(self.train_dataset), self.accelerator.num_processes)
         size = 1 if scores_single_images(self.model) else self.args.selection_batch_size
-        how = size, self.args.dataloader_num_workers, next(self.model.parameters()).device
-        title = None if self._is_silent() else "Selecting entries"
-        for batch in batches_in_order(Subset(self.train_dataset, share), self.data_collator, *how, title):
+        for batch in self._own_share(self.train_dataset, size, "Selecting entries"):
             yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
+
+    def _image_features(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields image embeddings and labels of this rank's share of the training set."""
+        dataset, size = self.train_dataset, self.args.eval_batch_size
+        with self.accelerator.autocast():
+            if is_cacheable(dataset, self.data_collator):
+                image_processor = self.data_collator.image_processor
+                how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
+                with self.args.main_process_first(desc="embedding the training set"):
+                    dataset = with_image_embeds(dataset, self.model.model, *how)
+            for batch in self._own_share(dataset, size, "Computing prototypes"):
+                yield pretrained_image_embeds(self.model.model, batch), batch["labels"]
+
+    def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
+        """Yields this rank's share of a set, in order and without the copies that even batches need."""
+        share = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
+        how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
+        yield from batches_in_order(
+            Subset(dataset, share), self.data_collator, *how, None if self._is_silent() else title
+        )
 
     def _is_silent(self) -> bool:
         return self.args.disable_tqdm or not self.is_local_process_zero()
@@ -212,7 +252,7 @@ class RobustTrainer(Trainer):
     ) -> tuple[list[dict[str, Tensor]], int | None]:
         """Returns the micro-batches of one optimizer step and their number of images."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(len(batch["pixel_values"]) for batch in batches)
+        return batches, sum(map(n_images, batches))
 
     def compute_loss(
         self,
@@ -229,13 +269,16 @@ class RobustTrainer(Trainer):
             return_outputs: also return the classifier's output.
             num_items_in_batch: images of all micro-batches of this optimizer step; None in evaluation.
         """
+        if self.ogen is not None and self.model.training:
+            with self.accelerator.autocast():
+                self.ogen.start_epoch(int(self.state.epoch), self.state.num_train_epochs)
         outputs = model(**{name: tensor for name, tensor in inputs.items() if name != REFERENCE_EMBEDS})
         terms = self.loss_terms(outputs, inputs)
         loss = torch.stack(list(terms.values())).sum()
         if num_items_in_batch is not None:
             # the Trainer divides by the number of micro-batches, which is right where they are equally large
-            loss = len(inputs["pixel_values"]) * self.current_gradient_accumulation_steps / num_items_in_batch * loss
-            self.loss_log.add(terms, share=len(inputs["pixel_values"]) / num_items_in_batch)
+            loss = n_images(inputs) * self.current_gradient_accumulation_steps / num_items_in_batch * loss
+            self.loss_log.add(terms, share=n_images(inputs) / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def loss_terms(self, outputs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -246,6 +289,8 @@ class RobustTrainer(Trainer):
             inputs: what the data collator returned.
         """
         terms = {"cross_entropy": outputs.loss}
+        if self.ogen is not None and self.model.training:
+            terms = self.ogen.terms(outputs)
         if self.reference is not None and self.model.training:
             with self.accelerator.autocast():
                 terms |= self.reference.terms(outputs, inputs, self.state.global_step / self.state.max_steps)
@@ -358,7 +403,7 @@ class RobustTrainer(Trainer):
 
     def _head_for(self, dataset: Dataset, where: str) -> AbstractContextManager:
         names = self._class_names(dataset)
-        check_dataset(dataset, len(names or self.model.class_names), where)
+        self._check_dataset(dataset, where)
         return nullcontext() if names is None else self.model.classes(names)
 
     def prediction_step(
@@ -384,13 +429,35 @@ class RobustTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
         (folder / TRAINING_ARGS).write_text(self.args.to_json_string())  # the Trainer's pickle would hold the token
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.ogen is not None and self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.ogen.save(Path(self._get_output_dir(trial=trial)) / folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # sharded files, named after the whole classifier
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_encoder(self.model, Path(resume_from_checkpoint))
         load_head(self.model, Path(resume_from_checkpoint))
+        if self.ogen is not None:
+            self.ogen.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _classifier(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    class_names: list[str],
+    args: RobustTrainingArguments,
+    ogen: OGENConfig | None,
+) -> ZeroShotClassifier:
+    if ogen is None:
+        return ZeroShotClassifier(model, processor, class_names, args.templates, args.head)
+    if args.head != "live":
+        raise ConfigError("OGEN trains the text tower", where="head", got=args.head, allowed="'live'")
+    return OGENClassifier(model, processor, class_names, ogen, args.templates)

@@ -14,23 +14,20 @@ from torch.nn import functional as F
 from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
+from .class_embeds import class_embeddings, embed_prompts, encode_prompts, evaluating, prompt_tokens
 from .dual_encoder import (
     at_least_float32,
     base_model,
     family,
-    image_embeds,
     logit_bias,
     logit_scale,
-    text_embeds,
-    tokenize,
     tower_modules,
 )
+from .dual_encoder import image_embeds as embed_images
 from .errors import ConfigError
-from .templates import TEMPLATES, check_class_names, check_templates, class_prompts
+from .templates import TEMPLATES, check_class_names, check_templates
 
 __all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]
-
-PROMPTS_AT_ONCE = 256  # without gradients; bounds the memory of thousands of prompts
 
 
 @dataclass
@@ -105,7 +102,7 @@ class ZeroShotClassifier(nn.Module):
             raise ConfigError("unknown head", got=head, allowed="'frozen', 'live', 'trainable'")
         self.model, self.processor, self.head = model, processor, head
         self.class_names, self.templates = check_class_names(class_names), check_templates(templates)
-        prompts = _prompt_tokens(model, processor, self.class_names, self.templates)
+        prompts = prompt_tokens(model, processor, self.class_names, self.templates)
         self.register_buffer("prompt_input_ids", prompts["input_ids"], persistent=False)
         self.register_buffer("prompt_attention_mask", prompts.get("attention_mask"), persistent=False)
         self._kept: tuple[list[int], Tensor, Tensor] | None = None  # of "live" in eval mode: tower state, embeddings
@@ -116,10 +113,11 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_embeds: Tensor | None = None,
     ) -> ZeroShotClassifierOutput:
         """Classifies images.
 
@@ -128,11 +126,20 @@ class ZeroShotClassifier(nn.Module):
             labels: `(batch,)`, indices into `class_names`.
             pixel_attention_mask: `(batch, patches)`, SigLIP 2 only.
             spatial_shapes: `(batch, 2)`, SigLIP 2 only.
+            image_embeds: `(batch, dim)`, L2-normalised: embeddings in the place of images, see `with_image_embeds`.
 
         Returns:
             Logits and embeddings in float32 or better, and the loss where there are labels.
+
+        Raises:
+            ConfigError: there are neither images nor embeddings, or both.
         """
-        embeds = image_embeds(self.model, pixel_values, pixel_attention_mask, spatial_shapes)  # (batch, dim)
+        if pixel_values is not None and image_embeds is None:
+            embeds = embed_images(self.model, pixel_values, pixel_attention_mask, spatial_shapes)  # (batch, dim)
+        elif pixel_values is None and image_embeds is not None:
+            embeds = image_embeds
+        else:
+            raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
         class_embeds = self._class_embeds()  # (classes, dim)
         logits = self._logits(embeds, class_embeds)  # (batch, classes)
         loss = None if labels is None else F.cross_entropy(logits, labels)
@@ -168,7 +175,7 @@ class ZeroShotClassifier(nn.Module):
 
     def encode_prompts(self) -> Tensor:
         """Returns the class embeddings that the text tower gives now, `(classes, dim)`, L2-normalised."""
-        return _mean_over_templates(self._embed_prompts(slice(None)), len(self.templates))
+        return encode_prompts(self.model, self.prompt_input_ids, self.prompt_attention_mask, len(self.templates))
 
     def zero_shot_head(self) -> tuple[Tensor, Tensor]:
         """Returns weight `(classes, dim)` and bias `(classes,)` of the linear layer that the text tower gives now."""
@@ -253,70 +260,4 @@ class ZeroShotClassifier(nn.Module):
 
     def _embed_prompts(self, rows: slice) -> Tensor:
         mask = self.prompt_attention_mask
-        return _embed(self.model, self.prompt_input_ids[rows], None if mask is None else mask[rows])
-
-
-@torch.no_grad()
-def class_embeddings(
-    model: nn.Module, processor: ProcessorMixin, class_names: Sequence[str], templates: Sequence[str] | str = "single"
-) -> Tensor:
-    """Embeds class names: the mean over templates of the prompts' embeddings, in eval mode and without gradients.
-
-    Args:
-        model: a dual encoder, plain or wrapped by PEFT.
-        processor: its processor.
-        class_names: one per class.
-        templates: prompts with `{}` in place of the class name, one such prompt, or a key of `TEMPLATES`.
-
-    Returns:
-        `(classes, dim)`, L2-normalised, in float32 or better.
-
-    Raises:
-        ConfigError: the model is no supported dual encoder, or a template has no `{}`.
-        DataError: no class names, an empty or repeated one, or a prompt that is too long.
-
-    Example:
-        >>> class_embeddings(clip, processor, ["cat", "dog"], "photo").shape
-        torch.Size([2, 512])
-    """
-    templates = check_templates(templates)
-    prompts = _prompt_tokens(model, processor, check_class_names(class_names), templates)
-    with evaluating(model):
-        embeds = _embed(model, prompts["input_ids"], prompts.get("attention_mask"))
-    return _mean_over_templates(embeds, len(templates))
-
-
-def _prompt_tokens(
-    model: nn.Module, processor: ProcessorMixin, class_names: Sequence[str], templates: Sequence[str]
-) -> dict[str, Tensor]:
-    prompts = tokenize(processor, class_prompts(class_names, templates), model)
-    return {name: tensor.to(base_model(model).device) for name, tensor in prompts.items()}
-
-
-def _embed(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled():
-        return text_embeds(model, input_ids, attention_mask)
-    masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(PROMPTS_AT_ONCE)
-    return torch.cat(
-        [text_embeds(model, *part) for part in zip(input_ids.split(PROMPTS_AT_ONCE), masks, strict=False)]
-    )
-
-
-def _mean_over_templates(embeds: Tensor, n_templates: int) -> Tensor:
-    return F.normalize(embeds.unflatten(0, (-1, n_templates)).mean(dim=1), dim=-1)  # (classes, dim)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has its own mode back, which `train()` would not give.
-
-    Args:
-        model: any module.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        return embed_prompts(self.model, self.prompt_input_ids[rows], None if mask is None else mask[rows])

@@ -78,7 +78,7 @@ def test_the_frozen_copy_stays_and_holds_no_text_tower(family):
 
 
 def test_class_embeddings_of_the_base_in_parts_or_not(trained, monkeypatch):
-    monkeypatch.setattr("hf_robust.zero_shot.PROMPTS_AT_ONCE", 1)
+    monkeypatch.setattr("hf_robust.class_embeds.PROMPTS_AT_ONCE", 1)
     classifier = ZeroShotClassifier(trained, tiny_processor("clip"), NAMES)
     plain = tiny_model("clip")
     prompts = tokenize(tiny_processor("clip"), [f"a photo of a {name}." for name in NAMES], plain)

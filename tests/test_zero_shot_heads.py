@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from hf_robust import zero_shot
+from hf_robust import class_embeds
 from hf_robust.dual_encoder import base_model, logit_bias, logit_scale, text_embeds
 from hf_robust.zero_shot import ZeroShotClassifier, class_embeddings
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_lora, tiny_model, tiny_processor
@@ -31,7 +31,7 @@ def text_runs(monkeypatch):
         runs.append(len(input_ids))
         return text_embeds(model, input_ids, attention_mask)
 
-    monkeypatch.setattr(zero_shot, "text_embeds", counted)
+    monkeypatch.setattr(class_embeds, "text_embeds", counted)
     return runs
 
 
@@ -39,7 +39,7 @@ def text_runs(monkeypatch):
 def test_class_embeddings_of_many_prompts_are_made_in_parts(family, monkeypatch, text_runs):
     model, processor = tiny_model(family), tiny_processor(family)
     whole = class_embeddings(model, processor, NAMES, "digits")
-    monkeypatch.setattr(zero_shot, "PROMPTS_AT_ONCE", 6)
+    monkeypatch.setattr(class_embeds, "PROMPTS_AT_ONCE", 6)
     parts = class_embeddings(model, processor, NAMES, "digits")
     assert text_runs == [20, 6, 6, 6, 2]
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 FAMILIES: list[str] = ["clip", "metaclip_2", "siglip", "siglip2", "vision-text-dual-encoder"]
 IMAGE_SIZE, PATCH_SIZE, HIDDEN, PROJECTION, MAX_LENGTH = 32, 16, 32, 24, 77
 LETTERS = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'-_{}%()[]/&+#<>\"ü"))
+WORDS = "jkmquvwxyz"  # as words they are one token in every tokenizer, other letters two in some
 
 TRANSFORMER = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**TRANSFORMER, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
@@ -48,9 +49,14 @@ def tiny_lora(model: PreTrainedModel, **settings: object) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=2, target_modules=targets, **settings)).eval()
 
 
-def tiny_processor(family: str) -> ProcessorMixin:
-    """Tokenizer of single letters and image processor for `tiny_model(family)`, made in code, without torchvision."""
-    return _PROCESSORS[family]()
+def tiny_processor(family: str, legacy_eos: bool = False) -> ProcessorMixin:
+    """Tokenizer of single letters and image processor for `tiny_model(family)`, made in code, without torchvision.
+
+    Args:
+        family: one of `FAMILIES`.
+        legacy_eos: for "clip": EOS has the largest id, as in CLIP's own vocabulary, which legacy pooling relies on.
+    """
+    return _PROCESSORS[family]() if not legacy_eos else _clip_processor(legacy_eos=True)
 
 
 def tiny_batch(family: str, n_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -134,9 +140,10 @@ def _clip_images() -> object:
     return transformers.CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop)
 
 
-def _clip_processor() -> ProcessorMixin:
+def _clip_processor(legacy_eos: bool = False) -> ProcessorMixin:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
+    specials, letters = ["<|startoftext|>", "<|endoftext|>"], [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    tokens = letters + specials if legacy_eos else specials + letters
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_LENGTH)
     return transformers.CLIPProcessor(_clip_images(), tokenizer)
@@ -145,14 +152,16 @@ def _clip_processor() -> ProcessorMixin:
 def _metaclip_2_processor() -> ProcessorMixin:
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
     vocab = [(token, 0.0) for token in specials] + [(letter, -1.0) for letter in ["▁", *LETTERS]] + [("<mask>", 0.0)]
+    vocab += [("▁" + letter, -1.0) for letter in WORDS]
     tokenizer = transformers.XLMRobertaTokenizer(vocab=vocab, model_max_length=MAX_LENGTH)
     return transformers.CLIPProcessor(_clip_images(), tokenizer)
 
 
 def _letter_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """As SigLIP's: no BOS, EOS at the end; it returns an attention mask, which SigLIP must not be given."""
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
-    tokenizer = transformers.Siglip2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS, *("▁" + letter for letter in WORDS)]
+    vocab, merges = {token: index for index, token in enumerate(tokens)}, [("▁", letter) for letter in WORDS]
+    tokenizer = transformers.Siglip2Tokenizer(vocab=vocab, merges=merges)
     end = processors.TemplateProcessing(single=["$A", "<eos>"], special_tokens=[("<eos>", 1)])
     tokenizer.backend_tokenizer.post_processor = end
     return tokenizer

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...collator import n_images
 from ...errors import NonFiniteError, SelectionError
 from .config import SAFTConfig
 from .layer import SAFTLayer
@@ -43,7 +44,7 @@ def select_saft(
 
     Args:
         model: a `PeftModel` with a SAFT adapter, or a module that holds one.
-        batches: dicts of tensors; `pixel_values` has one row an image. Each image once.
+        batches: dicts of tensors; `pixel_values` (or `image_embeds`) has one row an image. Each image once.
         loss_fn: `loss_fn(model, batch)` returns the mean loss over the batch's images, a 0-dim tensor.
         adapter_name: the adapter; by default the active one.
 
@@ -193,7 +194,7 @@ def _gradient_sums(
     sums = {name: torch.zeros_like(tensor, dtype=_sum_dtype(tensor)) for name, tensor in tensors.items()}
     images = torch.zeros((), dtype=torch.float64, device=next(iter(tensors.values())).device)
     for batch in batches:
-        count = len(batch["pixel_values"])
+        count = n_images(batch)
         if config.score in PER_IMAGE_SCORES and count != 1:
             raise SelectionError(
                 f"score {config.score!r} needs the gradient of each image by itself",
