@@ -119,15 +119,21 @@ METHODS = {
 }
 
 
-def parse_arguments() -> tuple[ScriptArguments, RobustTrainingArguments]:
-    """Reads the config file, then the command line."""
+def parse_arguments(script_arguments: type, defaults: dict[str, Any]) -> tuple[Any, RobustTrainingArguments]:
+    """Reads the config file, then the command line.
+
+    Args:
+        script_arguments: the script's own dataclass, beside `RobustTrainingArguments`.
+        defaults: of the script, where they are not the library's.
+    """
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     known, flags = config_parser.parse_known_args()
-    parser = HfArgumentParser((ScriptArguments, RobustTrainingArguments))
+    parser = HfArgumentParser((script_arguments, RobustTrainingArguments))
+    parser.set_defaults(**defaults)
     if known.config:
         settings = yaml.safe_load(Path(known.config).read_text())
-        names = [one.name for one in fields(ScriptArguments) + fields(RobustTrainingArguments)]
+        names = [one.name for one in fields(script_arguments) + fields(RobustTrainingArguments)]
         for name in settings:
             if name not in names:
                 raise ConfigError("unknown setting", where=known.config, got=name, remedy=close_matches(name, names))
@@ -262,4 +268,4 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments())
+    main(*parse_arguments(ScriptArguments, {}))

@@ -67,7 +67,9 @@ def test_training_and_evaluation_need_no_vision_tower(tmp_path, method, monkeypa
         trained.train()
         runs.append((weights(trained), trained.evaluate(), entries(trained)))
     assert same(runs[0][2], runs[1][2])
-    for name in runs[0][0].keys() - {name for name in runs[0][0] if "k_proj" in name and "bias" in name}:  # pure rounding
+    for name in runs[0][0].keys() - {
+        name for name in runs[0][0] if "k_proj" in name and "bias" in name
+    }:  # pure rounding
         tensor = runs[0][0][name]
         torch.testing.assert_close(runs[1][0][name], tensor, rtol=0, atol=2e-3)  # Adam amplifies rounding
     for name in ("id", "new"):

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_robust[plots]", "pyyaml", "rich"]
+# ///
+"""Base-to-new: train on a few images of half of the classes, test on both halves, each among its own names.
+
+A learned context (CoOp) and SAFT in the text tower, each alone and with OGEN, over several seeds. With a config file,
+whose settings are the fields below; flags on the command line win:
+
+    python examples/base_to_new.py --config examples/configs/base_to_new.yaml
+    python examples/base_to_new.py --config examples/configs/base_to_new.yaml --methods zero_shot coop --seeds 1 2
+
+Every finished run is kept in results.json, so the same command goes on where it was interrupted. The vision tower
+stays as it is in all methods, so every image is embedded once, and the embeddings are kept on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from matplotlib.figure import Figure
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm.auto import tqdm
+from train import VERSIONS_OF, load_images, parse_arguments, write_json
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    PrinterCallback,
+    ProcessorMixin,
+    ProgressCallback,
+    TrainerCallback,
+)
+
+from hf_robust import OGENConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, context_prompt, with_image_embeds
+from hf_robust.collator import feature_class_names
+from hf_robust.errors import ConfigError, DataError, close_matches
+from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
+
+METHODS = ("zero_shot", "coop", "coop+ogen", "saft", "saft+ogen")
+HALVES = ("base", "new")
+FIXED = {"eval_strategy": "epoch", "eval_on_start": False, "eval_delay": 0, "save_strategy": "no", "head": "live"}
+DEFAULTS = {**FIXED, "logging_strategy": "no"}
+
+
+@dataclass
+class ScriptArguments:
+    """Model, data and methods; what concerns the training itself is in `RobustTrainingArguments`.
+
+    Data is what examples/train.py takes. Train and test data have the same classes.
+    """
+
+    model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
+    dtype: str = field(default="float32", metadata={"help": "Precision the weights are loaded in."})
+    train_data: str | None = field(default=None, metadata={"help": "Labelled images of all classes to train on."})
+    test_data: str | None = field(default=None, metadata={"help": "Labelled images of all classes to test on."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    shots: int = field(default=16, metadata={"help": "Training images per base class."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of the draw and the training."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": ", ".join(METHODS)})
+    context_tokens: int = field(default=4, metadata={"help": "coop: learned word vectors."})
+    context_init: str | None = field(default="a photo of a", metadata={"help": "coop: as many tokens to start from."})
+    context_learning_rate: float = field(default=2e-3, metadata={"help": "coop: learning rate."})
+    density: float = field(default=0.001, metadata={"help": "saft: share of parameters to train."})
+    saft_learning_rate: float = field(default=1e-3, metadata={"help": "saft: learning rate."})
+
+    def __post_init__(self) -> None:
+        for name in ("train_data", "test_data"):
+            if not getattr(self, name):
+                raise ConfigError("no data", where=name)
+        for method in self.methods:
+            if method not in METHODS:
+                raise ConfigError("unknown method", got=method, remedy=close_matches(method, list(METHODS)))
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if len(values) == 0 or len(set(values)) < len(values):
+                raise ConfigError(f"{name} are empty or repeated", got=values, allowed="at least one, each once")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs share.
+
+    Args:
+        processor: of the model.
+        train: rows of the base classes, with images.
+        sets: the two halves of the test set, with image embeddings.
+        class_names: by half.
+    """
+
+    processor: ProcessorMixin
+    train: Dataset
+    sets: dict[str, Dataset]
+    class_names: dict[str, list[str]]
+
+
+class EpochBar(TrainerCallback):
+    """Moves a progress bar by one at the end of every epoch."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self.bar.update()
+
+
+def check_training(training_args: RobustTrainingArguments) -> None:
+    """Refuses settings that this script has others for, and those that would spoil the curves over epochs."""
+    for name, ours in (("learning_rate", "context_learning_rate and saft_learning_rate"), ("seed", "seeds")):
+        if getattr(training_args, name) != getattr(RobustTrainingArguments, name):
+            raise ConfigError("not a setting of this script", where=name, remedy=f"Set {ours}.")
+    for name, value in FIXED.items():
+        got = getattr(training_args, name)
+        if got != value:
+            raise ConfigError("cannot be changed here", where=name, got=got, allowed=repr(value))
+
+
+def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> Task:
+    """Loads and splits the data, and embeds the test images."""
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    with training_args.main_process_first(desc="loading data"):
+        train = load_images(args.train_data, "train", args, None)
+        test = load_images(args.test_data, "test", args, feature_class_names(train))
+        names, others = feature_class_names(train), feature_class_names(test)
+        if names != others:
+            allowed = f"those of {args.train_data}, in the same order"
+            raise DataError("classes of train and test data differ", where=args.test_data, got=others, allowed=allowed)
+        train_base, _ = base_to_new(train)
+        sets = dict(zip(HALVES, base_to_new(embedded(test, args, training_args, processor)), strict=True))
+    return Task(processor, train_base, sets, {half: feature_class_names(sets[half]) for half in HALVES})
+
+
+def embedded(
+    dataset: Dataset, args: ScriptArguments, training_args: RobustTrainingArguments, processor: ProcessorMixin
+) -> Dataset:
+    """The dataset with embeddings in place of its images."""
+    model = load_model(args).to(training_args.device)
+    size, workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+    return with_image_embeds(dataset, model, processor, size, workers, is_silent(training_args))
+
+
+def is_silent(training_args: RobustTrainingArguments) -> bool:
+    """Whether this process shows no progress."""
+    return training_args.disable_tqdm or training_args.process_index > 0
+
+
+def load_model(args: ScriptArguments) -> nn.Module:
+    """The pre-trained model; nothing of it is trained."""
+    return AutoModel.from_pretrained(args.model_name_or_path, dtype=args.dtype).requires_grad_(False)
+
+
+def make_trainer(
+    method: str, seed: int, train: Dataset, task: Task, args: ScriptArguments, training_args: RobustTrainingArguments
+) -> RobustTrainer:
+    """A trainer of one method on a fresh model."""
+    model, family = load_model(args), method.removesuffix("+ogen")
+    settings = copy.copy(training_args)
+    settings.seed = seed
+    if family == "coop":
+        names = task.class_names["base"] + task.class_names["new"]
+        context = args.context_tokens, args.context_init, names, seed
+        model, settings.templates = context_prompt(model, task.processor, *context)
+        settings.learning_rate = args.context_learning_rate
+    if family == "saft":
+        config = SAFTConfig(density=args.density, towers="text", exclude_input_embeddings=True)
+        model, settings.learning_rate = get_peft_model(model, config), args.saft_learning_rate
+    ogen = OGENConfig(task.class_names["new"], seed=seed) if method.endswith("+ogen") else None
+    trainer = RobustTrainer(model, settings, train, task.sets, task.processor, ogen=ogen)
+    trainer.pop_callback(ProgressCallback)
+    trainer.pop_callback(PrinterCallback)
+    return trainer
+
+
+def accuracies_over_epochs(trainer: RobustTrainer, method: str, seed: int) -> dict[str, Any]:
+    """Evaluates, trains, and returns what came of it."""
+    metrics = trainer.evaluate()
+    keys = {half: f"eval_{half}_accuracy" for half in HALVES}
+    accuracies = {half: [metrics[key]] for half, key in keys.items()}
+    start, trained = time.perf_counter(), 0
+    if method != "zero_shot":
+        trainer.train()
+        trained = sum(p.numel() for p in trainer.model.model.parameters() if p.requires_grad)
+        for half, key in keys.items():
+            accuracies[half] += [entry[key] for entry in trainer.state.log_history if key in entry]
+    seconds = time.perf_counter() - start
+    return {"method": method, "seed": seed, **accuracies, "trained_parameters": trained, "training_seconds": seconds}
+
+
+def start_results(task: Task, args: ScriptArguments, training_args: RobustTrainingArguments) -> dict[str, Any]:
+    """The results so far: those of an interrupted call with the same settings, or none."""
+    with_ogen = any(method.endswith("+ogen") for method in args.methods)
+    results = {
+        "class_names": task.class_names,
+        "names_given_to_ogen": task.class_names["new"] if with_ogen else [],
+        "images": {"train": len(task.class_names["base"]) * args.shots, **{h: len(task.sets[h]) for h in HALVES}},
+        "config": {**asdict(args), **training_args.to_dict()},
+        "versions": {package: version(package) for package in VERSIONS_OF},
+        "runs": [],
+    }
+    results = json.loads(json.dumps(results))
+    file = results_file(training_args)
+    if not file.exists():
+        return results
+    found = json.loads(file.read_text())
+    found["config"]["output_dir"] = results["config"]["output_dir"]  # one folder may be written in several ways
+    for part in ("config", "versions", "class_names"):
+        changed = [name for name, value in results[part].items() if found[part].get(name) != value]
+        if changed:
+            remedy = "Set another output_dir, or remove the file."
+            raise ConfigError(f"results are of other {part}", where=str(file), got=changed, remedy=remedy)
+    return found
+
+
+def results_file(training_args: RobustTrainingArguments) -> Path:
+    """Where the results are."""
+    return Path(training_args.output_dir) / "results.json"
+
+
+def curves(results: dict[str, Any], method: str, half: str) -> list[list[float]]:
+    """The accuracies of a method over the epochs, by seed."""
+    return [one[half] for one in results["runs"] if one["method"] == method]
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the accuracies after the last epoch, in percent."""
+    seeds = ", ".join(map(str, results["config"]["seeds"]))
+    table = Table("method", title=f"Accuracy in %, shots: {results['config']['shots']}, seeds: {seeds}")
+    for title in ("base", "new", "H"):
+        table.add_column(title, justify="right")
+    for method in results["config"]["methods"]:
+        base, new = ([curve[-1] for curve in curves(results, method, half)] for half in HALVES)
+        by_seed = [harmonic_mean(*pair) for pair in zip(base, new, strict=True)]
+        total = harmonic_mean(mean(base), mean(new))
+        table.add_row(method, cell(mean(base), base), cell(mean(new), new), cell(total, by_seed))
+    Console().print(table)
+    print("H: harmonic mean of the mean base and the mean new accuracy. ±: standard deviation over seeds (n - 1).")
+    names = results["names_given_to_ogen"]
+    if names:
+        listed = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        print(f"OGEN also saw the names (not the images) of {len(names)} new classes: {listed}")
+
+
+def cell(value: float, by_seed: Sequence[float]) -> str:
+    """A figure in percent, with its standard deviation where there are several seeds."""
+    return f"{100 * value:.1f}" + (f" ± {100 * stdev(by_seed):.1f}" if len(by_seed) > 1 else "")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draws accuracy on the new classes over the epochs: each method and the same with OGEN, side by side."""
+    methods = results["config"]["methods"]
+    pairs = [[m for m in methods if m.removesuffix("+ogen") == family] for family in ("coop", "saft")]
+    pairs = [pair for pair in pairs if pair]
+    if not pairs:
+        return
+    figure = Figure(figsize=(5.5 * len(pairs), 4.4), layout="constrained")
+    for axes, pair in zip(figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0], pairs, strict=True):
+        plot_over_epochs({method: curves(results, method, "new") for method in pair}, axes)
+    figure.savefig(path, dpi=150)
+
+
+def pending(results: dict[str, Any]) -> dict[int, list[str]]:
+    """The methods still to run, by seed; zero-shot accuracy is the same with every seed."""
+    seeds, methods = results["config"]["seeds"], results["config"]["methods"]
+    done = {(one["method"], one["seed"]) for one in results["runs"]}
+    runs = {seed: [m for m in methods if m != "zero_shot" or seed == seeds[0]] for seed in seeds}
+    todo = {seed: [m for m in methods if (m, seed) not in done] for seed, methods in runs.items()}
+    return {seed: methods for seed, methods in todo.items() if methods}
+
+
+def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
+    """Runs what has not been run yet, then shows all."""
+    check_training(training_args)
+    task = load_task(args, training_args)
+    results, is_main = start_results(task, args, training_args), training_args.process_index == 0
+    todo = pending(results)
+    trained = sum(method != "zero_shot" for methods in todo.values() for method in methods)
+    epochs = trained * math.ceil(training_args.num_train_epochs)
+    bar = tqdm(total=epochs, unit="epoch", disable=is_silent(training_args))
+    for seed, methods in todo.items():
+        with training_args.main_process_first(desc="embedding the training images"):
+            train = embedded(few_shot(task.train, args.shots, seed), args, training_args, task.processor)
+        for method in methods:
+            bar.set_description(f"{method}, seed {seed}")
+            trainer = make_trainer(method, seed, train, task, args, training_args)
+            trainer.add_callback(EpochBar(bar))
+            results["runs"].append(accuracies_over_epochs(trainer, method, seed))
+            if is_main:
+                write_json(results, results_file(training_args))
+    bar.close()
+    if is_main:
+        show(results)
+        draw(results, Path(training_args.output_dir) / "over_epochs.png")
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(ScriptArguments, DEFAULTS))

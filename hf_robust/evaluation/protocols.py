@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation protocols of the CoOp family: base-to-new, few shots, and transfer to other datasets.
+
+Base-to-new (Zhou et al. 2022, arXiv 2203.05557) trains on half of the classes, tests on both halves, each among its
+own names, and reports the harmonic mean. Figures are means over seeds, 1, 2 and 3 for CoOp and those after it:
+
+    train_base, _ = base_to_new(train)
+    test_base, test_new = base_to_new(test)
+    trainer = RobustTrainer(
+        model, args, few_shot(train_base, shots=16, seed=1), {"base": test_base, "new": test_new}, processor
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    harmonic_mean(metrics["eval_base_accuracy"], metrics["eval_new_accuracy"])
+
+Transfer to other datasets needs no function: `RobustTrainer` classifies every evaluation set among its own names.
+
+    sets = {"pets": pets, "flowers": flowers, "food": food}
+    trainer = RobustTrainer(model, args, few_shot(imagenet, shots=16, seed=1), sets, processor)
+    trainer.train()
+    trainer.evaluate()["eval_pets_accuracy"]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from ..collator import feature_class_names
+from ..errors import ConfigError, DataError
+
+
+def base_to_new(dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """Splits a dataset by class: the first half of the classes, in label order, is base, the other half is new.
+
+    Of an odd number of classes one more is base. This is the split of CoCoOp (Zhou et al. 2022, arXiv 2203.05557) and
+    the methods after it. Images are neither decoded nor copied.
+
+    Args:
+        dataset: rows with a `label` that is a `ClassLabel`.
+
+    Returns:
+        The base and the new rows, in the order they had, with all their columns. In each half labels start at 0 and
+        `label` has the names of that half; a class without rows keeps its place.
+
+    Raises:
+        DataError: `label` is no `ClassLabel`, has fewer than two classes, or a row's label is none of them.
+
+    Example:
+        >>> base, new = base_to_new(pets)
+        >>> len(pets.features["label"].names), len(base.features["label"].names), len(new.features["label"].names)
+        (37, 19, 18)
+    """
+    names = _class_names(dataset)
+    if len(names) < 2:
+        raise DataError("too few classes for two halves", where="label", got=names, allowed="at least 2")
+    labels = _labels(dataset, len(names))  # (rows,)
+    middle = -(-len(names) // 2)
+    base = _part(dataset, labels, names[:middle], first=0)
+    return base, _part(dataset, labels, names[middle:], first=middle)
+
+
+def few_shot(dataset: Dataset, shots: int, seed: int = 0) -> Dataset:
+    """Draws the same number of rows of every class, without replacement.
+
+    CoOp (Zhou et al. 2022, arXiv 2109.01134) trains on 1, 2, 4, 8 or 16 shots, and validates on `min(shots, 4)`.
+
+    Args:
+        dataset: rows with a `label` that is a `ClassLabel`.
+        shots: rows per class, from 1.
+        seed: of the draw, from 0; the global random state has no part in it.
+
+    Returns:
+        `shots` rows of every class, in the order they had. Images are neither decoded nor copied.
+
+    Raises:
+        ConfigError: `shots` is no integer from 1.
+        DataError: `label` is no `ClassLabel`, a row's label is none of its classes, or a class has fewer rows.
+
+    Example:
+        >>> len(few_shot(pets, shots=16, seed=1))  # 37 classes
+        592
+    """
+    if not isinstance(shots, int) or shots < 1:
+        raise ConfigError("shots is out of range", got=shots, allowed="integers from 1")
+    names = _class_names(dataset)
+    labels = _labels(dataset, len(names))  # (rows,)
+    counts = np.bincount(labels, minlength=len(names))  # (classes,)
+    for name, count in zip(names, counts.tolist(), strict=True):
+        if count < shots:
+            remedy = "Take fewer shots, or another split."
+            raise DataError(
+                f"class {name!r} has too few images", got=count, allowed=f"at least {shots}", remedy=remedy
+            )
+    generator = np.random.default_rng(seed)
+    drawn = [generator.choice(np.flatnonzero(labels == c), shots, replace=False) for c in range(len(names))]
+    return dataset.select(np.sort(np.concatenate(drawn)))
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """Returns H = 2 · base · new / (base + new), the figure of base-to-new; 0 where both are 0.
+
+    The H of tables over several datasets or seeds is that of the mean accuracies, not the mean of their H.
+
+    Args:
+        base: accuracy on the base classes, a fraction.
+        new: accuracy on the new classes, a fraction.
+
+    Example:
+        >>> round(harmonic_mean(0.8269, 0.6322), 4)
+        0.7166
+    """
+    return 2 * base * new / (base + new) if base + new > 0 else 0.0
+
+
+def _class_names(dataset: Dataset) -> list[str]:
+    names = feature_class_names(dataset) if isinstance(dataset, Dataset) else None
+    if names is None:
+        got = dataset.features.get("label") if isinstance(dataset, Dataset) else type(dataset).__name__
+        remedy = "Use dataset.class_encode_column('label'), or dataset.cast_column('label', ClassLabel(names=...))."
+        allowed = "a datasets.Dataset with a ClassLabel"
+        raise DataError("labels have no class names", where="label", got=got, allowed=allowed, remedy=remedy)
+    return names
+
+
+def _labels(dataset: Dataset, n_classes: int) -> np.ndarray:
+    column = dataset.select_columns("label").with_format("arrow")[:]["label"]
+    labels = column.fill_null(-1).to_numpy()  # (rows,)
+    wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
+    if len(wrong):
+        row, allowed = int(wrong[0]), f"0 to {n_classes - 1}"
+        raise DataError(f"label of row {row} is no class", where="label", got=column[row].as_py(), allowed=allowed)
+    return labels
+
+
+def _part(dataset: Dataset, labels: np.ndarray, names: list[str], first: int) -> Dataset:
+    """The rows whose labels are among `names`, the first of which is class `first`.
+
+    `dataset` may show some rows of its table, in its own order. The column is replaced in the whole table, since a
+    dataset with a selection would first copy what it selects, images too.
+    """
+    table, indices = dataset._data, dataset._indices
+    rows = np.arange(len(table)) if indices is None else indices["indices"].to_numpy().astype(np.int64)
+    inside = (labels >= first) & (labels < first + len(names))  # (rows,)
+    column = np.full(len(table), -1)
+    column[rows[inside]] = labels[inside] - first
+    whole = Dataset(table, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
+    feature = ClassLabel(names=names)
+    whole = whole.remove_columns("label").add_column("label", column, feature=feature)
+    part = whole.select_columns(dataset.column_names).select(rows[inside])
+    return part.with_format(**dataset.format)
