@@ -224,17 +224,19 @@ def test_without_distillation_there_is_no_teacher(tmp_path):
 
 @all_methods
 def test_saved_adapter_is_that_of_a_training_without_ogen(tmp_path, method):
-    files, keys = [], []
+    files, tensors, configs = [], [], []
     for ogen in (True, False):
         folder = tmp_path / str(ogen)
         trained = trainer(folder, method, ogen=ogen)
         trained.train()
         trained.save_model()
         files.append({path.name for path in folder.iterdir()})
-        keys.append({name: tensor.shape for name, tensor in load_file(folder / "adapter_model.safetensors").items()})
-        configs = [json.loads((folder / "adapter_config.json").read_text())]
-    assert files[0] == files[1] and keys[0].keys() == keys[1].keys() and len(configs) == 1
-    assert method == "saft" or keys[0] == keys[1]  # SAFT's entries may fall elsewhere
+        tensors.append(
+            {name: tensor.dtype for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+        )
+        configs.append(json.loads((folder / "adapter_config.json").read_text()))
+    assert files[0] == files[1] and tensors[0] == tensors[1]
+    assert configs[0] == configs[1]
 
 
 @all_methods
