@@ -17,6 +17,12 @@ def deterministic() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from, or left in, the user's own cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port for the rendezvous of two ranks on this machine."""

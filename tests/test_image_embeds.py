@@ -21,11 +21,6 @@ TEXT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-
-
 def embedded(dataset, family="clip"):
     return with_image_embeds(dataset, tiny_model(family), tiny_processor(family), batch_size=5, silent=True)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from hf_robust import ACLIPConfig, OGENClassifier, OGENConfig, SAFTConfig, ZeroShotClassifier, context_prompt
 from hf_robust.collator import ImageCollator
+from hf_robust.dual_encoder import image_embeds
 from hf_robust.errors import AdapterFileError, ConfigError, DataError
 from tests.test_trainer_checkpoints import StopAfter
 from tests.tiny_models import FAMILIES, image_dataset, tiny_model, tiny_processor
@@ -150,6 +151,33 @@ def test_construction_leaves_the_global_random_state(tmp_path):
     before = torch.get_rng_state()
     OGENClassifier(model, tiny_processor("clip"), KNOWN, OGENConfig(NEW), templates)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_prototypes_are_those_of_the_training_set_and_are_read_from_a_file_the_second_time(tmp_path, monkeypatch):
+    first = trainer(tmp_path, max_steps=1)
+    first.train()
+    images = image_dataset(18, KNOWN)
+    inputs = ImageCollator(tiny_processor("clip"))(list(images))
+    with torch.no_grad():
+        embeds = image_embeds(tiny_model("clip"), inputs["pixel_values"])  # (images, dim)
+    for label in range(len(KNOWN)):
+        own = embeds[inputs["labels"] == label]
+        found = first.model.prototypes
+        torch.testing.assert_close(found.mean[label], own.mean(0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.std[label], own.std(0, correction=0), rtol=0, atol=1e-6)
+    monkeypatch.setattr("hf_robust.reference_cache.pretrained_image_embeds", lambda *args: pytest.fail("again"))
+    second = trainer(tmp_path, max_steps=1)
+    second.train()
+    assert torch.equal(second.model.prototypes.mean, first.model.prototypes.mean)
+
+
+def test_prototypes_of_images_that_may_change_are_not_kept(tmp_path):
+    turned = image_dataset(18, KNOWN).with_transform(lambda rows: rows)
+    trained = trainer(tmp_path, train_dataset=turned, max_steps=1)
+    trained.train()
+    cached = trainer(tmp_path, max_steps=1)
+    cached.train()
+    torch.testing.assert_close(trained.model.prototypes.mean, cached.model.prototypes.mean, rtol=0, atol=1e-6)
 
 
 def test_second_training_starts_without_the_epochs_of_the_first(tmp_path):

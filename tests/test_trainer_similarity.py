@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 
-import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,11 +23,6 @@ from tests.trainers import METHODS, NAMES, build, weights
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 all_methods = pytest.mark.parametrize("method", METHODS)
 LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def similar(folder, method="full", **settings):
