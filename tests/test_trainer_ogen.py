@@ -247,6 +247,18 @@ def test_without_distillation_there_is_no_teacher(tmp_path):
     assert trained.model.teacher is None
 
 
+@pytest.mark.parametrize("method", ["saft", "aclip", "lora"])
+def test_wise_ft_leaves_the_generator_out(tmp_path, method):
+    trained = trainer(tmp_path, method)
+    zero_shot = trained.evaluate()
+    trained.train()
+    generator = [parameter.clone() for parameter in trained.model.generator.parameters()]
+    sweep = trained.wise_ft_sweep(image_dataset(7, KNOWN, seed=50), alphas=[0.0, 1.0])
+    assert sweep.rows[0]["new_loss"] == pytest.approx(zero_shot["eval_new_loss"])
+    assert sweep.rows[1]["new_loss"] != pytest.approx(zero_shot["eval_new_loss"])
+    assert all(map(torch.equal, generator, trained.model.generator.parameters()))
+
+
 # --- what is saved ---
 
 

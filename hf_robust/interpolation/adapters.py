@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..dual_encoder import base_model, tower_modules
 from ..errors import ConfigError, MergeError
+from ..ogen.generator import FeatureGenerator
 from ..reference import pretrained_weights
 from ..tuners.saft.layer import SAFTLayer
 from ..zero_shot import ZeroShotClassifier
@@ -125,9 +126,13 @@ def _other_tensors(model: nn.Module, zero_shot: Mapping[str, Tensor] | None) -> 
     layers = adapter_layers(model).values()
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     adapters = {id(parameter) for layer in layers for parameter in _adapter_parameters(layer)}
+    generators = [module for module in model.modules() if isinstance(module, FeatureGenerator)]
+    for_training = {id(parameter) for module in generators for parameter in module.parameters()}  # no part of θ
     found, unknown = [], []
     for name, owner, key in owned_parameters(model):
         parameter: Any = owner._parameters[key]
+        if id(parameter) in for_training:
+            continue
         if id(parameter) in inside:
             if parameter.requires_grad and id(parameter) not in adapters:
                 remedy = "Freeze it, and train it with modules_to_save."
