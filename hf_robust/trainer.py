@@ -32,7 +32,7 @@ from .errors import ConfigError, NonFiniteError
 from .interpolation.adapters import zero_shot_copy
 from .interpolation.sweep import AlphaSweep, alpha_sweep
 from .losses.log import LossLog
-from .ogen import OGENClassifier, OGENConfig, class_prototypes
+from .ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from .ogen.training import OGENTraining
 from .reference import Reference, check_vision_is_pretrained, pretrained_image_embeds
 from .reference_cache import is_cacheable, with_image_embeds, with_reference_embeds
@@ -55,6 +55,9 @@ class RobustTrainer(Trainer):
     set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction and nats). A SAFT adapter without entries gets
     them, from the training set, when training starts. With a `similarity_weight` the embeddings are held near those of
     the pre-trained model: the one given here, without its adapters. Every term of the loss is logged as `loss_<term>`.
+
+    With `ogen`, features of classes without images are generated in training, see `OGENConfig`. The vision tower is
+    not trained then, so the training images are embedded once, unless they may look different every time.
 
     Of a model that is trained whole it keeps the zero-shot weights in CPU memory, for WiSE-FT.
 
@@ -195,11 +198,12 @@ class RobustTrainer(Trainer):
             ignore_keys_for_eval: as in `Trainer.train`.
         """
         self._unprepare()
+        if isinstance(self.model, OGENClassifier):
+            self._embed_training_set()
+            self.ogen = OGENTraining(self.model)
+            self.model.set_prototypes(self._compute_prototypes())
         if not resume_from_checkpoint and saft_unselected(self.model):
             self.select_entries()
-        if isinstance(self.model, OGENClassifier):
-            self.ogen = OGENTraining(self.model)
-            self.model.set_prototypes(class_prototypes(self._image_features(), self.model.class_names))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _unprepare(self) -> None:
@@ -224,17 +228,19 @@ class RobustTrainer(Trainer):
         for batch in self._own_share(self.train_dataset, size, "Selecting entries"):
             yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
 
-    def _image_features(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields image embeddings and labels of this rank's share of the training set."""
-        dataset, size = self.train_dataset, self.args.eval_batch_size
+    def _embed_training_set(self) -> None:
+        """Images that are the same every time are embedded once, as OGEN's vision tower is not trained."""
+        if is_cacheable(self.train_dataset, self.data_collator):
+            image_processor, size = self.data_collator.image_processor, self.args.eval_batch_size
+            how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
+            with self.args.main_process_first(desc="embedding the training set"), self.accelerator.autocast():
+                self.train_dataset = with_image_embeds(self.train_dataset, self.model.model, *how)
+
+    def _compute_prototypes(self) -> Prototypes:
+        batches = self._own_share(self.train_dataset, self.args.eval_batch_size, "Computing prototypes")
+        features = ((pretrained_image_embeds(self.model.model, batch), batch["labels"]) for batch in batches)
         with self.accelerator.autocast():
-            if is_cacheable(dataset, self.data_collator):
-                image_processor = self.data_collator.image_processor
-                how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
-                with self.args.main_process_first(desc="embedding the training set"):
-                    dataset = with_image_embeds(dataset, self.model.model, *how)
-            for batch in self._own_share(dataset, size, "Computing prototypes"):
-                yield pretrained_image_embeds(self.model.model, batch), batch["labels"]
+            return class_prototypes(features, self.model.class_names)
 
     def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of a set, in order and without the copies that even batches need."""

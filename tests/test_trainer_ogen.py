@@ -165,7 +165,8 @@ def test_prototypes_are_those_of_the_training_set_and_are_read_from_a_file_the_s
         found = first.model.prototypes
         torch.testing.assert_close(found.mean[label], own.mean(0), rtol=0, atol=1e-6)
         torch.testing.assert_close(found.std[label], own.std(0, correction=0), rtol=0, atol=1e-6)
-    monkeypatch.setattr("hf_robust.reference_cache.pretrained_image_embeds", lambda *args: pytest.fail("again"))
+    for used in ("hf_robust.reference_cache.pretrained_image_embeds", "hf_robust.zero_shot.embed_images"):
+        monkeypatch.setattr(used, lambda *args: pytest.fail("the vision tower was run again"))
     second = trainer(tmp_path, max_steps=1)
     second.train()
     assert torch.equal(second.model.prototypes.mean, first.model.prototypes.mean)
