@@ -14,7 +14,7 @@ demo: .venv/installed  ## fine-tune a small CLIP three ways and compare what the
 	$(BIN)/python examples/demo/demo.py
 
 test: .venv/installed  ## run the tests, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 quality: .venv/installed  ## lint, check the formatting and the types
 	$(BIN)/ruff check .
