@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
-from train import VERSIONS_OF, load_images, parse_arguments, write_json
+from train import VERSIONS_OF, load_images, parse_arguments
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -50,6 +50,7 @@ from hf_robust import OGENConfig, RobustTrainer, RobustTrainingArguments, SAFTCo
 from hf_robust.collator import feature_class_names
 from hf_robust.errors import ConfigError, DataError, close_matches
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
+from hf_robust.evaluation.report import write_json
 
 METHODS = ("zero_shot", "coop", "coop+ogen", "saft", "saft+ogen")
 HALVES = ("base", "new")

@@ -18,18 +18,15 @@ On two processes, of a machine without GPU too:
 from __future__ import annotations
 
 import json
-import os
 import time
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, field, fields
-from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import ClassLabel, Dataset, Image, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import ClassLabel, Dataset, Image
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +37,8 @@ from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTC
 from hf_robust.collator import feature_class_names
 from hf_robust.dual_encoder import family
 from hf_robust.errors import ConfigError, DataError, close_matches
+from hf_robust.evaluation.report import write_json
+from hf_robust.evaluation.sources import load_source
 
 VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -159,22 +158,6 @@ def load_images(
     return dataset
 
 
-def load_source(source: str, split: str) -> Dataset:
-    """Loads from a folder, parquet files, or the Hub."""
-    files = sorted(glob(source + "/**/*.parquet" if Path(source).is_dir() else source, recursive=True))
-    name, _, own_split = source.partition(":")
-    try:
-        if files:
-            return load_dataset("parquet", data_files=files, split="train")
-        if Path(source).is_dir():
-            return load_dataset("imagefolder", data_files=source + "/**", drop_labels=False, split="train")
-        return load_dataset(name, split=own_split or split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise DataError("no such file, folder of images or dataset of the Hub", got=source) from error
-    except ValueError as error:  # how datasets says that there are no rows, or no such split
-        raise DataError("dataset is empty or has no such split", where=source, got=str(error)) from error
-
-
 def number_labels(dataset: Dataset, source: str, class_names: list[str] | None, only_these: bool) -> Dataset:
     """Makes class indices of labels that are text; class names that are known already keep their order."""
     found = set(dataset.unique("label"))
@@ -207,13 +190,6 @@ def show(results: dict[str, Any], sets: dict[str, Dataset]) -> None:
             cells += [f"{100 * accuracy[name]:.1f}", f"{100 * accuracy[name] - before:+.1f}"]
         table.add_row(name, str(len(dataset)), *cells)
     Console().print(table)
-
-
-def write_json(results: dict[str, Any], path: Path) -> None:
-    """Writes a file that is complete or not there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=2))
-    os.replace(partial, path)
 
 
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:

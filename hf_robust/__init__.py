@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune CLIP-like models without forgetting: robust fine-tuning methods as a PEFT extension."""
 
+from .card import model_card as model_card
+from .card_results import CardResults as CardResults
+from .card_results import results_from_reports as results_from_reports
+from .card_results import results_from_sweep as results_from_sweep
 from .collator import ImageCollator as ImageCollator
+from .hub import push as push
+from .hub import write_card as write_card
 from .interpolation import AlphaSweep as AlphaSweep
 from .interpolation import WiSEFTCallback as WiSEFTCallback
 from .interpolation import alpha_sweep as alpha_sweep

@@ -76,6 +76,10 @@ class UnsafeFileError(HfRobustError, ValueError):
     """A file could run code when loaded, or names a file outside its folder."""
 
 
+class HubError(HfRobustError, OSError):
+    """A model could not be pushed to the Hub; the local copy is complete, and the message says how to go on."""
+
+
 def close_matches(name: str, known: list[str]) -> str:
     """Names the entries of `known` that resemble `name`, for the remedy of an error message.
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Value
+from transformers import AutoModel, AutoProcessor, HfArgumentParser
+
+from hf_robust.errors import ConfigError, DataError
+from hf_robust.evaluation.difficulty import task_difficulty
+from hf_robust.evaluation.difficulty_report import TaskDifficulty
+from tests.tiny_models import image_dataset, tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and a parquet file."""
+    folder = tmp_path_factory.mktemp("difficulty")
+    tiny_model("clip").save_pretrained(folder / "model")
+    tiny_processor("clip").save_pretrained(folder / "model")
+    image_dataset(9, NAMES).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture
+def script(folder, monkeypatch, tmp_path):
+    """The script's module; `run` is its command line, with the model and data of `folder`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.syspath_prepend(ROOT / "examples")  # where Python finds train.py when it runs the script
+    spec = importlib.util.spec_from_file_location("difficulty_script", ROOT / "examples" / "difficulty.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "difficulty_script", module)
+    spec.loader.exec_module(module)
+
+    def run(*flags):
+        command = ["--model_name_or_path", str(folder / "model"), "--data", str(folder / "train.parquet"), *flags]
+        module.main(*HfArgumentParser(module.ScriptArguments).parse_args_into_dataclasses(command))
+
+    module.run = run
+    return module
+
+
+def task(folder, **settings):
+    model, processor = AutoModel.from_pretrained(folder / "model"), AutoProcessor.from_pretrained(folder / "model")
+    return task_difficulty(model, image_dataset(9, NAMES), processor=processor, silent=True, **settings)
+
+
+def with_silhouette(value):
+    return TaskDifficulty("centroid", 9, 9, value, 0.2, 0.5, 0.0, ())
+
+
+def test_figures_reading_and_suggestion_are_printed_and_written(script, folder, tmp_path, capsys):
+    script.run("--output", str(tmp_path / "new" / "difficulty.json"), "--picture", str(tmp_path / "new" / "p.png"))
+    found = task(folder)
+    printed = capsys.readouterr().out
+    assert str(found) in printed
+    results = json.loads((tmp_path / "new" / "difficulty.json").read_text())
+    assert results["difficulty"]["silhouette"] == pytest.approx(found.silhouette, abs=1e-6)
+    assert [one["name"] for one in results["difficulty"]["classes"]] == NAMES
+    assert results["config"]["templates"] == "single" and results["versions"]["torch"] == torch.__version__
+    suggestion = results["suggestion"]
+    assert suggestion == script.suggest(found)
+    words = " ".join(printed.split())
+    assert f"--method {suggestion['method']} in examples/train.py" in words
+    assert suggestion["reason"] in words and suggestion["how"] in words
+    assert (tmp_path / "new" / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_output_nothing_is_written(script, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    script.run()
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_settings_reach_the_measure(script, folder, tmp_path):
+    flags = ["--silhouette", "image_only", "--sample_size", "7", "--seed", "3", "--templates", "abcd {}."]
+    script.run(*flags, "--batch_size", "2", "--output", str(tmp_path / "difficulty.json"))
+    results = json.loads((tmp_path / "difficulty.json").read_text())["difficulty"]
+    found = task(folder, silhouette="image_only", sample_size=7, seed=3, templates="abcd {}.")
+    assert (results["kind"], results["sampled"]) == ("image_only", 7)
+    assert results["silhouette"] == pytest.approx(found.silhouette, abs=1e-4)
+    assert results["acs"] == pytest.approx(found.acs, abs=1e-4)
+
+
+def test_class_names_come_from_a_file_where_labels_are_bare_numbers(script, folder, tmp_path):
+    image_dataset(9, NAMES).cast_column("label", Value("int64")).to_parquet(tmp_path / "bare.parquet")
+    with pytest.raises(DataError, match="no class names"):
+        script.run("--data", str(tmp_path / "bare.parquet"))
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    output = ["--output", str(tmp_path / "difficulty.json")]
+    script.run("--data", str(tmp_path / "bare.parquet"), "--class_names_file", str(tmp_path / "names.txt"), *output)
+    results = json.loads((tmp_path / "difficulty.json").read_text())["difficulty"]
+    assert results["acs"] == pytest.approx(task(folder).acs, abs=1e-6)
+
+
+@pytest.mark.parametrize(("silhouette", "method"), [(0.001, "lora"), (0.0, "aclip"), (-0.3, "aclip")])
+def test_suggestion_goes_by_the_sign_and_says_so(script, silhouette, method):
+    import train  # beside the script
+
+    suggestion = script.suggest(with_silhouette(silhouette))
+    assert suggestion["method"] == method and method in train.METHODS
+    assert "2402.09613" in suggestion["how"] and "Thresholds are not known" in suggestion["how"]
+    assert "sign of the silhouette alone" in suggestion["how"] and "validation" in suggestion["how"]
+
+
+def test_without_flags_it_is_the_demo(script, monkeypatch, folder):
+    monkeypatch.setattr(script, "DEMO_DATA", str(folder / "train.parquet"))
+    args = script.ScriptArguments()
+    assert args.templates == "a drawing of a {}." and args.data == str(folder / "train.parquet")
+    assert (Path(args.model_name_or_path) / "config.json").exists()
+    assert script.ScriptArguments(templates="drawings").templates == "drawings"
+    monkeypatch.setattr(script, "DEMO_DATA", str(folder / "none.parquet"))
+    with pytest.raises(ConfigError, match="drawings are not there.*make demo"):
+        script.ScriptArguments()
+
+
+@pytest.mark.parametrize(("given", "missing"), [("data", "model_name_or_path"), ("model_name_or_path", "data")])
+def test_model_without_data_and_data_without_model_are_refused(script, given, missing):
+    with pytest.raises(ConfigError, match=f"model and data are needed.*{missing}"):
+        script.ScriptArguments(**{given: "x"})
+
+
+def test_it_runs_as_a_program(folder, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "difficulty.py"), "--data", str(folder / "train.parquet")]
+    command += ["--model_name_or_path", str(folder / "model"), "--output", str(tmp_path / "difficulty.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "Start with --method" in run.stdout and (tmp_path / "difficulty.json").exists()

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import HfArgumentParser
+
+from hf_robust import SAFTConfig, select_saft
+from hf_robust.errors import ConfigError
+from hf_robust.evaluation.report import SuiteReport
+from tests.tiny_models import image_dataset, tiny_model, tiny_processor
+
+ROOT = Path(__file__).parents[2]
+NAMES, OTHER_NAMES = ["red", "green", "blue"], ["cat", "dog"]
+
+
+def save_adapter(folder, config, base="base"):
+    model = get_peft_model(tiny_model("clip"), config)
+    if isinstance(config, SAFTConfig):
+        select_saft(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would look for the base
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, two adapters, data and a suite."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_model("clip").save_pretrained(folder / "base")
+    tiny_processor("clip").save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    save_adapter(folder / "saft", SAFTConfig(density=0.3, score="random"))
+    save_adapter(folder / "dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    save_adapter(folder / "orphan", LoraConfig(r=2, target_modules=["q_proj"]), base=None)
+    image_dataset(9, NAMES).to_parquet(folder / "photos.parquet")
+    image_dataset(8, OTHER_NAMES, seed=50).to_parquet(folder / "other.parquet")
+    sets = {
+        "photos": {"role": "id", "source": "photos.parquet"},
+        "blurred": {"role": "ood", "source": "photos.parquet", "corruption": ["gaussian_blur", 3]},
+        "noisy": {"role": "ood", "source": "photos.parquet", "corruption": ["shot_noise", 5]},
+        "other": {"role": "other", "source": "other.parquet"},
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"sets": sets}, sort_keys=False))
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """The command line of the script, in `folder`; returns its JSON and what it printed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "examples" / "evaluate_suite.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "evaluate_script", module)
+    spec.loader.exec_module(module)
+
+    def call(*flags):
+        flags = ["--suite", "suite.yaml", "--output", "out/results.json", "--silent", *flags]
+        module.main(*HfArgumentParser(module.ScriptArguments).parse_args_into_dataclasses(list(flags)))
+        return json.loads((folder / "out" / "results.json").read_text()), capsys.readouterr().out
+
+    return call
+
+
+def test_a_base_and_its_adapter_are_compared_at_every_alpha(run):
+    results, table = run("--adapter", "saft", "--alphas", "0", "0.5", "1")
+    models = {name: SuiteReport.from_dict(content) for name, content in results["models"].items()}
+    assert list(models) == ["base", "alpha 0", "alpha 0.5", "alpha 1"]
+    found = {name: report.sets["photos"].confidences.tolist() for name, report in models.items()}
+    assert found["base"] == found["alpha 0"]
+    assert len({tuple(values) for values in found.values()}) == 3
+    assert len({report.sets["photos"].fingerprint for report in models.values()}) == 1
+    assert results["config"]["adapter"] == "saft" and results["config"]["alphas"] == [0.0, 0.5, 1.0]
+    assert (
+        models["alpha 1"].config["model"]["adapters"] == ["SAFT"] and models["base"].config["model"]["adapters"] == []
+    )
+    rows = {
+        tuple(cells[:2]): cells for cells in (line.replace("│", " ").split() for line in table.splitlines()) if cells
+    }
+    for name in ("photos", "blurred", "noisy", "other"):
+        role = models["base"].sets[name].role
+        accuracies = [f"{100 * report.sets[name].accuracy:.1f}" for report in models.values()]
+        assert rows[role, name][2:] == [str(len(models["base"].sets[name].targets)), *accuracies]
+    assert rows["ood", "mean"][2:] == [f"{100 * report.means['ood']:.1f}" for report in models.values()]
+    assert ("id", "mean") not in rows
+
+
+def test_a_base_alone_is_evaluated(run):
+    results, table = run("--base", "base")
+    assert list(results["models"]) == ["base"] and "alpha" not in table
+
+
+def test_a_method_without_alphas_is_evaluated_whole(run):
+    results, _ = run("--adapter", "dora")
+    assert list(results["models"]) == ["base", "alpha 1"]
+    with pytest.raises(ConfigError):
+        run("--adapter", "dora", "--alphas", "0.5")
+
+
+def test_the_base_can_be_given(run):
+    with pytest.raises(ConfigError, match="does not name its base model .at orphan.. Give --base"):
+        run("--adapter", "orphan")
+    results, _ = run("--adapter", "orphan", "--base", "base")
+    assert results["models"]["base"]["sets"] != results["models"]["alpha 1"]["sets"]
+
+
+def test_an_adapter_with_a_trained_head_is_refused(run, folder):
+    head = folder / "saft" / "classifier.safetensors"
+    head.touch()
+    try:
+        with pytest.raises(ConfigError, match="the adapter has a trained head"):
+            run("--adapter", "saft")
+    finally:
+        head.unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no model .at base, adapter."),
+        (["--base", "base", "--alphas", "1.5"], "alpha"),
+        (["--adapter", "saft", "--alphas", "0.5", "0.5001"], "two alphas are the same in three digits"),
+        (["--base", "base", "--suite", "nothing"], "no such suite: got 'nothing'"),
+    ],
+)
+def test_wrong_flags_are_refused(run, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        run(*flags)
+
+
+def test_two_processes_print_one_table_with_the_same_answers(run, folder, free_port):
+    one, _ = run("--adapter", "saft", "--use_cpu")
+    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port)]
+    command += [
+        str(ROOT / "examples" / "evaluate_suite.py"),
+        "--suite",
+        "suite.yaml",
+        "--adapter",
+        "saft",
+        "--use_cpu",
+    ]
+    command += ["--batch_size", "2", "--output", "out/two.json", "--silent"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=folder)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.count("Accuracy in %") == 1
+    two = json.loads((folder / "out" / "two.json").read_text())
+    for name, content in two["models"].items():
+        assert content["config"]["ranks"] == 2 and content["means"] == one["models"][name]["means"]
+        for key, found in content["sets"].items():
+            assert found["predictions"] == one["models"][name]["sets"][key]["predictions"]
