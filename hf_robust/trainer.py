@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers import EvalPrediction, ProcessorMixin, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from .accuracy import accuracy_and_loss
-from .checkpoint import load_encoder, load_head, save_encoder, save_head
+from .card_results import CardResults, results_from_sweep, role_of
 from .collator import (
     IMAGE_EMBEDS,
     REFERENCE_EMBEDS,
@@ -36,18 +35,18 @@ from .ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from .ogen.training import OGENTraining
 from .reference import Reference, check_vision_is_pretrained, pretrained_image_embeds
 from .reference_cache import is_cacheable, with_image_embeds, with_reference_embeds
+from .saving import SavingTrainer
 from .training_args import RobustTrainingArguments
 from .tuners.saft import mask_summary, saft_unselected, select_saft
 from .tuners.saft.selection import scores_single_images
 from .zero_shot import ZeroShotClassifier
 
-TRAINING_ARGS = "training_args.json"
 TENTHS = tuple(step / 10 for step in range(11))
 SPEEDS = ("_runtime", "_per_second", "epoch", "_preparation_time")  # what Trainer adds to the metrics
 Metrics = dict[str, float]
 
 
-class RobustTrainer(Trainer):
+class RobustTrainer(SavingTrainer):
     """Fine-tunes a dual encoder as a zero-shot classifier, whole or through any PEFT method.
 
     Datasets have the columns `image` and `label`. An evaluation set whose `label` feature has other class names than
@@ -61,8 +60,8 @@ class RobustTrainer(Trainer):
 
     Of a model that is trained whole it keeps the zero-shot weights in CPU memory, for WiSE-FT.
 
-    A checkpoint is the adapter's folder (without adapter, the whole model's) with the processor, the class names and
-    the classifier's own weights beside it.
+    A saved model is the adapter's folder (without adapter, the whole model's) with the processor, the class names, the
+    classifier's own weights and a card beside it; the card shows the results of `wise_ft_sweep`.
 
     Args:
         model: a `ZeroShotClassifier`, or a dual encoder, plain or `PeftModel`, that one is then built around with
@@ -98,12 +97,9 @@ class RobustTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns the mean over a micro-batch
-    model: Any  # a ZeroShotClassifier; mypy would take every attribute of a module for a tensor
-    args: RobustTrainingArguments
-    train_dataset: Any
     eval_dataset: Any
-    processing_class: Any
     data_collator: Any
+    sweep: AlphaSweep | None = None
 
     def __init__(
         self,
@@ -152,7 +148,6 @@ class RobustTrainer(Trainer):
         self._check_datasets()
         self.zero_shot = zero_shot_copy(self.model)
         self.reference = self._make_reference() if args.similarity_weight > 0 else None
-        self.ogen: OGENTraining | None = None
 
     def _make_reference(self) -> Reference:
         """Keeps of θ₀ what training will need, before a checkpoint to resume from replaces its weights."""
@@ -198,6 +193,7 @@ class RobustTrainer(Trainer):
             ignore_keys_for_eval: as in `Trainer.train`.
         """
         self._unprepare()
+        self.sweep = None
         if isinstance(self.model, OGENClassifier):
             self._embed_training_set()
             self.ogen = OGENTraining(self.model)
@@ -401,11 +397,22 @@ class RobustTrainer(Trainer):
 
         bars_of_sets = self.pop_callback(ProgressCallback)
         try:
-            return alpha_sweep(self.model, alphas, evaluate, f"validation_{metric}", self.zero_shot, greater_is_better)
+            how = f"validation_{metric}", self.zero_shot, greater_is_better
+            self.sweep = alpha_sweep(self.model, alphas, evaluate, *how)
+            return self.sweep
         finally:
             bar.close()
             if bars_of_sets is not None:
                 self.add_callback(bars_of_sets)
+
+    def card_results(self) -> CardResults | None:
+        """Returns what `wise_ft_sweep` found on the evaluation sets that α was not chosen on; None without a sweep."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        shown = {name: dataset for name, dataset in sets.items() if name != "validation"}
+        if self.sweep is None or not shown:
+            return None
+        roles = {n: (role_of(n, self._class_names(d) is not None), len(d)) for n, d in shown.items()}
+        return results_from_sweep(self.sweep, roles)
 
     def _head_for(self, dataset: Dataset, where: str) -> AbstractContextManager:
         names = self._class_names(dataset)
@@ -422,37 +429,6 @@ class RobustTrainer(Trainer):
         """Returns loss, logits and labels of a batch."""
         ignore_keys = ["image_embeds", "class_embeds"] if ignore_keys is None else ignore_keys
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-
-    # --- checkpoints ---
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_encoder(self.model, folder, state_dict)
-        save_head(self.model, folder)
-        self.processing_class.save_pretrained(folder)
-        (folder / TRAINING_ARGS).write_text(self.args.to_json_string())  # the Trainer's pickle would hold the token
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.ogen is not None and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.ogen.save(Path(self._get_output_dir(trial=trial)) / folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:  # sharded files, named after the whole classifier
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_encoder(self.model, Path(resume_from_checkpoint))
-        load_head(self.model, Path(resume_from_checkpoint))
-        if self.ogen is not None:
-            self.ogen.load(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            return super()._load_best_model()
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def _classifier(

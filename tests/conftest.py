@@ -7,6 +7,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
 
+from .fake_hub import hub as hub
 from .methods import METHODS, Method
 
 

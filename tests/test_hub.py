@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +17,7 @@ from hf_robust import SAFTConfig
 from hf_robust.card import model_card
 from hf_robust.errors import HubError, UnsafeFileError
 from hf_robust.hub import push, write_card
-from tests.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.fake_hub import TOKEN, FakeHub
 from tests.trainers import build
 
 # huggingface_hub uploads weights in a way that httpx deprecates
@@ -35,24 +34,6 @@ ADAPTER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A fake Hub that huggingface_hub talks to, logged in; its retries do not wait."""
-    with fake_hub() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        close_session()
-        yield running
-        close_session()
 
 
 @pytest.fixture(scope="module")
