@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test quality style
+.PHONY: help demo cards test quality style
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -10,8 +10,11 @@ help:  ## show this help
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: .venv/installed  ## fine-tune a small CLIP three ways and compare what they gain and keep
+demo: .venv/installed  ## fine-tune a small CLIP several ways and compare what they gain and keep
 	$(BIN)/python examples/demo/demo.py
+
+cards: .venv/installed  ## run the demo, and write its figures into model_cards/
+	$(BIN)/python examples/demo/demo.py --cards model_cards
 
 test: .venv/installed  ## run the tests, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile

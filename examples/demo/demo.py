@@ -3,12 +3,13 @@
 
     make demo
 
-The same pre-trained model is trained whole, whole with the similarity loss, with A-CLIP and with SAFT; WiSE-FT goes
-part of the way back from the fine-tuned weights. All see colour drawings alone. They are tested on unseen colour
-drawings (in-distribution), on line art and silhouettes (out of distribution), and on kinds of things that were not in
-the training set. Learning rates and the weight of the similarity loss were chosen on the validation set, by
-`--validate`: the lowest loss among those within one standard error of the best accuracy. α is chosen on it in every
-run, by accuracy.
+The same pre-trained model is trained whole, whole with the similarity loss, with A-CLIP, with SAFT, and as a learned
+context with OGEN; WiSE-FT goes part of the way back from the fine-tuned weights. All see colour drawings alone; OGEN
+is also given the names, not the drawings, of the new kinds. They are tested on unseen colour drawings
+(in-distribution), on line art and silhouettes (out of distribution), and on kinds of things that were not in the
+training set. Learning rates and the weight of the similarity loss were chosen on the validation set, by `--validate`:
+the lowest loss among those within one standard error of the best accuracy. α is chosen on it in every run, by
+accuracy.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +33,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPModel, CLIPProcessor
 
-from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
+from hf_robust import (
+    ACLIPConfig,
+    OGENConfig,
+    RobustTrainer,
+    RobustTrainingArguments,
+    SAFTConfig,
+    context_prompt,
+    model_card,
+    results_from_reports,
+)
+from hf_robust.evaluation import RobustnessSuite, SuiteReport, SuiteSet, evaluate_suite
 
 OUTPUT = Path("runs/demo")
 TITLES = {
@@ -40,8 +52,17 @@ TITLES = {
     "ood_silhouette": "silhouettes\n(out of distribution)",
     "new": "new kinds of things\n(never trained)",
 }
+TEMPLATE = "a drawing of a {}."
 EPOCHS = 3
 WISE_FT = ("full", "SAFT")  # whose way from the zero-shot model is shown
+CARDS = {
+    "full + similarity": "similarity_loss.md",
+    "A-CLIP": "a_clip.md",
+    "context + OGEN": "ogen.md",
+    "SAFT": "saft.md",
+    "SAFT + WiSE-FT": "wise_ft.md",
+}
+DATA = "Drawings of 25 kinds of things: OpenMoji, in colour, each as it is and three times turned, shrunk and tinted."
 
 
 @dataclass(frozen=True)
@@ -52,17 +73,20 @@ class Method:
         learning_rate: chosen on the validation set.
         config: the adapter's, None for the whole model.
         similarity_weight: weight of the similarity loss, chosen on the validation set.
+        context: whether a learned context is trained, with OGEN.
     """
 
     learning_rate: float
     config: PeftConfig | None = None
     similarity_weight: float = 0.0
+    context: bool = False
 
 
 METHODS = {
     "full": Method(1e-3),
     "full + similarity": Method(1e-3, similarity_weight=30.0),
     "A-CLIP": Method(3e-4, ACLIPConfig()),
+    "context + OGEN": Method(1e-3, context=True),
     "SAFT": Method(3e-3, SAFTConfig(density=0.001)),
 }
 
@@ -71,7 +95,7 @@ def make_trainer(name: str, method: Method, sets: dict[str, Dataset]) -> RobustT
     """A trainer on the colour drawings; everything but what `method` says is the same for all methods."""
     arguments = RobustTrainingArguments(
         output_dir=str(OUTPUT / name.replace(" ", "-")),
-        templates="a drawing of a {}.",
+        templates=TEMPLATE,
         learning_rate=method.learning_rate,
         similarity_weight=method.similarity_weight,
         num_train_epochs=EPOCHS,
@@ -83,49 +107,93 @@ def make_trainer(name: str, method: Method, sets: dict[str, Dataset]) -> RobustT
         save_strategy="no",
         seed=0,
     )
-    model = CLIPModel.from_pretrained(data.MODEL, dtype=torch.float32)
+    model, processor = (
+        CLIPModel.from_pretrained(data.MODEL, dtype=torch.float32),
+        CLIPProcessor.from_pretrained(data.MODEL),
+    )
+    ogen = None
+    if method.config:
+        model = get_peft_model(model, replace(method.config))
+    if method.context:
+        names = [*data.KINDS, *data.NEW_KINDS]
+        model, arguments.templates = context_prompt(model, processor, init="a drawing of a", class_names=names)
+        ogen = OGENConfig(new_class_names=data.NEW_KINDS, warmup=1 / EPOCHS)  # a fifth of 3 epochs would be none
     return RobustTrainer(
-        model=get_peft_model(model, replace(method.config)) if method.config else model,
+        model=model,
         args=arguments,
         train_dataset=sets["train"],
         eval_dataset={name: sets[name] for name in TITLES},
-        processing_class=CLIPProcessor.from_pretrained(data.MODEL),
+        processing_class=processor,
+        ogen=ogen,
     )
 
 
-def accuracies(metrics: dict[str, float], prefix: str = "") -> dict[str, float]:
+def evaluate(trainer: RobustTrainer, sets: dict[str, Dataset]) -> SuiteReport:
+    """The model as it is now on every test set."""
+    suite = RobustnessSuite(
+        [SuiteSet(name, name.split("_")[0], sets[name], templates=trainer.model.templates) for name in TITLES]
+    )
+    return evaluate_suite(trainer.model, trainer.processing_class, suite, batch_size=256, silent=True)
+
+
+def accuracies(report: SuiteReport) -> dict[str, float]:
     """Accuracy on every test set, a fraction."""
-    return {name: metrics[f"{prefix}{name}_accuracy"] for name in TITLES}
+    return {name: result.accuracy for name, result in report.sets.items()}
 
 
-def compare(sets: dict[str, Dataset]) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+def compare(sets: dict[str, Dataset], cards: Path | None) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Accuracies, number of trained parameters and seconds by method, and the α-sweeps of some."""
     results: dict[str, dict] = {}
     curves: dict[str, list[dict]] = {}
     for name, method in METHODS.items():
         Console().rule(f"[bold]{name}")
         trainer = make_trainer(name, method, sets)
-        if not results:
-            results["zero-shot"] = {"accuracy": accuracies(trainer.evaluate(), "eval_"), "trained_parameters": 0}
+        reports = {"zero-shot": evaluate(trainer, sets)}
+        results.setdefault("zero-shot", {"accuracy": accuracies(reports["zero-shot"]), "trained_parameters": 0})
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        metrics = accuracies(trainer.evaluate(), "eval_")
-        results[name] = {"accuracy": metrics, "trained_parameters": trained, "seconds": seconds}
+        trained = sum(p.numel() for p in trainer.model.model.parameters() if p.requires_grad)
+        reports["fine-tuned"] = evaluate(trainer, sets)
+        found = accuracies(reports["fine-tuned"])
+        results[name] = {"accuracy": found, "trained_parameters": trained, "seconds": seconds}
+        save_card(name, trainer, reports, None, cards)
         if name in WISE_FT:
             sweep = trainer.wise_ft_sweep(sets["validation"])
             curves[name] = [point(row) for row in sweep.rows]
-            best = next(row for row in sweep.rows if row["alpha"] == sweep.best_alpha)
-            wise = {"accuracy": accuracies(best), "trained_parameters": trained, "alpha": sweep.best_alpha}
-            results[f"{name} + WiSE-FT"] = wise
+            reports["chosen alpha"] = evaluate(trainer, sets)
+            found = accuracies(reports["chosen alpha"])
+            results[f"{name} + WiSE-FT"] = {
+                "accuracy": found,
+                "trained_parameters": trained,
+                "alpha": sweep.best_alpha,
+            }
+            save_card(f"{name} + WiSE-FT", trainer, reports, sweep.best_alpha, cards)
             trainer.save_model()  # at the chosen α
     return results, curves
 
 
+def save_card(
+    name: str, trainer: RobustTrainer, reports: dict[str, SuiteReport], alpha: float | None, folder: Path | None
+) -> None:
+    """Writes the model card of a method, with the figures of this run."""
+    if folder is None or name not in CARDS:
+        return
+    card = model_card(
+        trainer.model,
+        trainer.args,
+        results_from_reports(reports, alpha),
+        data=DATA,
+        train_images=len(trainer.train_dataset),
+        picture=None if alpha is None else "wise_ft.png",
+    )
+    folder.mkdir(exist_ok=True)
+    card.save(folder / CARDS[name])
+
+
 def point(row: dict[str, float]) -> dict[str, float]:
     """A point of the curve: α, accuracy in distribution, and the mean of those out of distribution."""
-    found = accuracies(row)
+    found = {name: row[f"{name}_accuracy"] for name in TITLES}
     ood = mean(value for name, value in found.items() if name.startswith("ood_"))
     return {"alpha": row["alpha"], "validation": row["validation_accuracy"], "id": found["id"], "ood": ood}
 
@@ -153,7 +221,8 @@ def show(results: dict[str, dict]) -> None:
 def validate(sets: dict[str, Dataset]) -> None:
     """Prints validation accuracy and loss of every method over its settings, and which of them to take."""
     for name, method in METHODS.items():
-        settings = [replace(method, learning_rate=rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3)]
+        rates = (1e-3, 3e-3, 1e-2, 3e-2) if method.context else (1e-4, 3e-4, 1e-3, 3e-3)  # vectors are few
+        settings = [replace(method, learning_rate=rate) for rate in rates]
         if method.similarity_weight:
             settings = [replace(method, similarity_weight=weight) for weight in (1.0, 3.0, 10.0, 30.0)]
         found = []
@@ -182,17 +251,20 @@ def main() -> None:
     """Loads the drawings, compares the methods, and writes the table and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--validate", action="store_true", help="compare settings on the validation set instead")
+    parser.add_argument("--cards", type=Path, help="write a model card for every method into this folder")
     arguments = parser.parse_args()
     sets = {name: dataset.cast_column("image", Image(decode=False)) for name, dataset in data.load().items()}
     if arguments.validate:
         validate(sets)
         return
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    results, curves = compare(sets)
+    results, curves = compare(sets, arguments.cards)
     show(results)
     (OUTPUT / "results.json").write_text(json.dumps({"results": results, "curves": curves}, indent=2))
     draw_comparison(results, TITLES, OUTPUT / "comparison.png")
     draw_curves(curves, OUTPUT / "wise_ft.png")
+    if arguments.cards:
+        shutil.copy(OUTPUT / "wise_ft.png", arguments.cards)
     print(f"Wrote results.json, comparison.png, wise_ft.png and the models of WiSE-FT to {OUTPUT}.")
 
 
