@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class SavingTrainer(Trainer):
     def _card(self) -> ModelCard:
         if self.card is not None:
             return self.card
-        images = None if self.train_dataset is None else len(self.train_dataset)
+        images = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
         return model_card(self.model, self.args, self.card_results(), train_images=images)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -240,11 +240,13 @@ class RobustTrainer(SavingTrainer):
 
     def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of a set, in order and without the copies that even batches need."""
+        if isinstance(dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
+            what, allowed = f"{title}: ranks cannot share a dataset without length", "a dataset with numbered rows"
+            raise ConfigError(what, where="train_dataset", got=type(dataset).__name__, allowed=allowed)
         share = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
-        yield from batches_in_order(
-            Subset(dataset, share), self.data_collator, *how, None if self._is_silent() else title
-        )
+        title_or_none = None if self._is_silent() else title
+        yield from batches_in_order(Subset(dataset, share), self.data_collator, *how, title_or_none)
 
     def _is_silent(self) -> bool:
         return self.args.disable_tqdm or not self.is_local_process_zero()
@@ -407,12 +409,12 @@ class RobustTrainer(SavingTrainer):
 
     def card_results(self) -> CardResults | None:
         """Returns what `wise_ft_sweep` found on the evaluation sets that α was not chosen on; None without a sweep."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-        shown = {name: dataset for name, dataset in sets.items() if name != "validation"}
+        sets: dict[str, Any] = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        shown = [name for name, dataset in sets.items() if name != "validation" and isinstance(dataset, Sized)]
         if self.sweep is None or not shown:
             return None
-        roles = {n: (role_of(n, self._class_names(d) is not None), len(d)) for n, d in shown.items()}
-        return results_from_sweep(self.sweep, roles)
+        roles = {name: role_of(name, self._class_names(sets[name]) is not None) for name in shown}
+        return results_from_sweep(self.sweep, {name: (role, len(sets[name])) for name, role in roles.items()})
 
     def _head_for(self, dataset: Dataset, where: str) -> AbstractContextManager:
         names = self._class_names(dataset)

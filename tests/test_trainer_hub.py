@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_robust import model_card
-from hf_robust.errors import HubError
+from hf_robust.errors import ConfigError, HubError
 from tests.tiny_models import image_dataset
 from tests.trainers import METHODS, NAMES, OTHER_NAMES, build
 
@@ -33,6 +33,16 @@ def test_saved_model_and_checkpoints_have_a_card(tmp_path, method):
         assert card.data.library_name == ("transformers" if method == "full" else "peft")
         assert "hf-robust" in card.data.tags and str(tmp_path) not in card.content
         assert "red" in card.text and card.data.eval_results is None
+
+
+def test_a_training_set_without_length_is_no_hindrance(tmp_path):
+    stream = image_dataset(18, NAMES).to_iterable_dataset()
+    trained = build(tmp_path, "full", train_dataset=stream, class_names=NAMES, max_steps=1)
+    trained.train()
+    trained.save_model()
+    assert "Training images" not in (tmp_path / "README.md").read_text()
+    with pytest.raises(ConfigError, match="Selecting entries.*without length.*IterableDataset"):
+        build(tmp_path, "saft", train_dataset=stream, class_names=NAMES, max_steps=1).train()
 
 
 def test_card_shows_what_the_sweep_found(tmp_path):
