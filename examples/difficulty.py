@@ -102,7 +102,6 @@ def write_outputs(difficulty: TaskDifficulty, suggestion: dict[str, str], args: 
     if args.output:
         results: dict[str, Any] = {"difficulty": asdict(difficulty), "suggestion": suggestion, "config": asdict(args)}
         results["versions"] = {package: version(package) for package in VERSIONS_OF}
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(results, Path(args.output))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
@@ -14,13 +13,13 @@ from scipy.stats import binomtest
 from .errors import DataError
 from .interpolation.sweep import AlphaSweep
 from .markdown import escape, hub_id, plain
+from .roles import ROLES, Role
 
 if TYPE_CHECKING:
     from .evaluation.report import SuiteReport
 
-Role = Literal["id", "ood", "new", "other"]
 Column = Literal["zero-shot", "fine-tuned", "chosen alpha"]
-ROLES: dict[Role, str] = {"id": "ID", "ood": "OOD", "new": "new classes", "other": "other task"}
+TITLES: dict[Role, str] = {"id": "ID", "ood": "OOD", "new": "new classes", "other": "other task"}
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def eval_results(results: CardResults | None) -> list[EvalResult]:
             name, value = plain(one.name), round(one.accuracies[results.saved].value, 4)
             # without a configuration the Hub would take two sets of one dataset for the same images
             result = EvalResult(task, one.dataset or name, name, "accuracy", value, dataset_config=name)
-            result.metric_name = f"accuracy ({ROLES[one.role]})"
+            result.metric_name = f"accuracy ({TITLES[one.role]})"
             found.append(result)
     return found
 
@@ -225,10 +224,10 @@ def results_table(results: CardResults) -> str:
     )
     rows = [["set", "", "images", *(heads[column] for column in results.columns)]]
     rows.append(["---", "---", "---:", *("---:" for _ in results.columns)])
-    for one in sorted(results.sets, key=lambda one: list(ROLES).index(one.role)):
+    for one in sorted(results.sets, key=lambda one: ROLES.index(one.role)):
         cells = [str(one.accuracies.get(column, "–")) for column in results.columns]
-        rows.append([escape(one.name), ROLES[one.role], f"{one.images:,}", *cells])
-    of_role = {role: [one.accuracies for one in results.sets if one.role == role] for role in ROLES}
+        rows.append([escape(one.name), TITLES[one.role], f"{one.images:,}", *cells])
+    of_role = {role: {one.name: one.accuracies for one in results.sets if one.role == role} for role in ROLES}
     if len(of_role["ood"]) > 1:
         rows.append(["mean of OOD sets", "", "", *(_mean(of_role["ood"], column) for column in results.columns)])
     if of_role["other"]:
@@ -236,12 +235,22 @@ def results_table(results: CardResults) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _mean(sets: list[Mapping[Column, Accuracy]], column: Column) -> str:
-    return f"{100 * fmean(one[column].value for one in sets):.1f}" if all(column in one for one in sets) else "–"
+def _mean(sets: Mapping[str, Mapping[Column, Accuracy]], column: Column) -> str:
+    from .evaluation.statistics import ood_average  # imports what few cards need, as below
 
-
-def _forgetting(sets: list[Mapping[Column, Accuracy]], column: Column) -> str:
-    if column == "zero-shot" or not all(column in one and "zero-shot" in one for one in sets):
+    if not all(column in one for one in sets.values()):
         return "–"
-    lost = round(100 * fmean(one["zero-shot"].value - one[column].value for one in sets), 1)
+    return f"{100 * ood_average(_values(sets, column)):.1f}"
+
+
+def _forgetting(sets: Mapping[str, Mapping[Column, Accuracy]], column: Column) -> str:
+    from .evaluation.statistics import forgetting
+
+    if column == "zero-shot" or not all(column in one and "zero-shot" in one for one in sets.values()):
+        return "–"
+    lost = round(100 * forgetting(_values(sets, "zero-shot"), _values(sets, column)), 1)
     return f"{lost + 0.0:.1f}"  # never -0.0
+
+
+def _values(sets: Mapping[str, Mapping[Column, Accuracy]], column: Column) -> dict[str, float]:
+    return {name: one[column].value for name, one in sets.items()}

@@ -215,9 +215,7 @@ def check_dataset(dataset: Any, n_classes: int, where: str) -> None:
         raise DataError("dataset is empty", where=where, got=0, allowed="at least one image")
     if not isinstance(dataset, datasets.Dataset):
         return
-    for column in ("image", "label"):
-        if column == "image" and IMAGE_EMBEDS in dataset.column_names:
-            continue
+    for column in ("label",) if IMAGE_EMBEDS in dataset.column_names else ("image", "label"):
         if column not in dataset.column_names:
             remedy = f"Use dataset.rename_column(..., {column!r})."
             raise DataError(f"no column {column!r}", where=where, got=dataset.column_names, remedy=remedy)

@@ -143,7 +143,8 @@ class ZeroShotClassifier(nn.Module):
         class_embeds = self._class_embeds()  # (classes, dim)
         logits = self._logits(embeds, class_embeds)  # (batch, classes)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
+        output = ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
+        return self._with_terms(output, labels)
 
     @contextmanager
     def classes(self, class_names: Sequence[str]) -> Iterator[None]:
@@ -203,6 +204,10 @@ class ZeroShotClassifier(nn.Module):
         base_model(self.model).activation_checkpointing_enable(
             activation_checkpointing_kwargs, every_n_layers, offload
         )
+
+    def _with_terms(self, output: ZeroShotClassifierOutput, labels: Tensor | None) -> ZeroShotClassifierOutput:
+        """What a classifier with terms of a loss of its own adds to the output (`OGENClassifier`)."""
+        return output
 
     def _build_head(self) -> None:
         with torch.no_grad(), evaluating(self.model):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .difficulty_report import TaskDifficulty
+from .plots import import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +35,7 @@ def plot_difficulty(difficulty: TaskDifficulty, ax: Axes | None = None) -> Axes:
         >>> axes = plot_difficulty(task_difficulty(clip, photos, processor=processor))
         >>> axes.figure.savefig("difficulty.png")
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("plot_difficulty needs matplotlib: pip install hf_robust[plots]") from error
+    pyplot = import_pyplot("plot_difficulty")
 
     classes = difficulty.hardest_first()
     inches = min(max(1.2 + len(classes) * LABEL_HEIGHT / 72, LEAST_HEIGHT), MOST_HEIGHT)

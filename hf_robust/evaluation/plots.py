@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
 DARK, GREY, BLUE, ORANGE = "#333333", "#8a8f96", "#1f6feb", "#d9822b"
 TICK_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # percent
 MORE_TICKS = (10, 90, 1, 99, 5, 95, 2, 98, 0.5, 99.5)  # percent: logit axes are wide towards 0 and 100
+
+
+def import_pyplot(plot: str) -> ModuleType:
+    """Returns `matplotlib.pyplot`, which is optional.
+
+    Args:
+        plot: the function that needs it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(f"{plot} needs matplotlib: pip install hf_robust[plots]") from error
+    return pyplot
 
 
 def plot_over_epochs(
@@ -51,11 +68,8 @@ def plot_over_epochs(
     means_and_deviations = {name: _mean_and_deviation(name, seeds) for name, seeds in runs.items()}
     if not runs:
         raise DataError("no runs to draw", where="runs", got=runs, allowed="at least one method with one seed")
-    try:
-        from matplotlib import pyplot
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError("plot_over_epochs needs matplotlib: pip install hf_robust[plots]") from error
+    pyplot = import_pyplot("plot_over_epochs")
+    from matplotlib.ticker import MaxNLocator
 
     axes: Axes = pyplot.subplots(layout="constrained")[1] if ax is None else ax
     for name, (mean, deviation) in means_and_deviations.items():
@@ -113,10 +127,7 @@ def plot_id_ood(
     zero_shot = np.unique(models[models[:, 0] == 0, 1:], axis=0)  # (zero-shot models, 2)
     line_through = [(float(x), float(y)) for x, y in (baseline or zero_shot)]
     line = baseline_line(line_through) if line_through else None
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("plot_id_ood needs matplotlib: pip install hf_robust[plots]") from error
+    pyplot = import_pyplot("plot_id_ood")
 
     axes: Axes = pyplot.subplots(figsize=(7.6, 4.8), layout="constrained")[1] if ax is None else ax
     axes.set(xscale="logit", yscale="logit")
@@ -163,10 +174,7 @@ def plot_reliability(confidences: ArrayLike, correct: ArrayLike, bins: int = 15,
         >>> axes.figure.savefig("reliability.png")
     """
     calibration_error = expected_calibration_error(confidences, correct, bins)
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("plot_reliability needs matplotlib: pip install hf_robust[plots]") from error
+    pyplot = import_pyplot("plot_reliability")
 
     axes: Axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")[1] if ax is None else ax
     places, counts, confidence, accuracy = _binned(confidences, correct, bins)  # (bins with images,) each

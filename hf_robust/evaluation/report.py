@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..roles import ROLES
 from .metrics import accuracies, expected_calibration_error
 from .statistics import bootstrap_interval
-from .suite import ROLES
 
 SHOWN = ("accuracy", "macro_accuracy", "worst_class_accuracy", "calibration_error")
 

@@ -7,17 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from datasets import Dataset
 
 from ..errors import ConfigError, DataError, close_matches
+from ..roles import ROLES, Role
 from ..templates import check_class_names, check_templates
 from .corruptions import check_corruption
 
-Role = Literal["id", "ood", "new", "other"]
-ROLES: tuple[str, ...] = get_args(Role)
 LABEL_SPACES = ("class_names", "subset")
 SHIPPED = Path(__file__).parent / "suites"
 

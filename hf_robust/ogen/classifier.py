@@ -53,7 +53,7 @@ class Teacher:
 
 
 class OGENClassifier(ZeroShotClassifier):
-    """A `ZeroShotClassifier` that in training also returns the terms of OGEN's loss (arXiv 2401.15914).
+    """A `ZeroShotClassifier` that in training, with labels, also returns the terms of OGEN's loss (arXiv 2401.15914).
 
     Evaluation, and what is saved of the dual encoder, are those of `ZeroShotClassifier`: the generator is for training
     alone. `RobustTrainer(..., ogen=...)` makes one of these and calls `set_prototypes` and `set_teacher`.
@@ -102,32 +102,6 @@ class OGENClassifier(ZeroShotClassifier):
         self.base_neighbours: Tensor | None = None  # (known classes, neighbours)
         self.teacher: Teacher | None = None
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-    ) -> ZeroShotClassifierOutput:
-        """Compares images with the class prompts; in training mode and with labels OGEN's terms are added.
-
-        Args:
-            pixel_values: as in `ZeroShotClassifier`.
-            labels: as in `ZeroShotClassifier`.
-            pixel_attention_mask: as in `ZeroShotClassifier`.
-            spatial_shapes: as in `ZeroShotClassifier`.
-            image_embeds: as in `ZeroShotClassifier`.
-
-        Raises:
-            ConfigError: there are no prototypes yet.
-        """
-        output = super().forward(pixel_values, labels, pixel_attention_mask, spatial_shapes, image_embeds)
-        if not self.training or labels is None:
-            return output
-        terms = self._terms(output, labels)
-        return OGENOutput(output.loss, output.logits, output.image_embeds, output.class_embeds, terms)
-
     def encode_new_prompts(self) -> Tensor:
         """Returns the embeddings of the new classes that the text tower gives now, `(new classes, dim)`."""
         return encode_prompts(self.model, self.new_input_ids, self.new_attention_mask, len(self.templates))
@@ -164,6 +138,11 @@ class OGENClassifier(ZeroShotClassifier):
                 self.teacher = Teacher(generator, self.encode_prompts(), self.encode_new_prompts())
         finally:
             _write(own, trained)
+
+    def _with_terms(self, output: ZeroShotClassifierOutput, labels: Tensor | None) -> ZeroShotClassifierOutput:
+        if not self.training or labels is None:
+            return output
+        return OGENOutput(**output, terms=self._terms(output, labels))
 
     def _terms(self, output: Any, labels: Tensor) -> dict[str, Tensor]:
         if self.prototypes is None or self.base_neighbours is None:

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from statistics import mean, stdev
 
 import datasets
@@ -17,9 +15,9 @@ import yaml
 
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import harmonic_mean
+from tests.examples.scripts import ROOT, load_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
-ROOT = Path(__file__).parents[2]
 NAMES = ["red", "green", "blue", "sand", "sea", "sky", "snow"]
 BASE, NEW = NAMES[:4], NAMES[4:]
 ALL = ["zero_shot", "coop", "coop+ogen", "saft", "saft+ogen"]
@@ -57,11 +55,7 @@ def folder(tmp_path_factory):
 def script(folder, monkeypatch):
     """The script's module; `run` is its command line, with the config of `folder`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    monkeypatch.syspath_prepend(ROOT / "examples")  # where Python finds train.py when it runs the script
-    spec = importlib.util.spec_from_file_location("base_to_new_script", ROOT / "examples" / "base_to_new.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "base_to_new_script", module)
-    spec.loader.exec_module(module)
+    module = load_script("base_to_new", monkeypatch)
 
     def run(output, *flags, config=folder / "config.yaml"):
         command = ["base_to_new.py", "--config", str(config), "--output_dir", str(output), *flags]

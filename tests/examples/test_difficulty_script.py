@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,9 +16,9 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.difficulty_report import TaskDifficulty
+from tests.examples.scripts import ROOT, load_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
-ROOT = Path(__file__).parents[2]
 NAMES = ["red", "green", "blue"]
 
 
@@ -37,11 +36,7 @@ def folder(tmp_path_factory):
 def script(folder, monkeypatch, tmp_path):
     """The script's module; `run` is its command line, with the model and data of `folder`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.syspath_prepend(ROOT / "examples")  # where Python finds train.py when it runs the script
-    spec = importlib.util.spec_from_file_location("difficulty_script", ROOT / "examples" / "difficulty.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "difficulty_script", module)
-    spec.loader.exec_module(module)
+    module = load_script("difficulty", monkeypatch)
 
     def run(*flags):
         command = ["--model_name_or_path", str(folder / "model"), "--data", str(folder / "train.parquet"), *flags]

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -18,9 +16,9 @@ from transformers import HfArgumentParser
 from hf_robust import SAFTConfig, select_saft
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.report import SuiteReport
+from tests.examples.scripts import ROOT, load_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
-ROOT = Path(__file__).parents[2]
 NAMES, OTHER_NAMES = ["red", "green", "blue"], ["cat", "dog"]
 
 
@@ -64,10 +62,7 @@ def run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "examples" / "evaluate_suite.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "evaluate_script", module)
-    spec.loader.exec_module(module)
+    module = load_script("evaluate_suite", monkeypatch)
 
     def call(*flags):
         flags = ["--suite", "suite.yaml", "--output", "out/results.json", "--silent", *flags]

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import sys
@@ -17,9 +16,8 @@ from transformers import AutoModel, AutoProcessor
 from hf_robust import ACLIPConfig, SAFTConfig, select_saft
 from hf_robust.errors import ConfigError, MergeError
 from hf_robust.interpolation.arithmetic import interpolate_tensor
+from tests.examples.scripts import load_script
 from tests.tiny_models import tiny_model, tiny_processor
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -28,9 +26,7 @@ def merge(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     tiny_model("clip").save_pretrained("base")
     tiny_processor("clip").save_pretrained("base")
-    spec = importlib.util.spec_from_file_location("merge_script", ROOT / "examples" / "merge.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("merge", monkeypatch)
 
     def run(*flags, zero_shot="base", output="merged"):
         flags = ["--zero_shot", zero_shot, "--output", output, *flags]

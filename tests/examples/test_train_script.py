@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -18,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from hf_robust.errors import ConfigError, DataError
+from tests.examples.scripts import ROOT, load_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
 NAMES = ["red", "green", "blue"]
 
@@ -62,10 +60,7 @@ def folder(tmp_path_factory):
 def script(folder, monkeypatch):
     """The script's module; `run` is its command line, with the config of `folder`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_script", module)
-    spec.loader.exec_module(module)
+    module = load_script("train", monkeypatch)
 
     def run(output, *flags, config=folder / "config.yaml"):
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--output_dir", str(output), *flags])
