@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf_robust[plots]", "pyyaml", "rich"]
+# dependencies = ["hf_robust", "pyyaml", "rich"]
 # ///
 """Base-to-new: train on a few images of half of the classes, test on both halves, each among its own names.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf_robust[plots]", "pyyaml", "rich"]
+# dependencies = ["hf_robust", "pyyaml", "rich"]
 # ///
 """How hard is a task for a dual encoder, and which method to start with: known before anything is trained.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .evaluation.report import SuiteReport
 
 Column = Literal["zero-shot", "fine-tuned", "chosen alpha"]
+PICTURE = "wise_ft.png"
 TITLES: dict[Role, str] = {"id": "ID", "ood": "OOD", "new": "new classes", "other": "other task"}
 
 
@@ -94,6 +97,8 @@ class CardResults:
     Args:
         sets: the evaluation sets.
         chosen_alpha: the α the model was saved at; None where the fine-tuned model itself was.
+        curve: of every α that was evaluated `alpha`, and the mean accuracies on the ID and the OOD sets, `id` and
+            `ood`, fractions.
 
     Raises:
         DataError: two sets have the same name.
@@ -106,6 +111,7 @@ class CardResults:
 
     sets: Sequence[EvaluationSet]
     chosen_alpha: float | None = None
+    curve: Sequence[Mapping[str, float]] = ()
 
     def __post_init__(self) -> None:
         names = [plain(one.name) for one in self.sets]
@@ -163,7 +169,16 @@ def results_from_sweep(sweep: AlphaSweep, sets: Mapping[str, tuple[Role, int]]) 
         shares = {column: rows[alpha][f"{name}_accuracy"] for column, alpha in alphas.items() if alpha in rows}
         accuracies = {column: _with_interval(share, images) for column, share in shares.items()}
         found.append(EvaluationSet(name, role, images, accuracies))
-    return CardResults(found, sweep.best_alpha)
+    return CardResults(found, sweep.best_alpha, _curve(sweep, {name: role for name, (role, _) in sets.items()}))
+
+
+def _curve(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, float]]:
+    """Empty unless there are ID and OOD sets."""
+    names = {role: [name for name, of_set in roles.items() if of_set == role] for role in ("id", "ood")}
+    if not all(names.values()):
+        return []
+    means = [{r: mean(row[f"{name}_accuracy"] for name in names[r]) for r in names} for row in sweep.rows]
+    return [{"alpha": row["alpha"], **of_row} for row, of_row in zip(sweep.rows, means, strict=True)]
 
 
 def _with_interval(share: float, images: int) -> Accuracy:
@@ -192,6 +207,30 @@ def results_from_reports(reports: Mapping[Column, SuiteReport], chosen_alpha: fl
         role: Any = one.role
         found.append(EvaluationSet(name, role, len(one.targets), accuracies))
     return CardResults(found, chosen_alpha)
+
+
+def draw_curve(results: CardResults, folder: Path) -> str | None:
+    """Draws OOD against ID accuracy over α, the chosen one in another colour, into `wise_ft.png`.
+
+    Args:
+        results: what the evaluation found.
+        folder: where to.
+
+    Returns:
+        The file's name; None without a curve.
+    """
+    if not results.curve:
+        return None
+    from matplotlib.figure import Figure  # with the plots it takes a second to import
+
+    from .evaluation.plots import plot_id_ood
+
+    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+    chosen = [row for row in results.curve if row["alpha"] == results.chosen_alpha]
+    curves = {"WiSE-FT": results.curve, f"chosen, α = {results.chosen_alpha:g}": chosen}
+    plot_id_ood(curves, figure.subplots())
+    figure.savefig(folder / PICTURE, dpi=150)
+    return PICTURE
 
 
 def eval_results(results: CardResults | None) -> list[EvalResult]:

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .card import model_card
-from .card_results import CardResults
+from .card_results import CardResults, draw_curve
 from .checkpoint import load_encoder, load_head, save_encoder, save_head
 from .hub import push, write_card
 from .ogen.training import OGENTraining
@@ -49,7 +49,7 @@ class SavingTrainer(Trainer):
         """
         self.card = self.card if card is None else card
         if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self._card())
+            self._write_card(Path(str(self.args.output_dir)))
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -88,11 +88,13 @@ class SavingTrainer(Trainer):
             base_model_id=None if self.card is None else self.card.data.to_dict().get("base_model"),
         )
 
-    def _card(self) -> ModelCard:
-        if self.card is not None:
-            return self.card
-        images = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-        return model_card(self.model, self.args, self.card_results(), train_images=images)
+    def _write_card(self, folder: Path) -> None:
+        card, results = self.card, self.card_results()
+        if card is None:
+            images = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+            picture = None if results is None else draw_curve(results, folder)
+            card = model_card(self.model, self.args, results, train_images=images, picture=picture)
+        write_card(folder, card)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Pushes nothing: the stock method sends the whole folder, and a pickle that holds the token."""
@@ -106,7 +108,7 @@ class SavingTrainer(Trainer):
         save_head(self.model, folder)
         self.processing_class.save_pretrained(folder)
         (folder / TRAINING_ARGS).write_text(self.args.to_json_string())  # the Trainer's pickle would hold the token
-        write_card(folder, self._card())  # last, as PEFT changes a card that is there
+        self._write_card(folder)  # last, as PEFT changes a card that is there
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -55,6 +55,10 @@ def test_card_shows_what_the_sweep_found(tmp_path):
     assert {"id", "sketch"} <= shown and "validation" not in shown
     zero_shot = sweep.rows[0]["sketch_accuracy"]
     assert f"{100 * zero_shot:.1f}" in card.text and "WiSE-FT" in card.text
+    assert "](wise_ft.png)" in card.text
+    assert (tmp_path / "wise_ft.png").read_bytes().startswith(b"\x89PNG")
+    curve = [{"alpha": row["alpha"], "id": row["id_accuracy"], "ood": row["sketch_accuracy"]} for row in sweep.rows]
+    assert trained.card_results().curve == curve
     roles = {one.name: one.role for one in trained.card_results().sets}
     assert roles == {"id": "id", "sketch": "ood", "pets": "other"}
     trained.train()  # the sweep is of the model before
@@ -79,6 +83,23 @@ def test_push_sends_adapter_and_card_in_one_commit(tmp_path, hub):
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "classifier.json"} <= set(files)
     assert not any("training_args" in name or "checkpoint" in name for name in files)
     assert not any(str(tmp_path).encode() in content for content in files.values())
+
+
+def test_the_curve_is_pushed_with_the_card(tmp_path, hub):
+    trained = build(tmp_path, "saft", max_steps=1, hub_model_id=REPO, eval_dataset=sets())
+    trained.train()
+    trained.wise_ft_sweep(alphas=[0.0, 1.0])
+    trained.push_to_hub()
+    assert hub.files(REPO)["wise_ft.png"] == (tmp_path / "wise_ft.png").read_bytes()
+
+
+def test_without_ood_sets_there_is_no_curve(tmp_path):
+    names = {name: one for name, one in sets().items() if name != "sketch"}
+    trained = build(tmp_path, "saft", max_steps=1, eval_dataset=names)
+    trained.train()
+    trained.wise_ft_sweep(alphas=[0.0, 1.0])
+    trained.save_model()
+    assert "wise_ft.png" not in (tmp_path / "README.md").read_text() and not (tmp_path / "wise_ft.png").exists()
 
 
 def test_failed_push_leaves_a_whole_copy_and_no_commit(tmp_path, hub, monkeypatch):

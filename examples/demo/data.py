@@ -33,7 +33,7 @@ DATA = HERE / "data"
 MODEL = HERE / "clip-tiny-drawings"
 SIZE = 64  # pixels
 ICON_MARGIN = 7  # pixels; OpenMoji's drawings bring their own margin
-TRAIN_VIEWS = 4  # each training drawing as it is, and turned, shrunk and on light colours
+VIEWS = 4  # each training and validation drawing as it is, and turned, shrunk and on light colours
 
 KINDS = (
     *("mammal", "bird", "sea animal", "bug", "plant", "fruit", "vegetable", "drink", "dessert", "meal", "vehicle"),
@@ -146,8 +146,8 @@ def build(folder: Path = DATA) -> None:
     test = [row for row in colour if row["split"] == "test"]
     train = [row for row in colour if row["split"] in ("pretrain", "train")]
     sets = {
-        "train": _classification(train, KINDS, "colour", TRAIN_VIEWS),
-        "validation": _classification([row for row in colour if row["split"] == "validation"], KINDS, "colour"),
+        "train": _classification(train, KINDS, "colour", VIEWS),
+        "validation": _classification([row for row in colour if row["split"] == "validation"], KINDS, "colour", VIEWS),
         "id": _classification(test, KINDS, "colour"),
         # Without their colours all flags are the same empty rectangle.
         "ood_line": _classification([row for row in test if row["kind"] != "flag"], KINDS, "line"),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from hf_robust import (
     model_card,
     results_from_reports,
 )
-from hf_robust.evaluation import RobustnessSuite, SuiteReport, SuiteSet, evaluate_suite
+from hf_robust.evaluation import RobustnessSuite, SuiteReport, SuiteSet, evaluate_suite, one_standard_error_rule
 
 OUTPUT = Path("runs/demo")
 TITLES = {
@@ -230,21 +229,15 @@ def validate(sets: dict[str, Dataset]) -> None:
             trainer = make_trainer(name, setting, sets)
             trainer.train()
             metrics = trainer.evaluate(sets["validation"])
-            found.append((setting, metrics["eval_accuracy"], metrics["eval_loss"]))
-            print(f"{describe(name, setting)}: {100 * found[-1][1]:.1f} %, loss {found[-1][2]:.3f}")
-        print(f"-> {describe(name, choose(found, len(sets['validation'])))}")
+            found.append((metrics["eval_accuracy"], metrics["eval_loss"]))
+            print(f"{describe(name, setting)}: {100 * found[-1][0]:.1f} %, loss {found[-1][1]:.3f}")
+        chosen = one_standard_error_rule(*zip(*found, strict=True), images=len(sets["validation"]))
+        print(f"-> {describe(name, settings[chosen])}")
 
 
 def describe(name: str, method: Method) -> str:
     """A method and its settings in words."""
     return f"{name}, learning rate {method.learning_rate}, similarity weight {method.similarity_weight}"
-
-
-def choose(found: list[tuple[Method, float, float]], images: int) -> Method:
-    """Of the settings whose accuracy is within one standard error of the best, the one with the lowest loss."""
-    best = max(accuracy for _, accuracy, _ in found)
-    error = math.sqrt(best * (1 - best) / images)
-    return min((one for one in found if one[1] >= best - error), key=lambda one: one[2])[0]
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from .plots import plot_reliability as plot_reliability
 from .protocols import base_to_new as base_to_new
 from .protocols import few_shot as few_shot
 from .protocols import harmonic_mean as harmonic_mean
+from .protocols import one_standard_error_rule as one_standard_error_rule
 from .report import SetResult as SetResult
 from .report import SuiteReport as SuiteReport
 from .run import evaluate_suite as evaluate_suite

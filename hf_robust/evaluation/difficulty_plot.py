@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .difficulty_report import TaskDifficulty
-from .plots import import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,14 +27,11 @@ def plot_difficulty(difficulty: TaskDifficulty, ax: Axes | None = None) -> Axes:
         The axes, for a title or a file. Classes without images are left out. Where the names of all classes do not
         fit, only every second, third, … one has its name.
 
-    Raises:
-        ImportError: matplotlib is not installed.
-
     Example:
         >>> axes = plot_difficulty(task_difficulty(clip, photos, processor=processor))
         >>> axes.figure.savefig("difficulty.png")
     """
-    pyplot = import_pyplot("plot_difficulty")
+    from matplotlib import pyplot  # slow to import
 
     classes = difficulty.hardest_first()
     inches = min(max(1.2 + len(classes) * LABEL_HEIGHT / 72, LEAST_HEIGHT), MOST_HEIGHT)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,22 +21,6 @@ if TYPE_CHECKING:
 DARK, GREY, BLUE, ORANGE = "#333333", "#8a8f96", "#1f6feb", "#d9822b"
 TICK_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # percent
 MORE_TICKS = (10, 90, 1, 99, 5, 95, 2, 98, 0.5, 99.5)  # percent: logit axes are wide towards 0 and 100
-
-
-def import_pyplot(plot: str) -> ModuleType:
-    """Returns `matplotlib.pyplot`, which is optional.
-
-    Args:
-        plot: the function that needs it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(f"{plot} needs matplotlib: pip install hf_robust[plots]") from error
-    return pyplot
 
 
 def plot_over_epochs(
@@ -59,7 +42,6 @@ def plot_over_epochs(
 
     Raises:
         DataError: there are no runs, or seeds of a method have different numbers of epochs.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> axes = plot_over_epochs({"CoOp": [[0.61, 0.55], [0.61, 0.57]], "CoOp + OGEN": [[0.61, 0.62], [0.61, 0.6]]})
@@ -68,7 +50,7 @@ def plot_over_epochs(
     means_and_deviations = {name: _mean_and_deviation(name, seeds) for name, seeds in runs.items()}
     if not runs:
         raise DataError("no runs to draw", where="runs", got=runs, allowed="at least one method with one seed")
-    pyplot = import_pyplot("plot_over_epochs")
+    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
     axes: Axes = pyplot.subplots(layout="constrained")[1] if ax is None else ax
@@ -92,6 +74,7 @@ def plot_id_ood(
     points: Mapping[str, Sequence[Mapping[str, float]]],
     ax: Axes | None = None,
     baseline: Sequence[tuple[float, float]] = (),
+    lines: bool = True,
 ) -> Axes:
     """Draws out-of-distribution against in-distribution accuracy: of each method the way from zero-shot to fine-tuned.
 
@@ -105,6 +88,8 @@ def plot_id_ood(
         ax: where to draw; None for a new figure.
         baseline: ID and OOD accuracy of each baseline model, for the baseline line, see `baseline_line`; without any,
             the zero-shot models among the points.
+        lines: whether to draw the baseline line and y = x, which say nothing where `ood` holds accuracies on other
+            tasks or new classes.
 
     Returns:
         The axes, for a title, a file or more points, as fractions. Accuracies under 0.1 % are drawn at a tick "≤ 0.1",
@@ -113,7 +98,6 @@ def plot_id_ood(
 
     Raises:
         DataError: there are no models, a value is missing or no fraction, or no baseline line fits.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> sweep = [{"alpha": 0, "id": 0.63, "ood": 0.49}, {"alpha": 0.5, "id": 0.74, "ood": 0.51}]
@@ -126,8 +110,8 @@ def plot_id_ood(
     models = np.concatenate(list(curves.values()))  # (models, 3)
     zero_shot = np.unique(models[models[:, 0] == 0, 1:], axis=0)  # (zero-shot models, 2)
     line_through = [(float(x), float(y)) for x, y in (baseline or zero_shot)]
-    line = baseline_line(line_through) if line_through else None
-    pyplot = import_pyplot("plot_id_ood")
+    line = baseline_line(line_through) if line_through and lines else None
+    from matplotlib import pyplot
 
     axes: Axes = pyplot.subplots(figsize=(7.6, 4.8), layout="constrained")[1] if ax is None else ax
     axes.set(xscale="logit", yscale="logit")
@@ -138,7 +122,12 @@ def plot_id_ood(
         axes.plot(*_drawn(zero_shot).T, "*", color=DARK, markersize=16, label="zero-shot (α = 0)", zorder=4)
     if baseline:
         axes.plot(*_drawn(np.array(baseline)).T, "x", color=DARK, markersize=5, label="baseline models", zorder=1)
-    _draw_lines(axes, line, *_views(_drawn(np.concatenate([models[:, 1:], np.reshape(baseline, (-1, 2))]))))
+    x_view, y_view = _views(_drawn(np.concatenate([models[:, 1:], np.reshape(baseline, (-1, 2))])), lines)
+    if lines:
+        _draw_lines(axes, line, x_view, y_view)
+    axes.set(xlim=x_view, ylim=y_view)
+    _percent_axis(axes.xaxis, x_view)
+    _percent_axis(axes.yaxis, y_view)
     axes.set_xlabel("in-distribution accuracy (%)")
     axes.set_ylabel("out-of-distribution accuracy (%)")
     axes.grid(alpha=0.25)
@@ -166,7 +155,6 @@ def plot_reliability(confidences: ArrayLike, correct: ArrayLike, bins: int = 15,
         ConfigError: `bins` is no integer from 1.
         DataError: no images, different numbers of them, confidences outside [0, 1], or other values than true and
             false.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> confidences, predicted = logits.softmax(dim=1).max(dim=1)
@@ -174,7 +162,7 @@ def plot_reliability(confidences: ArrayLike, correct: ArrayLike, bins: int = 15,
         >>> axes.figure.savefig("reliability.png")
     """
     calibration_error = expected_calibration_error(confidences, correct, bins)
-    pyplot = import_pyplot("plot_reliability")
+    from matplotlib import pyplot
 
     axes: Axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")[1] if ax is None else ax
     places, counts, confidence, accuracy = _binned(confidences, correct, bins)  # (bins with images,) each
@@ -225,16 +213,13 @@ def _draw_curve(axes: Axes, name: str, curve: np.ndarray) -> None:
 
 
 def _draw_lines(axes: Axes, line: tuple[float, float] | None, x_view: np.ndarray, y_view: np.ndarray) -> None:
-    """The baseline line and y = x over all of the view, which they leave as it is."""
+    """The baseline line and y = x over all of the view."""
     if line is not None:
         expected = expit(line[0] * logit(x_view) + line[1])
         axes.plot(x_view, expected, "--", color=GREY, linewidth=1.2, label="baseline line", zorder=1)
     both = np.concatenate([x_view, y_view])
     ends = [both.min(), both.max()]
     axes.plot(ends, ends, ":", color=DARK, linewidth=1.2, label="y = x", zorder=1)
-    axes.set(xlim=x_view, ylim=y_view)
-    _percent_axis(axes.xaxis, x_view)
-    _percent_axis(axes.yaxis, y_view)
 
 
 def _drawn(shares: np.ndarray) -> np.ndarray:
@@ -242,13 +227,13 @@ def _drawn(shares: np.ndarray) -> np.ndarray:
     return np.clip(shares, LEAST_SHARE, 1 - LEAST_SHARE)
 
 
-def _views(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of both axes, with room around the points, `(points, 2)`; OOD goes on until y = x is in view."""
+def _views(drawn: np.ndarray, lines: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of both axes, with room around the points, `(points, 2)`; with lines until y = x is in view."""
     low, high = logit(drawn.min(axis=0)), logit(drawn.max(axis=0))  # (2,)
     margin = np.maximum(0.08 * (high - low), 0.05)
     (x_low, y_low), (x_high, y_high) = low - margin, high + margin
     middle = (x_low + x_high) / 2
-    y_view = np.array([min(y_low, middle), max(y_high, middle)])
+    y_view = np.array([min(y_low, middle), max(y_high, middle)] if lines else [y_low, y_high])
     return expit(np.array([x_low, x_high])), expit(y_view)
 
 

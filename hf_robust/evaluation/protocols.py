@@ -23,6 +23,9 @@ Transfer to other datasets needs no function: `RobustTrainer` classifies every e
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from datasets import ClassLabel, Dataset
 
@@ -111,6 +114,27 @@ def harmonic_mean(base: float, new: float) -> float:
         0.7166
     """
     return 2 * base * new / (base + new) if base + new > 0 else 0.0
+
+
+def one_standard_error_rule(accuracies: Sequence[float], losses: Sequence[float], images: int) -> int:
+    """Returns the place of the setting to take: the lowest loss among those as accurate as the best.
+
+    As accurate is what lies within one standard error of the best accuracy, after Breiman et al. (Classification and
+    Regression Trees, 1984). Of settings that a small validation set cannot tell apart it takes the one that is least
+    sure of its mistakes.
+
+    Args:
+        accuracies: on validation data, by setting, fractions.
+        losses: mean cross-entropy there, by setting.
+        images: number of images in the validation set.
+
+    Example:
+        >>> one_standard_error_rule([0.60, 0.74, 0.76, 0.40], [1.1, 0.8, 1.3, 4.0], images=200)
+        1
+    """
+    best = max(accuracies)
+    error = math.sqrt(best * (1 - best) / images)
+    return min((i for i, accuracy in enumerate(accuracies) if accuracy >= best - error), key=lambda i: losses[i])
 
 
 def _class_names(dataset: Dataset) -> list[str]:

@@ -21,8 +21,8 @@ from transformers import ProcessorMixin
 
 from ..class_embeds import class_embeddings, evaluating
 from ..collator import ImageCollator, batches_in_order, load_rgb
-from ..dual_encoder import base_model, family, image_embeds, logit_scale
-from ..errors import ConfigError, HfRobustError, NonFiniteError
+from ..dual_encoder import at_least_float32, base_model, family, image_embeds, logit_scale
+from ..errors import HfRobustError, NonFiniteError
 from ..templates import check_templates
 from ..zero_shot import ZeroShotClassifier
 from .corruptions import corrupt
@@ -53,7 +53,8 @@ def evaluate_suite(
     batches; every image counts once, and every rank returns the whole report.
 
     Args:
-        model: a dual encoder, plain or wrapped by PEFT, or a `ZeroShotClassifier` without a trained head.
+        model: a dual encoder, plain or wrapped by PEFT, or a `ZeroShotClassifier`. If its head was trained, sets with
+            its class names are classified by that head.
         processor: its processor.
         suite: what to evaluate it on.
         batch_size: images encoded at once, on every rank.
@@ -66,7 +67,7 @@ def evaluate_suite(
         for rounding in the embeddings.
 
     Raises:
-        ConfigError: the model is no supported dual encoder, its head is trained, or the suite does not fit its data.
+        ConfigError: the model is no supported dual encoder, or the suite does not fit its data.
         DataError: a source cannot be loaded, or its labels or an image cannot be used.
         NonFiniteError: the model gives NaN or infinite logits.
 
@@ -76,12 +77,13 @@ def evaluate_suite(
         >>> report.means
         {'id': 0.75, 'ood': 0.5}
     """
-    encoder = _dual_encoder(model)
+    encoder = model.model if isinstance(model, ZeroShotClassifier) else model
+    family(encoder)  # refuses what is no dual encoder
     passes = _load_passes(suite)
     collator = ImageCollator(processor)
     results: dict[str, SetResult] = {}
     with torch.no_grad(), evaluating(encoder):
-        heads = _heads(encoder, processor, [one for same in passes for one in same.sets])
+        heads = _heads(model, encoder, processor, [one for same in passes for one in same.sets])
         for same in passes:
             batches = _Batches(collator, same.sets[0].suite_set.corruption, seed)
             results |= _evaluate_pass(encoder, same, heads, batches, batch_size, workers, silent)
@@ -94,16 +96,6 @@ def evaluate_suite(
     }
     versions = {package: version(package) for package in VERSIONS_OF}
     return SuiteReport({one.name: results[one.name] for one in suite.sets}, config, versions)
-
-
-def _dual_encoder(model: nn.Module) -> nn.Module:
-    if isinstance(model, ZeroShotClassifier):
-        if model.head == "trainable":
-            what, remedy = "the classifier's trained head would have no part in it", "Pass classifier.model."
-            raise ConfigError(what, where="model", remedy=remedy)
-        model = model.model
-    family(model)  # refuses what is no dual encoder
-    return model
 
 
 def _state(encoder: nn.Module) -> PartialState:
@@ -150,9 +142,19 @@ def _head_key(one: LoadedSet) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(one.class_names), check_templates(one.suite_set.templates)
 
 
-def _heads(encoder: nn.Module, processor: ProcessorMixin, sets: Sequence[LoadedSet]) -> dict[Any, Tensor]:
-    keys = dict.fromkeys(_head_key(one) for one in sets)
-    return {key: class_embeddings(encoder, processor, *key) for key in keys}  # each (classes, dim)
+def _heads(
+    model: nn.Module, encoder: nn.Module, processor: ProcessorMixin, sets: Sequence[LoadedSet]
+) -> dict[Any, tuple[Tensor, Tensor]]:
+    """By key weight `(classes, dim)` and bias `(classes,)` or 0-dim."""
+    heads = {}
+    for names, templates in dict.fromkeys(_head_key(one) for one in sets):
+        if isinstance(model, ZeroShotClassifier) and model.head == "trainable" and list(names) == model.class_names:
+            weight, bias = at_least_float32(model.class_head.weight), at_least_float32(model.class_head.bias)
+        else:  # SigLIP's bias is the same for all answers and changes none
+            weight = logit_scale(encoder) * class_embeddings(encoder, processor, names, templates)
+            bias = weight.new_zeros(())
+        heads[names, templates] = weight, bias
+    return heads
 
 
 # --- what is computed ---
@@ -196,7 +198,7 @@ def _digest(pixels: bytes, size: tuple[int, int]) -> int:
 def _evaluate_pass(
     encoder: nn.Module,
     same: _Pass,
-    heads: dict[Any, Tensor],
+    heads: dict[Any, tuple[Tensor, Tensor]],
     collate: _Batches,
     batch_size: int,
     workers: int,
@@ -218,20 +220,19 @@ def _evaluate_pass(
 
 
 def _answer(
-    encoder: nn.Module, sets: Sequence[LoadedSet], heads: dict[Any, Tensor], batches: Any
+    encoder: nn.Module, sets: Sequence[LoadedSet], heads: dict[Any, tuple[Tensor, Tensor]], batches: Any
 ) -> dict[str, np.ndarray]:
     """Rows, digests, and for every set predictions and confidences, of this rank's images."""
-    scale = logit_scale(encoder)  # SigLIP's bias is the same for all answers and changes none
-    columns = [_columns(one.answers).to(scale.device) for one in sets]
+    columns = [_columns(one.answers).to(base_model(encoder).device) for one in sets]
     found: dict[str, list[Tensor]] = {}
     for batch in batches:
         found.setdefault(ROW, []).append(batch.pop(ROW))
         found.setdefault(DIGEST, []).append(batch.pop(DIGEST))
         embeds = image_embeds(encoder, **batch)  # (batch, dim)
         for one, index in zip(sets, columns, strict=True):
-            name = one.suite_set.name
+            name, (weight, bias) = one.suite_set.name, heads[_head_key(one)]
             with torch.autocast(embeds.device.type, enabled=False):  # logits differ by less than bfloat16 resolves
-                logits = scale * embeds @ heads[_head_key(one)].T  # (batch, classes)
+                logits = embeds @ weight.T + bias  # (batch, classes)
             logits = logits[:, index].amax(dim=-1)  # (batch, answers)
             if not logits.isfinite().all():
                 raise NonFiniteError("logits are NaN or infinite", where=name)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -71,11 +70,3 @@ def test_names_that_are_long_or_look_like_formulas_are_drawn_as_text(axes, tmp_p
     assert names_on(axes)[0] == "a name of more t…letters, type 1" and names_on(axes)[2] == names[2]
     axes.figure.savefig(tmp_path / "plot.png")  # a formula would be refused here
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_missing_matplotlib_is_named(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install hf_robust\[plots\]"):
-        plot_difficulty(many(2))

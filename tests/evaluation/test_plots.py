@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import sys
-
 import matplotlib
 import numpy as np
 import pytest
@@ -105,15 +103,6 @@ def test_ragged_runs_are_refused(axes, runs, message):
     assert not axes.get_lines()
 
 
-@pytest.mark.parametrize(("plot", "arguments"), DRAWN)
-def test_missing_matplotlib_is_named(plot, arguments, axes, monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=rf"{plot.__name__} needs matplotlib: pip install hf_robust\[plots\]"):
-        plot(*arguments, ax=axes)
-
-
 # --- ID against OOD ---
 
 
@@ -170,6 +159,14 @@ def test_the_baseline_line_goes_through_given_models(axes):
 def test_without_zero_shot_model_and_baseline_there_is_no_baseline_line(axes):
     plot_id_ood({"CoOp": POINTS["CoOp"]}, axes)
     assert texts(axes.get_legend().get_texts()) == ["CoOp", "fine-tuned (α = 1)", "y = x"] and diamonds(axes)
+
+
+def test_other_accuracies_are_drawn_without_lines_and_fill_the_view(axes):
+    plot_id_ood(POINTS, axes, lines=False)
+    names = ["full", r"SAFT \$x\$", "CoOp", "fine-tuned (α = 1)", "zero-shot (α = 0)"]
+    assert texts(axes.get_legend().get_texts()) == names
+    low, high = axes.get_ylim()
+    assert 0.25 < low < 0.3 and 0.5 < high < 0.55
 
 
 @pytest.mark.parametrize("ood", [0.1, 0.3, 0.55, 0.7, 0.99])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_robust import RobustTrainingArguments
 from hf_robust.errors import ConfigError, DataError
-from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean
+from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, one_standard_error_rule
 from hf_robust.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -234,3 +234,14 @@ def test_harmonic_mean_of_published_figures():
     """The averages of CoOp over 11 datasets, as later papers quote them."""
     assert round(100 * harmonic_mean(0.8269, 0.6322), 2) == 71.66
     assert harmonic_mean(0, 0) == harmonic_mean(0.5, 0) == 0
+
+
+# --- the choice of a setting ---
+
+
+def test_of_settings_within_one_standard_error_the_lowest_loss_is_taken():
+    accuracies, losses = [0.69, 0.78, 0.80, 0.77, 0.1], [0.2, 1.1, 1.3, 1.2, 0.1]
+    assert one_standard_error_rule(accuracies, losses, images=100) == 1  # one error is 0.04
+    assert one_standard_error_rule(accuracies, losses, images=1_000) == 2  # 0.0126
+    assert one_standard_error_rule(accuracies, losses, images=10) == 0  # 0.126
+    assert one_standard_error_rule([0.5], [2.0], images=1) == 0

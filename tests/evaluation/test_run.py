@@ -227,21 +227,37 @@ def test_fingerprints_stand_for_images_and_answers(photos):
     assert fingerprint(eight.remove_columns("label").add_column("label", [0] * 8)) != first
 
 
-# --- errors ---
-
-
-def test_a_trained_head_is_refused_and_others_are_rebuilt(photos):
-    def classifier(head):
-        return ZeroShotClassifier(tiny_model("clip"), tiny_processor("clip"), ["cat", "dog"], head=head)
-
+@pytest.mark.parametrize("head", ["live", "frozen"])
+def test_heads_that_are_not_trained_are_rebuilt(photos, head):
     one = SuiteSet("photos", "id", photos)
-    with pytest.raises(ConfigError, match="trained head would have no part in it .at model.. Pass classifier.model"):
-        evaluate(one, model=classifier("trainable"))
-    expected = evaluate(one).sets["photos"]
-    for head in ("live", "frozen"):
-        np.testing.assert_array_equal(
-            evaluate(one, model=classifier(head)).sets["photos"].confidences, expected.confidences
-        )
+    classifier = ZeroShotClassifier(tiny_model("clip"), tiny_processor("clip"), ["cat", "dog"], head=head)
+    found, expected = evaluate(one, model=classifier).sets["photos"], evaluate(one).sets["photos"]
+    np.testing.assert_array_equal(found.confidences, expected.confidences)
+
+
+def test_a_trained_head_classifies_the_sets_with_its_class_names(photos):
+    classifier = ZeroShotClassifier(tiny_model("clip"), tiny_processor("clip"), NAMES, head="trainable")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        classifier.class_head.weight.add_(torch.randn(classifier.class_head.weight.shape, generator=generator))
+        classifier.class_head.bias.add_(torch.tensor([0.0, 2.0, 0.0, 1.0]))
+    sets = [SuiteSet("own", "id", photos), SuiteSet("some", "ood", photos.select(range(4)), subset=[0, 1, 2, 3])]
+    sets.append(SuiteSet("others", "other", photos, ["cat", "dog", "owl", "cow"]))
+    sets.append(SuiteSet("turned", "other", photos, NAMES[::-1], merge={name: [name] for name in NAMES}))
+    found = evaluate(*sets, model=classifier).sets
+    inputs = tiny_processor("clip").image_processor(images=photos["image"][:], return_tensors="pt")
+    with torch.no_grad():
+        expected = classifier(inputs["pixel_values"]).logits.softmax(dim=-1)
+    np.testing.assert_allclose(found["own"].confidences, expected.amax(dim=-1).numpy(), rtol=1e-5)
+    assert found["own"].predictions.tolist() == expected.argmax(dim=-1).tolist()
+    assert found["some"].predictions.tolist() == found["own"].predictions[:4].tolist()
+    zero_shot = evaluate(*sets).sets
+    for name in ("others", "turned"):  # other names, or the same ones in another order
+        np.testing.assert_array_equal(found[name].confidences, zero_shot[name].confidences)
+    assert found["own"].predictions.tolist() != zero_shot["own"].predictions.tolist()
+
+
+# --- errors ---
 
 
 def test_what_is_no_dual_encoder_is_refused(photos):

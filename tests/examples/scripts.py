@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Imports `examples/<name>.py`, with its folder on the path, as when Python runs it."""
+    """Imports `examples/<name>.py`, with `examples/` on the path."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

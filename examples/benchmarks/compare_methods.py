@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_robust", "pyyaml", "rich"]
+# ///
+"""Which method keeps most of what the model knew? All of them on one task, over several seeds, also with WiSE-FT.
+
+    python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml
+    python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml --methods full saft
+
+Every method has its learning rate chosen on the validation data, from the same grid, by the one-standard-error rule:
+the search starts in the middle of the grid and ends where both neighbours are worse. Then the method is trained once
+per seed, evaluated on the suite, taken back by WiSE-FT to the α that is best on the validation data, and evaluated
+again.
+
+Every training that ends is kept in a file of its own, so the same command goes on where it was interrupted, and calls
+with other methods or seeds may run at the same time and share the folder. The last one to end leaves all there is in
+results.json, table.md and scatter.png.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # for train.py
+
+from accelerate import PartialState
+from datasets import Dataset
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftConfig, get_peft_model
+from rich.console import Console
+from scipy.stats import rankdata
+from train import VERSIONS_OF, load_images, parse_arguments
+from transformers import AutoModel, AutoProcessor, ProcessorMixin, set_seed
+
+from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, with_image_embeds
+from hf_robust.card_results import TITLES
+from hf_robust.collator import feature_class_names
+from hf_robust.errors import ConfigError, NonFiniteError, close_matches
+from hf_robust.evaluation import (
+    RobustnessSuite,
+    SuiteReport,
+    evaluate_suite,
+    few_shot,
+    one_standard_error_rule,
+    plot_id_ood,
+)
+from hf_robust.evaluation.report import write_json
+
+SEARCH_SEED = 0  # of the trainings that choose the learning rate
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+ALPHAS = tuple(step / 10 for step in range(1, 11))
+FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live"}
+DEFAULTS = {**FIXED, "logging_strategy": "no", "similarity_weight": 10.0}
+MAY_CHANGE = ("methods", "seeds", "search_only", "output_dir")  # between calls that share a folder
+NOTE = """Accuracy in %, mean ± standard deviation over seeds. trained: number of trained parameters. α: of WiSE-FT,
+chosen on validation data for each seed. rank: the place by mean accuracy, averaged over the columns; 1 is the best."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Args:
+        config: the adapter's; None for all weights.
+        similarity: with the similarity loss.
+        probe: a linear head alone, which starts as the zero-shot head.
+    """
+
+    config: PeftConfig | None = None
+    similarity: bool = False
+    probe: bool = False
+
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+METHODS = {
+    "linear-probe": Method(probe=True),
+    "full": Method(),
+    "full+similarity": Method(similarity=True),
+    "lora": Method(LORA),
+    "lora+similarity": Method(LORA, similarity=True),
+    "aclip": Method(ACLIPConfig()),
+    "saft": Method(SAFTConfig()),
+    "saft+similarity": Method(SAFTConfig(), similarity=True),
+}
+SCOPES = {
+    "global": {"scope": "global", "exclude_input_embeddings": False},
+    "global-inner": {"scope": "global", "exclude_input_embeddings": True},
+    "per-tensor": {"scope": "per_tensor", "exclude_input_embeddings": False},
+}
+SAFT_VARIANTS = {
+    f"saft-{name}-{density:g}": Method(SAFTConfig(density=density, **scope))
+    for name, scope in SCOPES.items()
+    for density in (1e-4, 1e-3, 1e-2)
+}
+ALL_METHODS = {**METHODS, **SAFT_VARIANTS}
+
+
+@dataclass
+class ScriptArguments:
+    """Model, data and methods; what concerns the training itself is in `RobustTrainingArguments`.
+
+    Training and validation data are what examples/train.py takes.
+    """
+
+    model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
+    dtype: str = field(default="float32", metadata={"help": "Precision the weights are loaded in."})
+    train_data: str | None = field(default=None, metadata={"help": "Labelled images to train on."})
+    validation_data: str | None = field(default=None, metadata={"help": "Learning rates and α are chosen on these."})
+    suite: str | None = field(default=None, metadata={"help": "What to evaluate on: a YAML file or a suite's name."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    shots: int | None = field(default=None, metadata={"help": "Training images per class; all if not given."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of the shots and the training."})
+    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": ", ".join(ALL_METHODS)})
+    learning_rates: list[float] = field(default_factory=lambda: [*GRID], metadata={"help": "To choose from."})
+    alphas: list[float] = field(default_factory=lambda: [*ALPHAS], metadata={"help": "WiSE-FT: to choose from."})
+    search_only: bool = field(default=False, metadata={"help": "Choose the learning rates and stop."})
+
+    def __post_init__(self) -> None:
+        for name in ("train_data", "validation_data", "suite"):
+            if not getattr(self, name):
+                raise ConfigError("not given", where=name)
+        for method in self.methods:
+            if method not in ALL_METHODS:
+                raise ConfigError("unknown method", got=method, remedy=close_matches(method, list(ALL_METHODS)))
+        self.learning_rates = sorted(map(float, self.learning_rates))  # YAML reads 1e-3 as text
+        self.alphas = [*map(float, self.alphas)]
+        for name in ("methods", "seeds", "learning_rates", "alphas"):
+            values = getattr(self, name)
+            if len(values) == 0 or len(set(values)) < len(values):
+                raise ConfigError(f"{name} are empty or repeated", got=values, allowed="at least one, each once")
+        if 1 not in self.alphas:
+            raise ConfigError(
+                "the fine-tuned model is missing", where="alphas", got=self.alphas, allowed="1 among them"
+            )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all trainings share."""
+
+    args: ScriptArguments
+    training_args: RobustTrainingArguments
+    processor: ProcessorMixin
+    train: Dataset
+    validation: Dataset
+    suite: RobustnessSuite
+
+
+class Runs:
+    """What has ended so far: one JSON file each, in a folder that other calls may write into as well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+    def get(self, name: str, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """What `run(*arguments)` returned, now or in an earlier call."""
+        if name not in self.found:
+            is_main = PartialState().is_main_process
+            if is_main:
+                Console().rule(f"[bold]{name}")
+            self.found[name] = run(*arguments)
+            if is_main:
+                write_json(self.found[name], self.folder / f"{name}.json")
+        return self.found[name]
+
+
+# --- training ---
+
+
+def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> Task:
+    """Loads processor, data and suite."""
+    processor, suite = AutoProcessor.from_pretrained(args.model_name_or_path), RobustnessSuite.from_yaml(args.suite)
+    with training_args.main_process_first(desc="loading data"):
+        train = load_images(args.train_data, "train", args, None)
+        names = feature_class_names(train)
+        validation = load_images(args.validation_data, "validation", args, names, only_these=True)
+    return Task(args, training_args, processor, train, validation, suite)
+
+
+def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) -> RobustTrainer:
+    """A trainer of one method on a fresh model; everything but what the method says is the same for all."""
+    settings = copy.copy(task.training_args)
+    settings.learning_rate, settings.seed = learning_rate, seed
+    if not method.similarity:
+        settings.similarity_weight, settings.cache_reference_embeddings = 0.0, False
+    set_seed(seed)  # LoRA's matrices are drawn from the global generator
+    model = AutoModel.from_pretrained(task.args.model_name_or_path, dtype=task.args.dtype)
+    train = task.train if task.args.shots is None else few_shot(task.train, task.args.shots, seed)
+    if method.config is not None:
+        model = get_peft_model(model, replace(method.config))
+    if method.probe:
+        model.requires_grad_(False).to(settings.device)
+        settings.head = "trainable"
+        how = settings.per_device_eval_batch_size, settings.dataloader_num_workers, settings.process_index > 0
+        with settings.main_process_first(desc="embedding the training images"):
+            train = with_image_embeds(train, model, task.processor, *how)
+    return RobustTrainer(model, settings, train, {"validation": task.validation}, task.processor)
+
+
+def validate(task: Task, name: str, learning_rate: float) -> dict[str, Any]:
+    """Trains, and returns accuracy and loss on the validation data."""
+    trainer = make_trainer(task, ALL_METHODS[name], learning_rate, SEARCH_SEED)
+    try:
+        trainer.train()
+        metrics = trainer.evaluate(task.validation)
+    except NonFiniteError as error:
+        return {
+            "searched": name,
+            "learning_rate": learning_rate,
+            "images": len(task.validation),
+            "stopped": str(error),
+        }
+    figures = {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"], "images": len(task.validation)}
+    return {"searched": name, "learning_rate": learning_rate, **figures}
+
+
+def search(task: Task, runs: Runs, name: str) -> float:
+    """The learning rate of a method."""
+
+    def validated(rate: float) -> dict[str, Any]:
+        return runs.get(f"{name}_rate_{rate:g}", validate, task, name, rate)
+
+    return find_learning_rate(task.args.learning_rates, validated, runs.found["zero-shot"]["validation_accuracy"])
+
+
+def find_learning_rate(
+    rates: list[float], validated: Callable[[float], dict[str, Any]], zero_shot_accuracy: float
+) -> float:
+    """Goes down from the middle of the grid to where training does no harm, and from there to the better neighbours.
+
+    Args:
+        rates: the grid, in ascending order.
+        validated: returns what `validate` returns for a rate.
+        zero_shot_accuracy: on the validation data, a fraction.
+    """
+    place = len(rates) // 2
+    found = {place: validated(rates[place])}
+    while place > 0 and does_harm(found[place], zero_shot_accuracy):
+        place -= 1
+        found[place] = validated(rates[place])
+    while True:
+        best = rates.index(choose(list(found.values()))["learning_rate"])
+        neighbours = [place for place in (best + 1, best - 1) if 0 <= place < len(rates) and place not in found]
+        if not neighbours:
+            return rates[best]
+        found[neighbours[0]] = validated(rates[neighbours[0]])
+
+
+def does_harm(run: dict[str, Any], zero_shot_accuracy: float) -> bool:
+    """Whether a training stopped, or lost accuracy by more than a standard error."""
+    error = math.sqrt(zero_shot_accuracy * (1 - zero_shot_accuracy) / run["images"])
+    return "stopped" in run or run["accuracy"] < zero_shot_accuracy - error
+
+
+def choose(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one to take among what `validate` returned for several rates."""
+    usable = [one for one in found if "accuracy" in one]
+    if not usable:
+        raise ConfigError("no training ended", where="learning_rates", got=[one["stopped"] for one in found])
+    accuracies, losses = ([one[name] for one in usable] for name in ("accuracy", "loss"))
+    return usable[one_standard_error_rule(accuracies, losses, usable[0]["images"])]
+
+
+def train_and_evaluate(task: Task, name: str, learning_rate: float, seed: int) -> dict[str, Any]:
+    """Trains, and returns what the model and the one that WiSE-FT makes of it do on the suite."""
+    trainer = make_trainer(task, ALL_METHODS[name], learning_rate, seed)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    fine_tuned = evaluate(task, trainer.model)
+    sweep = trainer.wise_ft_sweep(alphas=task.args.alphas)
+    return {
+        "method": name,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "trained_parameters": trained,
+        "training_seconds": seconds,
+        "fine_tuned": fine_tuned,
+        "alpha": sweep.best_alpha,
+        "wise_ft": fine_tuned if sweep.best_alpha == 1 else evaluate(task, trainer.model),
+        "sweep": sweep.rows,
+    }
+
+
+def evaluate(task: Task, model: Any) -> dict[str, Any]:
+    """Mean accuracy by role, and the figures of every set."""
+    size, workers = task.training_args.per_device_eval_batch_size, task.training_args.dataloader_num_workers
+    report: SuiteReport = evaluate_suite(model, task.processor, task.suite, size, workers)
+    sets = {name: {"role": one.role, "images": len(one.rows), **one.metrics} for name, one in report.sets.items()}
+    return {"means": report.means, "sets": sets}
+
+
+def zero_shot(task: Task) -> dict[str, Any]:
+    """The pre-trained model on the suite and on the validation data."""
+    trainer = make_trainer(task, Method(), learning_rate=0.0, seed=SEARCH_SEED)
+    validation_accuracy = trainer.evaluate(task.validation)["eval_accuracy"]
+    return {**evaluate(task, trainer.model), "validation_accuracy": validation_accuracy}
+
+
+# --- results ---
+
+
+def report(common: dict[str, Any], runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Prints and writes what there is."""
+    write_json({**common, "runs": runs}, folder / "results.json")
+    text = search_table(runs)
+    if any("method" in run for run in runs.values()):
+        rows = collect(runs)
+        text = f"{table(rows)}\n{NOTE}\n\n{text}"
+        draw(rows, folder / "scatter.png")
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def collect(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows of the table: accuracies by role, one per seed, each the mean over the role's sets; and the rank."""
+    rows = {"zero-shot": {"accuracy": by_role([runs["zero-shot"]])}}
+    for method in ALL_METHODS:
+        ended = [run for run in runs.values() if run.get("method") == method]
+        for name, model in ((method, "fine_tuned"), (f"{method}+wise-ft", "wise_ft")) if ended else ():
+            rows[name] = {
+                "accuracy": by_role([run[model] for run in ended]),
+                "alpha": [run["alpha"] if model == "wise_ft" else 1.0 for run in ended],
+                "trained_parameters": ended[0]["trained_parameters"],
+                "learning_rate": ended[0]["learning_rate"],
+            }
+    for row, rank in zip(rows.values(), mean_ranks([row["accuracy"] for row in rows.values()]), strict=True):
+        row["rank"] = rank
+    return rows
+
+
+def by_role(evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The mean accuracies by role, one per evaluation."""
+    return {role: [one["means"][role] for one in evaluations] for role in evaluations[0]["means"]}
+
+
+def mean_ranks(accuracies: list[dict[str, list[float]]]) -> list[float]:
+    """The mean over the roles of the place that a row has there by its mean accuracy; 1 is the best."""
+    places = [rankdata([-mean(row[role]) for row in accuracies]) for role in accuracies[0]]  # (roles, rows)
+    return [float(mean(of_row)) for of_row in zip(*places, strict=True)]
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    roles = list(rows["zero-shot"]["accuracy"])
+    cells = [["method", "trained", "learning rate", "α", *(TITLES[role] for role in roles), "rank"]]
+    for name, row in rows.items():
+        settings = ["0", "", ""]
+        if name != "zero-shot":
+            alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(row["alpha"])))
+            settings = [f"{row['trained_parameters']:,}", f"{row['learning_rate']:g}", alphas]
+        cells.append([name, *settings, *(percent(row["accuracy"][role]) for role in roles), f"{row['rank']:.1f}"])
+    return aligned(cells)
+
+
+def search_table(runs: dict[str, dict[str, Any]]) -> str:
+    """The validation accuracies and losses that learning rates were chosen by, in Markdown."""
+    found = [run for run in runs.values() if "searched" in run]
+    rates = sorted({run["learning_rate"] for run in found})
+    cells = [["validation accuracy (loss)", *(f"{rate:g}" for rate in rates)]]
+    for method in ALL_METHODS:
+        of_method = {run["learning_rate"]: run for run in found if run["searched"] == method}
+        if of_method:
+            chosen = choose(list(of_method.values()))
+            cells.append([method, *(validation_cell(of_method.get(rate), chosen) for rate in rates)])
+    return aligned(cells)
+
+
+def validation_cell(run: dict[str, Any] | None, chosen: dict[str, Any]) -> str:
+    """Accuracy in percent and loss; empty where the search did not come, a dash where training stopped."""
+    if run is None:
+        return ""
+    text = f"{100 * run['accuracy']:.1f} ({run['loss']:.2f})" if "accuracy" in run else "–"
+    return f"**{text}**" if run is chosen else text
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """A Markdown table that can be read as it is, too; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]]) + "\n"
+
+
+def percent(shares: Sequence[float]) -> str:
+    """The mean in percent, with the standard deviation (n - 1) where there are several."""
+    return f"{100 * mean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws accuracy in distribution against every other role: zero-shot, by WiSE-FT, fine-tuned."""
+    roles = [role for role in rows["zero-shot"]["accuracy"] if role != "id"]
+    figure = Figure(figsize=(1.8 + 5 * len(roles), 5), layout="constrained")
+    for place, (role, axes) in enumerate(zip(roles, figure.subplots(1, len(roles), squeeze=False)[0], strict=True)):
+        plot_id_ood({name: way(rows, name, role) for name in ALL_METHODS if name in rows}, axes, lines=role == "ood")
+        axes.set_ylabel(f"accuracy (%), {TITLES[role]}")
+        if place < len(roles) - 1:
+            axes.get_legend().remove()
+    figure.savefig(path, dpi=150)
+
+
+def way(rows: dict[str, dict[str, Any]], method: str, role: str) -> list[dict[str, float]]:
+    """Mean accuracies at α = 0, at the chosen α and at α = 1."""
+    ends = {0.0: rows["zero-shot"], 1.0: rows[method]}
+    by_alpha = {mean(rows[f"{method}+wise-ft"]["alpha"]): rows[f"{method}+wise-ft"], **ends}
+    return [
+        {"alpha": alpha, "id": mean(row["accuracy"]["id"]), "ood": mean(row["accuracy"][role])}
+        for alpha, row in by_alpha.items()
+    ]
+
+
+def check_training(training_args: RobustTrainingArguments) -> None:
+    """Refuses settings that this script has others for, or that it must set itself."""
+    for name, ours in (("learning_rate", "learning_rates"), ("seed", "seeds")):
+        if getattr(training_args, name) != getattr(RobustTrainingArguments, name):
+            raise ConfigError("not a setting of this script", where=name, remedy=f"Set {ours}.")
+    for name, value in FIXED.items():
+        got = getattr(training_args, name)
+        if got != value:
+            raise ConfigError("cannot be changed here", where=name, got=got, allowed=repr(value))
+    if training_args.similarity_weight == 0:
+        raise ConfigError("methods with the similarity loss need a weight", where="similarity_weight", got=0)
+
+
+def settings(args: ScriptArguments, training_args: RobustTrainingArguments) -> dict[str, Any]:
+    """What all calls that share a folder have in common."""
+    config = {**asdict(args), **training_args.to_dict()}
+    config = {name: value for name, value in config.items() if name not in MAY_CHANGE}
+    return json.loads(
+        json.dumps({"config": config, "versions": {package: version(package) for package in VERSIONS_OF}})
+    )
+
+
+def check_settings(common: dict[str, Any], file: Path) -> None:
+    """Refuses a folder whose runs had other settings."""
+    if not file.exists():
+        return
+    found = json.loads(file.read_text())
+    changed = [name for part in common for name, value in common[part].items() if found[part].get(name) != value]
+    if changed:
+        remedy = "Set another output_dir, or remove the folder."
+        raise ConfigError("the folder has runs with other settings", where=str(file), got=changed, remedy=remedy)
+
+
+def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
+    """Runs what has not been run yet, then shows all."""
+    check_training(training_args)
+    folder, common = Path(training_args.output_dir), settings(args, training_args)
+    check_settings(common, folder / "settings.json")
+    task, runs = load_task(args, training_args), Runs(folder / "runs")
+    training_args.distributed_state.wait_for_everyone()  # all ranks have read what there is
+    is_main = PartialState().is_main_process
+    if is_main:
+        write_json(common, folder / "settings.json")
+    runs.get("zero-shot", zero_shot, task)
+    rates = {name: search(task, runs, name) for name in args.methods}
+    if not args.search_only:
+        for seed in args.seeds:
+            for name in args.methods:
+                runs.get(f"{name}_seed_{seed}", train_and_evaluate, task, name, rates[name], seed)
+    if is_main:
+        report(common, Runs(folder / "runs").found, folder)
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(ScriptArguments, DEFAULTS))

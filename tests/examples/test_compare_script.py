@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from math import sqrt
+from statistics import mean, stdev
+
+import datasets
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_robust.errors import ConfigError
+from hf_robust.evaluation import RobustnessSuite
+from tests.examples.scripts import ROOT, load_script
+from tests.tiny_models import image_dataset, tiny_model, tiny_processor
+
+NAMES = ["red", "green", "blue"]
+SCRIPT = "benchmarks/compare_methods"
+MAIN = ["linear-probe", "full", "full+similarity", "lora", "lora+similarity", "aclip", "saft", "saft+similarity"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, parquet files, a suite, and a config that names them."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_model("clip").save_pretrained(folder / "model")
+    tiny_processor("clip").save_pretrained(folder / "model")
+    sets = {
+        "train": (18, NAMES, 0),
+        "validation": (12, NAMES, 40),
+        "id": (30, NAMES, 60),
+        "pets": (9, ["cat", "dog"], 9),
+    }
+    for name, (images, names, seed) in sets.items():
+        image_dataset(images, names, seed=seed).to_parquet(folder / f"{name}.parquet")
+    suite = {
+        "colours": {"role": "id", "source": str(folder / "id.parquet")},
+        "pale": {"role": "ood", "source": str(folder / "id.parquet"), "corruption": ["contrast", 5]},
+        "noisy": {"role": "ood", "source": str(folder / "id.parquet"), "corruption": ["gaussian_noise", 5]},
+        "pets": {"role": "other", "source": str(folder / "pets.parquet")},
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"sets": suite}))
+    config = {
+        "model_name_or_path": str(folder / "model"),
+        "train_data": str(folder / "train.parquet"),
+        "validation_data": str(folder / "validation.parquet"),
+        "suite": str(folder / "suite.yaml"),
+        "shots": 4,
+        "seeds": [1, 2],
+        "methods": ["linear-probe", "full", "saft"],
+        "learning_rates": ["1e-3", "1e-2"],  # how YAML reads 1e-3
+        "alphas": [0.5, 1.0],
+        "cache_reference_embeddings": True,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 6,
+        "disable_tqdm": True,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def script(folder, monkeypatch):
+    """The script's module; `run` is its command line, with the config of `folder`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    module = load_script(SCRIPT, monkeypatch)
+
+    def run(output, *flags):
+        command = ["x", "--config", str(folder / "config.yaml"), "--output_dir", str(output), *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        module.main(*module.parse_arguments(module.ScriptArguments, module.DEFAULTS))
+        return json.loads((output / "results.json").read_text())["runs"]
+
+    module.run = run
+    return module
+
+
+def cells(table):
+    """The rows of Markdown tables by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in reversed(rows)}  # of a method the row in the first table
+
+
+# --- the whole ---
+
+
+def test_every_method_is_searched_trained_and_evaluated_with_every_seed(script, tmp_path, capsys):
+    runs = script.run(tmp_path)
+    assert {name for name in runs if "_seed_" in name} == {
+        f"{method}_seed_{seed}" for method in ("linear-probe", "full", "saft") for seed in (1, 2)
+    }
+    for method in ("linear-probe", "full", "saft"):
+        searched = [run for run in runs.values() if run.get("searched") == method]
+        assert [run["learning_rate"] for run in searched] == [1e-3, 1e-2]
+        chosen = script.choose(searched)["learning_rate"]
+        ended = [run for run in runs.values() if run.get("method") == method]
+        assert [(run["learning_rate"], run["seed"]) for run in ended] == [(chosen, 1), (chosen, 2)]
+        for run in ended:
+            assert run["trained_parameters"] > 0 and run["alpha"] in (0.5, 1.0)
+            assert [row["alpha"] for row in run["sweep"]] == [0.5, 1.0]
+            assert run["fine_tuned"]["sets"].keys() == {"colours", "pale", "noisy", "pets"}
+            best = max(run["sweep"], key=lambda row: (row["validation_accuracy"], -row["alpha"]))
+            assert run["alpha"] == best["alpha"]
+            assert (run["wise_ft"] == run["fine_tuned"]) == (run["alpha"] == 1)
+    shown = cells((tmp_path / "table.md").read_text())
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    zero_shot = runs["zero-shot"]["means"]
+    assert shown["zero-shot"][:-1] == [
+        "0",
+        "",
+        "",
+        *(f"{100 * zero_shot[role]:.1f}" for role in ("id", "ood", "other")),
+    ]
+    for row, part in (("full", "fine_tuned"), ("full+wise-ft", "wise_ft")):
+        for column, role in ((3, "id"), (4, "ood"), (5, "other")):
+            shares = [100 * runs[f"full_seed_{seed}"][part]["means"][role] for seed in (1, 2)]
+            assert shown[row][column] == f"{mean(shares):.1f} ± {stdev(shares):.1f}"
+    assert shown["full"][2] == "1"
+    assert (tmp_path / "scatter.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_probe_learns_a_head_and_forgets_nothing(script, tmp_path):
+    runs = script.run(tmp_path, "--methods", "linear-probe", "--learning_rates", "0.3", "--num_train_epochs", "8")
+    probe, zero_shot = runs["linear-probe_seed_1"]["fine_tuned"], runs["zero-shot"]
+    assert probe["means"]["id"] > zero_shot["means"]["id"]
+    assert probe["sets"]["pets"] == zero_shot["sets"]["pets"]
+    assert runs["linear-probe_seed_1"]["trained_parameters"] == 3 * 24 + 3
+
+
+def test_all_methods_run_and_differ(script, tmp_path):
+    flags = ["--methods", *MAIN, "--learning_rates", "1e-2", "--seeds", "1", "--alphas", "1"]
+    runs = script.run(tmp_path, *flags, "--similarity_weight", "30")
+    losses = {method: runs[f"{method}_seed_1"]["sweep"][0]["validation_loss"] for method in MAIN}
+    assert len(set(losses.values())) == len(MAIN)
+    trained = {method: runs[f"{method}_seed_1"]["trained_parameters"] for method in MAIN}
+    assert trained["saft"] < trained["lora"] < trained["full"] == trained["full+similarity"]
+    assert [*script.METHODS] == MAIN and len(script.SAFT_VARIANTS) == 9
+
+
+# --- the search ---
+
+
+def validated(accuracies, losses=None, images=10**9):
+    """What `validate` returns, by learning rate, and the rates that were asked for."""
+    asked = []
+
+    def run(rate):
+        asked.append(rate)
+        place = [1, 2, 3, 4, 5, 6, 7].index(rate)
+        figures = {"accuracy": accuracies[place], "loss": losses[place] if losses else 1.0}
+        figures = {"stopped": "loss is nan"} if accuracies[place] is None else figures
+        return {"learning_rate": rate, "images": images, **figures}
+
+    return run, asked
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "chosen", "tried"),
+    [
+        ([0.3, 0.3, 0.5, 0.7, 0.6, 0.2, 0.1], 4, [4, 5, 3]),  # the middle
+        ([0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 7, [4, 5, 6, 7]),  # the upper end
+        ([0.3, 0.6, 0.5, 0.1, 0.1, 0.2, 0.1], 2, [4, 3, 2, 1]),  # from a wrecked model downwards
+        ([0.3, 0.6, 0.1, None, None, 0.9, 0.9], 2, [4, 3, 2, 1]),
+        ([0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], 1, [4, 3, 2, 1]),  # nothing helps
+    ],
+)
+def test_the_search_ends_where_both_neighbours_are_worse(script, accuracies, chosen, tried):
+    run, asked = validated(accuracies)
+    assert script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.3) == chosen
+    assert asked == tried
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 6), st.lists(st.floats(0.01, 0.1), min_size=7, max_size=7))
+def test_the_search_finds_a_single_peak(peak, steps):
+    monkeypatch = pytest.MonkeyPatch()
+    script = load_script(SCRIPT, monkeypatch)
+    monkeypatch.undo()
+    accuracies = [0.9 - sum(steps[min(place, peak) : max(place, peak)]) for place in range(7)]
+    run, _ = validated(accuracies)
+    assert script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.2) == peak + 1
+
+
+def test_the_search_is_by_the_rule_of_one_standard_error(script):
+    run, _ = validated([0.1, 0.1, 0.50, 0.53, 0.1, 0.1, 0.1], [9, 9, 1.0, 1.2, 9, 9, 9], images=100)
+    assert script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.3) == 3
+
+
+def test_a_loss_of_a_standard_error_does_no_harm(script):
+    error = sqrt(0.3 * 0.7 / 100)
+    for lost, harm in ((0.9, False), (1.1, True)):
+        assert script.does_harm({"accuracy": 0.3 - lost * error, "images": 100}, 0.3) is harm
+
+
+def test_no_rate_that_trains_is_an_error(script):
+    run, _ = validated([None] * 7)
+    with pytest.raises(ConfigError, match="no training ended.*learning_rates.*loss is nan"):
+        script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.3)
+
+
+def test_search_alone_shows_what_was_chosen_and_what_stopped(script, tmp_path):
+    rates = ["--learning_rates", "1e-3", "1e-2", "1e30"]
+    runs = script.run(tmp_path, "--methods", "full", "--search_only", "true", *rates)
+    assert {run.get("searched") for run in runs.values()} == {None, "full"}
+    assert "stopped" in runs["full_rate_1e+30"] and not (tmp_path / "scatter.png").exists()
+    shown = cells((tmp_path / "table.md").read_text())
+    assert shown["validation accuracy (loss)"] == ["0.001", "0.01", "1e+30"] and shown["full"][2] == "–"
+    chosen = script.choose([run for run in runs.values() if run.get("searched") == "full"])
+    expected = f"**{100 * chosen['accuracy']:.1f} ({chosen['loss']:.2f})**"
+    assert shown["full"][[1e-3, 1e-2].index(chosen["learning_rate"])] == expected
+    assert sum("**" in cell for cell in shown["full"]) == 1
+
+
+# --- the table ---
+
+
+def test_ranks_are_mean_places_by_hand(script):
+    rows = [{"id": [0.9, 0.7], "ood": [0.1]}, {"id": [0.6], "ood": [0.3]}, {"id": [0.8], "ood": [0.2]}]
+    assert script.mean_ranks(rows) == [(1.5 + 3) / 2, (3 + 1) / 2, (1.5 + 2) / 2]
+
+
+# --- interrupted and shared ---
+
+
+def test_ended_runs_are_not_repeated_and_seeds_and_methods_can_be_added(script, tmp_path):
+    flags = ["--methods", "saft", "--seeds", "1", "2"]
+    first = script.run(tmp_path, *flags)
+    kept = tmp_path / "runs" / "saft_seed_1.json"
+    kept.write_text(json.dumps({**first["saft_seed_1"], "training_seconds": -1}))  # what no run gives
+    (tmp_path / "runs" / "saft_seed_2.json").unlink()
+    (tmp_path / "scatter.png").unlink()
+    again = script.run(tmp_path, *flags)
+    assert again["saft_seed_1"]["training_seconds"] == -1 and (tmp_path / "scatter.png").exists()
+    assert again["saft_seed_2"]["fine_tuned"] == first["saft_seed_2"]["fine_tuned"]
+    more = script.run(tmp_path, "--methods", "full", "--seeds", "3")
+    assert more.keys() > again.keys() and "full_seed_3" in more and "full_seed_1" not in more
+    assert {"saft", "full"} < cells((tmp_path / "table.md").read_text()).keys()
+
+
+def test_what_has_ended_is_kept_when_a_later_run_fails(script, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train_and_evaluate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        script.run(tmp_path, "--methods", "saft", "--learning_rates", "1e-2")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"zero-shot.json", "saft_rate_0.01.json"}
+
+
+def test_a_folder_with_other_settings_is_refused_and_left_alone(script, tmp_path):
+    flags = ["--methods", "saft", "--learning_rates", "1e-2", "--search_only", "true"]
+    script.run(tmp_path, *flags)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with pytest.raises(ConfigError, match=r"other settings.*settings.json.*'shots'.*another output_dir"):
+        script.run(tmp_path, *flags, "--shots", "2")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+BAD_INPUT = {
+    "no suite": (["--suite", ""], "not given.*suite"),
+    "no validation data": (["--validation_data", ""], "not given.*validation_data"),
+    "unknown method": (["--methods", "sfat"], "unknown method.*'sfat'.*'saft'"),
+    "repeated seed": (["--seeds", "1", "1"], r"seeds.*repeated.*\[1, 1\]"),
+    "no fine-tuned model": (["--alphas", "0.5"], r"fine-tuned model.*alphas.*\[0.5\]"),
+    "learning rate": (["--learning_rate", "1e-3"], "learning_rate.*Set learning_rates"),
+    "seed": (["--seed", "7"], "seed.*Set seeds"),
+    "frozen head": (["--head", "frozen"], "head.*'frozen'.*'live'"),
+    "no similarity loss": (["--similarity_weight", "0", "--cache_reference_embeddings", "0"], "similarity_weight"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_error_before_training(script, tmp_path, name):
+    flags, message = BAD_INPUT[name]
+    with pytest.raises(ConfigError, match=message):
+        script.run(tmp_path / "out", *flags)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_the_shipped_config_is_understood(script, monkeypatch):
+    config = ROOT / "examples" / "configs" / "compare_methods.yaml"
+    monkeypatch.setattr(sys, "argv", ["x", "--config", str(config)])
+    args, training_args = script.parse_arguments(script.ScriptArguments, script.DEFAULTS)
+    script.check_training(training_args)
+    assert args.methods == MAIN and args.learning_rates == sorted(script.GRID)
+    suite = RobustnessSuite.from_yaml(ROOT / args.suite)
+    assert [one.role for one in suite.sets] == ["id", "ood", "ood", "new"]
+    assert {one.templates for one in suite.sets} == {training_args.templates}
+
+
+def test_two_processes_write_one_result(folder, script, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    command += [str(ROOT / "examples" / f"{SCRIPT}.py"), "--config", str(folder / "config.yaml")]
+    command += ["--output_dir", str(tmp_path), "--seeds", "1", "--learning_rates", "1e-2", "--alphas", "1"]
+    command += ["--methods", "linear-probe", "saft", "--per_device_train_batch_size", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("rank: the place") == 1
+    one = script.run(tmp_path / "one", "--methods", "linear-probe", "--learning_rates", "1e-2", "--seeds", "1")
+    two = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert {"linear-probe_seed_1", "saft_seed_1"} < two.keys()
+    assert two["zero-shot"]["means"] == one["zero-shot"]["means"]
