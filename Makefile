@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo cards test quality style
+.PHONY: help demo cards compare test quality style
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -15,6 +15,10 @@ demo: .venv/installed  ## fine-tune a small CLIP several ways and compare what t
 
 cards: .venv/installed  ## run the demo, and write its figures into model_cards/
 	$(BIN)/python examples/demo/demo.py --cards model_cards
+
+compare: .venv/installed  ## compare all methods on the demo's drawings, over three seeds (an hour)
+	$(BIN)/python examples/demo/data.py
+	$(BIN)/python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml
 
 test: .venv/installed  ## run the tests, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile

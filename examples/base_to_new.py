@@ -179,7 +179,7 @@ def make_trainer(
         model, settings.templates = context_prompt(model, task.processor, *context)
         settings.learning_rate = args.context_learning_rate
     if family == "saft":
-        config = SAFTConfig(density=args.density, towers="text", exclude_input_embeddings=True)
+        config = SAFTConfig(density=args.density, towers="text")
         model, settings.learning_rate = get_peft_model(model, config), args.saft_learning_rate
     ogen = OGENConfig(task.class_names["new"], seed=seed) if method.endswith("+ogen") else None
     trainer = RobustTrainer(model, settings, train, task.sets, task.processor, ogen=ogen)

@@ -65,7 +65,7 @@ class ScriptArguments:
     score: str = field(default="signed_mean", metadata={"help": "saft: what ranks the parameters."})
     scope: str = field(default="global", metadata={"help": "saft: rank all at once, or per_tensor."})
     towers: str = field(default="both", metadata={"help": "saft, aclip: both, vision or text."})
-    exclude_input_embeddings: bool = field(default=False, metadata={"help": "saft: none in patch, token embeddings."})
+    exclude_input_embeddings: bool = field(default=True, metadata={"help": "saft: none in patch, token embeddings."})
     lora_rank: int = field(default=8, metadata={"help": "lora: rank."})
     wise_ft: bool = field(default=False, metadata={"help": "Go back to the alpha that is best on validation_data."})
 

@@ -95,7 +95,7 @@ def family(model: nn.Module) -> Family:
         'longest'
     """
     base = base_model(model)
-    model_type = base.config.model_type if isinstance(base, PreTrainedModel) else type(base).__name__
+    model_type = _model_type(base)
     if model_type not in FAMILIES:
         raise ConfigError(
             "not a supported dual encoder; need get_image_features/get_text_features",
@@ -105,6 +105,10 @@ def family(model: nn.Module) -> Family:
             "model take the checkpoint in the format of transformers.",
         )
     return FAMILIES[model_type]
+
+
+def _model_type(base: nn.Module) -> str:
+    return base.config.model_type if isinstance(base, PreTrainedModel) else type(base).__name__
 
 
 def image_embeds(
@@ -177,14 +181,15 @@ def input_embeddings(model: nn.Module) -> list[nn.Module]:
     """Returns the patch embedding of the vision tower and the token embedding of the text tower.
 
     Args:
-        model: a dual encoder, plain or wrapped by PEFT.
+        model: a dual encoder, plain or wrapped by PEFT; of any other model there are none.
 
     Example:
         >>> input_embeddings(clip)
         [Conv2d(3, 768, kernel_size=(32, 32), stride=(32, 32), bias=False), Embedding(49408, 512)]
     """
-    family(model)
     base = base_model(model)
+    if _model_type(base) not in FAMILIES:
+        return []
     return [base.vision_model.get_input_embeddings(), base.text_model.get_input_embeddings()]
 
 

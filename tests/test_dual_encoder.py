@@ -195,7 +195,11 @@ def test_one_tower_alone_is_refused(tower):
         family(model)
 
 
-@pytest.mark.parametrize("function", [family, tower_modules, input_embeddings, logit_bias])
+def test_another_model_has_no_input_embeddings():
+    assert input_embeddings(nn.Embedding(3, 2)) == []
+
+
+@pytest.mark.parametrize("function", [family, tower_modules, logit_bias])
 def test_a_module_that_is_no_transformers_model_is_refused(function):
     with pytest.raises(ConfigError, match="get_image_features.*Linear.*open_clip"):
         function(nn.Linear(2, 2))

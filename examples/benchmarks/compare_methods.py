@@ -58,7 +58,7 @@ from hf_robust.evaluation import (
 from hf_robust.evaluation.report import write_json
 
 SEARCH_SEED = 0  # of the trainings that choose the learning rate
-GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live"}
 DEFAULTS = {**FIXED, "logging_strategy": "no", "similarity_weight": 10.0}
@@ -216,15 +216,10 @@ def validate(task: Task, name: str, learning_rate: float) -> dict[str, Any]:
     try:
         trainer.train()
         metrics = trainer.evaluate(task.validation)
+        figures = {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}
     except NonFiniteError as error:
-        return {
-            "searched": name,
-            "learning_rate": learning_rate,
-            "images": len(task.validation),
-            "stopped": str(error),
-        }
-    figures = {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"], "images": len(task.validation)}
-    return {"searched": name, "learning_rate": learning_rate, **figures}
+        figures = {"stopped": str(error)}
+    return {"searched": name, "learning_rate": learning_rate, "images": len(task.validation), **figures}
 
 
 def search(task: Task, runs: Runs, name: str) -> float:
@@ -298,8 +293,9 @@ def train_and_evaluate(task: Task, name: str, learning_rate: float, seed: int) -
 
 def evaluate(task: Task, model: Any) -> dict[str, Any]:
     """Mean accuracy by role, and the figures of every set."""
-    size, workers = task.training_args.per_device_eval_batch_size, task.training_args.dataloader_num_workers
-    report: SuiteReport = evaluate_suite(model, task.processor, task.suite, size, workers)
+    how = task.training_args
+    size, workers, silent = how.per_device_eval_batch_size, how.dataloader_num_workers, how.disable_tqdm
+    report: SuiteReport = evaluate_suite(model, task.processor, task.suite, size, workers, silent=silent)
     sets = {name: {"role": one.role, "images": len(one.rows), **one.metrics} for name, one in report.sets.items()}
     return {"means": report.means, "sets": sets}
 

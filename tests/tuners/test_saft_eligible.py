@@ -33,16 +33,18 @@ def eligible(config: SAFTConfig, model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_both_towers_and_projections_is_eligible(family: str) -> None:
     names = {name for name, _ in tiny_model(family).named_parameters()}
-    assert eligible(SAFTConfig(), tiny_model(family)) == names - {"logit_scale", "logit_bias"}
+    found = eligible(SAFTConfig(exclude_input_embeddings=False), tiny_model(family))
+    assert found == names - {"logit_scale", "logit_bias"}
 
 
 def test_vit_b_32_has_the_papers_budget() -> None:
     """All but `logit_scale`, each tied tensor once: 0.1 % are 151,277 entries."""
     with torch.device("meta"):
         model = CLIPModel(CLIPConfig())
-    units = eligible_parameters(model, SAFTConfig())
-    numel = sum(model.get_parameter(f"{unit}.{name}").numel() for unit, names in units.items() for name in names)
-    assert numel == 151_277_312 and _budget(0.001, numel) == 151_277
+    for excluded, expected in ((False, 151_277_312), (True, 151_277_312 - 768 * 3 * 32 * 32 - 49_408 * 512)):
+        units = eligible_parameters(model, SAFTConfig(exclude_input_embeddings=excluded))
+        numel = sum(model.get_parameter(f"{unit}.{name}").numel() for unit, names in units.items() for name in names)
+        assert numel == expected and _budget(0.001, numel) == expected // 1000
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,10 +56,9 @@ def test_towers_split_the_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_input_embeddings_can_be_left_out(family: str) -> None:
-    left_out = eligible(SAFTConfig(), tiny_model(family)) - eligible(
-        SAFTConfig(exclude_input_embeddings=True), tiny_model(family)
-    )
+def test_input_embeddings_are_left_out(family: str) -> None:
+    everything = eligible(SAFTConfig(exclude_input_embeddings=False), tiny_model(family))
+    left_out = everything - eligible(SAFTConfig(), tiny_model(family))
     kinds = {re.search(r"(patch_embedding|token_embedding|word_embedding)", name).group(1) for name in left_out}
     assert "patch_embedding" in kinds and kinds & {"token_embedding", "word_embedding"}
     assert len([name for name in left_out if name.endswith("weight")]) == 2
@@ -125,9 +126,12 @@ def test_the_summary_names_kinds_counts_and_shares() -> None:
     model = get_peft_model(tiny_model("clip"), SAFTConfig(density=0.5, score="magnitude"))
     select_saft(model)
     summary = mask_summary(model)
-    eligible_count = sum(p.numel() for n, p in tiny_model("clip").named_parameters() if n != "logit_scale")
+    sizes = {name: p.numel() for name, p in tiny_model("clip").named_parameters()}
+    embeddings = [name for name in sizes if "patch_embedding" in name or "token_embedding" in name]
+    eligible_count = sum(sizes.values()) - sum(sizes[name] for name in (*embeddings, "logit_scale"))
+    assert len(embeddings) == 2
     assert summary.selected == sum(kind.count for kind in summary.kinds) == eligible_count // 2
-    assert summary.parameters == eligible_count + 1
+    assert summary.parameters == sum(sizes.values())
     assert sum(kind.share_of_entries for kind in summary.kinds) == pytest.approx(1)
     projection = next(kind for kind in summary.kinds if kind.kind == "visual_projection.weight")
     weight = tiny_model("clip").visual_projection.weight

@@ -14,6 +14,8 @@ from ..matching import matching
 from .config import SAFTConfig
 from .layer import SAFTLayer
 
+REMEDY = "Widen target_modules, or exclude less; exclude_input_embeddings=True, the default, excludes as well."
+
 
 def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple[str, ...]]:
     """The parameters an adapter may select from, by unit.
@@ -48,7 +50,7 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
         excluded = {id(p) for module in input_embeddings(model) for p in module.parameters()}
         chosen = {n for n in chosen if id(_parameter(units, n)) not in excluded}
     if not chosen:
-        raise ConfigError("no parameter is left to select from", remedy="Widen target_modules, or exclude less.")
+        raise ConfigError("no parameter is left to select from", remedy=REMEDY)
     found = {
         unit: tuple(name for name, _ in module.named_parameters() if f"{unit}.{name}" in chosen)
         for unit, module in units.items()
