@@ -401,11 +401,12 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws accuracy in distribution against every other role: zero-shot, by WiSE-FT, fine-tuned."""
     roles = [role for role in rows["zero-shot"]["accuracy"] if role != "id"]
     figure = Figure(figsize=(1.8 + 5 * len(roles), 5), layout="constrained")
-    for place, (role, axes) in enumerate(zip(roles, figure.subplots(1, len(roles), squeeze=False)[0], strict=True)):
+    panels = figure.subplots(1, len(roles), squeeze=False)[0]
+    for role, axes in zip(roles, panels, strict=True):
         plot_id_ood({name: way(rows, name, role) for name in ALL_METHODS if name in rows}, axes, lines=role == "ood")
         axes.set_ylabel(f"accuracy (%), {TITLES[role]}")
-        if place < len(roles) - 1:
-            axes.get_legend().remove()
+        axes.get_legend().remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
