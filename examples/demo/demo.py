@@ -83,10 +83,10 @@ class Method:
 
 METHODS = {
     "full": Method(1e-3),
-    "full + similarity": Method(1e-3, similarity_weight=30.0),
+    "full + similarity": Method(3e-3, similarity_weight=30.0),
     "A-CLIP": Method(3e-4, ACLIPConfig()),
     "context + OGEN": Method(1e-3, context=True),
-    "SAFT": Method(3e-3, SAFTConfig(density=0.001)),
+    "SAFT": Method(3e-2, SAFTConfig(density=0.001)),
 }
 
 
@@ -220,8 +220,7 @@ def show(results: dict[str, dict]) -> None:
 def validate(sets: dict[str, Dataset]) -> None:
     """Prints validation accuracy and loss of every method over its settings, and which of them to take."""
     for name, method in METHODS.items():
-        rates = (1e-3, 3e-3, 1e-2, 3e-2) if method.context else (1e-4, 3e-4, 1e-3, 3e-3)  # vectors are few
-        settings = [replace(method, learning_rate=rate) for rate in rates]
+        settings = [replace(method, learning_rate=rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)]
         if method.similarity_weight:
             settings = [replace(method, similarity_weight=weight) for weight in (1.0, 3.0, 10.0, 30.0)]
         found = []

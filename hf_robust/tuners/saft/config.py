@@ -27,8 +27,10 @@ class SAFTConfig(PeftConfig):
 
     The paper's abstract gives the rule and the density. The signed mean and the global scope follow the only public
     re-implementation; learning rate and schedule of the paper are not known. That re-implementation also selects from
-    the patch and token embeddings, which this package leaves out by default: with them a real dual encoder learned its
-    task worst on validation data, at every density and learning rate that was tried, see `exclude_input_embeddings`.
+    the patch and token embeddings, which this package leaves out by default. On 120 validation images of a real task
+    (DINOv2 and MiniLM, trained once on 8 photographs of each of 10 kinds of clothing) SAFT came to 37 % with them, to
+    48 % without and to 51 % with `scope="per_tensor"`; at a density of 0.01 % to 35, 45 and 43 %, at 1 % to 41, 64 and
+    43 %; each at its own learning rate. The density is the paper's; it holds back what can be learned, and forgotten.
 
     Args:
         density: share of the eligible parameters to train, a fraction in (0, 1].
