@@ -7,9 +7,9 @@ The same pre-trained model is trained whole, whole with the similarity loss, wit
 context with OGEN; WiSE-FT goes part of the way back from the fine-tuned weights. All see colour drawings alone; OGEN
 is also given the names, not the drawings, of the new kinds. They are tested on unseen colour drawings
 (in-distribution), on line art and silhouettes (out of distribution), and on kinds of things that were not in the
-training set. Learning rates and the weight of the similarity loss were chosen on the validation set, by `--validate`:
-the lowest loss among those within one standard error of the best accuracy. α is chosen on it in every run, by
-accuracy.
+training set. Learning rates (by `make compare`), the weight of the similarity loss and the context's rate (both by
+`--validate`) were chosen on the validation set: the lowest loss among those within one standard error of the best
+accuracy. α is chosen on it in every run, by accuracy.
 """
 
 from __future__ import annotations
