@@ -107,6 +107,15 @@ def family(model: nn.Module) -> Family:
     return FAMILIES[model_type]
 
 
+def is_dual_encoder(model: nn.Module) -> bool:
+    """Returns whether the model is one of the supported dual encoders.
+
+    Args:
+        model: any model, plain or wrapped by PEFT.
+    """
+    return _model_type(base_model(model)) in FAMILIES
+
+
 def _model_type(base: nn.Module) -> str:
     return base.config.model_type if isinstance(base, PreTrainedModel) else type(base).__name__
 
@@ -181,15 +190,14 @@ def input_embeddings(model: nn.Module) -> list[nn.Module]:
     """Returns the patch embedding of the vision tower and the token embedding of the text tower.
 
     Args:
-        model: a dual encoder, plain or wrapped by PEFT; of any other model there are none.
+        model: a dual encoder, plain or wrapped by PEFT.
 
     Example:
         >>> input_embeddings(clip)
         [Conv2d(3, 768, kernel_size=(32, 32), stride=(32, 32), bias=False), Embedding(49408, 512)]
     """
+    family(model)
     base = base_model(model)
-    if _model_type(base) not in FAMILIES:
-        return []
     return [base.vision_model.get_input_embeddings(), base.text_model.get_input_embeddings()]
 
 

@@ -42,7 +42,7 @@ class Method:
 
 
 METHODS: list[Method] = [
-    Method("SAFT", lambda: SAFTConfig(density=0.02)),
+    Method("SAFT", lambda: SAFTConfig(density=0.02, exclude_input_embeddings=False)),
     Method("A-CLIP", ACLIPConfig),
 ]
 

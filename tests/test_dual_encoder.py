@@ -14,6 +14,7 @@ from hf_robust.dual_encoder import (
     family,
     image_embeds,
     input_embeddings,
+    is_dual_encoder,
     logit_bias,
     logit_scale,
     text_embeds,
@@ -195,11 +196,11 @@ def test_one_tower_alone_is_refused(tower):
         family(model)
 
 
-def test_another_model_has_no_input_embeddings():
-    assert input_embeddings(nn.Embedding(3, 2)) == []
+def test_what_is_a_dual_encoder():
+    assert is_dual_encoder(tiny_model("siglip")) and not is_dual_encoder(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("function", [family, tower_modules, logit_bias])
+@pytest.mark.parametrize("function", [family, tower_modules, input_embeddings, logit_bias])
 def test_a_module_that_is_no_transformers_model_is_refused(function):
     with pytest.raises(ConfigError, match="get_image_features.*Linear.*open_clip"):
         function(nn.Linear(2, 2))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...dual_encoder import input_embeddings, tower_modules
+from ...dual_encoder import input_embeddings, is_dual_encoder, tower_modules
 from ...errors import ConfigError
 from ..matching import matching
 from .config import SAFTConfig
@@ -46,7 +46,7 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
     if config.towers != "both":
         prefixes = tower_modules(model, config.towers)
         chosen = {name for name in chosen if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
-    if config.exclude_input_embeddings:
+    if config.exclude_input_embeddings and is_dual_encoder(model):
         excluded = {id(p) for module in input_embeddings(model) for p in module.parameters()}
         chosen = {n for n in chosen if id(_parameter(units, n)) not in excluded}
     if not chosen:
