@@ -21,11 +21,10 @@ import copy
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from accelerate import PartialState
@@ -36,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
-from train import VERSIONS_OF, load_images, parse_arguments
+from train import VERSIONS_OF, check_training, check_values, is_silent, load_images, parse_arguments, percent
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -48,13 +47,14 @@ from transformers import (
 
 from hf_robust import OGENConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, context_prompt, with_image_embeds
 from hf_robust.collator import feature_class_names
-from hf_robust.errors import ConfigError, DataError, close_matches
+from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
 from hf_robust.evaluation.report import write_json
 
 METHODS = ("zero_shot", "coop", "coop+ogen", "saft", "saft+ogen")
 HALVES = ("base", "new")
 FIXED = {"eval_strategy": "epoch", "eval_on_start": False, "eval_delay": 0, "save_strategy": "no", "head": "live"}
+OWN = {"learning_rate": "context_learning_rate and saft_learning_rate", "seed": "seeds"}
 DEFAULTS = {**FIXED, "logging_strategy": "no"}
 
 
@@ -84,13 +84,7 @@ class ScriptArguments:
         for name in ("train_data", "test_data"):
             if not getattr(self, name):
                 raise ConfigError("no data", where=name)
-        for method in self.methods:
-            if method not in METHODS:
-                raise ConfigError("unknown method", got=method, remedy=close_matches(method, list(METHODS)))
-        for name in ("methods", "seeds"):
-            values = getattr(self, name)
-            if len(values) == 0 or len(set(values)) < len(values):
-                raise ConfigError(f"{name} are empty or repeated", got=values, allowed="at least one, each once")
+        check_values(self.methods, METHODS, seeds=self.seeds)
 
 
 @dataclass(frozen=True)
@@ -121,17 +115,6 @@ class EpochBar(TrainerCallback):
         self.bar.update()
 
 
-def check_training(training_args: RobustTrainingArguments) -> None:
-    """Refuses settings that this script has others for, and those that would spoil the curves over epochs."""
-    for name, ours in (("learning_rate", "context_learning_rate and saft_learning_rate"), ("seed", "seeds")):
-        if getattr(training_args, name) != getattr(RobustTrainingArguments, name):
-            raise ConfigError("not a setting of this script", where=name, remedy=f"Set {ours}.")
-    for name, value in FIXED.items():
-        got = getattr(training_args, name)
-        if got != value:
-            raise ConfigError("cannot be changed here", where=name, got=got, allowed=repr(value))
-
-
 def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> Task:
     """Loads and splits the data, and embeds the test images."""
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
@@ -154,11 +137,6 @@ def embedded(
     model = load_model(args).to(training_args.device)
     size, workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     return with_image_embeds(dataset, model, processor, size, workers, is_silent(training_args))
-
-
-def is_silent(training_args: RobustTrainingArguments) -> bool:
-    """Whether this process shows no progress."""
-    return training_args.disable_tqdm or training_args.process_index > 0
 
 
 def load_model(args: ScriptArguments) -> nn.Module:
@@ -248,18 +226,13 @@ def show(results: dict[str, Any]) -> None:
         base, new = ([curve[-1] for curve in curves(results, method, half)] for half in HALVES)
         by_seed = [harmonic_mean(*pair) for pair in zip(base, new, strict=True)]
         total = harmonic_mean(mean(base), mean(new))
-        table.add_row(method, cell(mean(base), base), cell(mean(new), new), cell(total, by_seed))
+        table.add_row(method, percent(mean(base), base), percent(mean(new), new), percent(total, by_seed))
     Console().print(table)
     print("H: harmonic mean of the mean base and the mean new accuracy. ±: standard deviation over seeds (n - 1).")
     names = results["names_given_to_ogen"]
     if names:
         listed = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         print(f"OGEN also saw the names (not the images) of {len(names)} new classes: {listed}")
-
-
-def cell(value: float, by_seed: Sequence[float]) -> str:
-    """A figure in percent, with its standard deviation where there are several seeds."""
-    return f"{100 * value:.1f}" + (f" ± {100 * stdev(by_seed):.1f}" if len(by_seed) > 1 else "")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -286,7 +259,7 @@ def pending(results: dict[str, Any]) -> dict[int, list[str]]:
 
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     """Runs what has not been run yet, then shows all."""
-    check_training(training_args)
+    check_training(training_args, FIXED, OWN)
     task = load_task(args, training_args)
     results, is_main = start_results(task, args, training_args), training_args.process_index == 0
     todo = pending(results)

@@ -20,9 +20,11 @@ from __future__ import annotations
 import json
 import time
 from argparse import ArgumentParser
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import yaml
@@ -40,6 +42,7 @@ from hf_robust.errors import ConfigError, DataError, close_matches
 from hf_robust.evaluation.report import write_json
 from hf_robust.evaluation.sources import load_source
 
+DEFAULTS: dict[str, Any] = {}  # those of the library
 VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -138,6 +141,49 @@ def parse_arguments(script_arguments: type, defaults: dict[str, Any]) -> tuple[A
                 raise ConfigError("unknown setting", where=known.config, got=name, remedy=close_matches(name, names))
         parser.set_defaults(**settings)
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+
+
+def check_training(training_args: RobustTrainingArguments, fixed: dict[str, Any], own: dict[str, str]) -> None:
+    """Refuses training arguments that a script sets itself.
+
+    Args:
+        training_args: as they were read.
+        fixed: values that have to be, by name.
+        own: the script's own settings that stand in the place of an argument, by its name.
+    """
+    for name, ours in own.items():
+        if getattr(training_args, name) != getattr(RobustTrainingArguments, name):
+            raise ConfigError("not a setting of this script", where=name, remedy=f"Set {ours}.")
+    for name, value in fixed.items():
+        got = getattr(training_args, name)
+        if got != value:
+            raise ConfigError("cannot be changed here", where=name, got=got, allowed=repr(value))
+
+
+def check_values(methods: Sequence[str], known: Iterable[str], **lists: Sequence[Any]) -> None:
+    """Refuses unknown methods, and lists that are empty or hold a value twice.
+
+    Args:
+        methods: chosen by the user.
+        known: those there are.
+        lists: other lists by name.
+    """
+    for method in methods:
+        if method not in known:
+            raise ConfigError("unknown method", got=method, remedy=close_matches(method, list(known)))
+    for name, values in {"methods": methods, **lists}.items():
+        if len(values) == 0 or len(set(values)) < len(values):
+            raise ConfigError(f"{name} are empty or repeated", got=values, allowed="at least one, each once")
+
+
+def is_silent(training_args: RobustTrainingArguments) -> bool:
+    """Whether this process shows no progress."""
+    return training_args.disable_tqdm or training_args.process_index > 0
+
+
+def percent(value: float, by_seed: Sequence[float]) -> str:
+    """A figure in percent, with its standard deviation over seeds (n - 1) where there are several."""
+    return f"{100 * value:.1f}" + (f" ± {100 * stdev(by_seed):.1f}" if len(by_seed) > 1 else "")
 
 
 def load_images(
@@ -244,4 +290,4 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ScriptArguments, {}))
+    main(*parse_arguments(ScriptArguments, DEFAULTS))

@@ -183,6 +183,10 @@ class ZeroShotClassifier(nn.Module):
         embeds, bias = self.encode_prompts(), logit_bias(self.model)  # (classes, dim), 0-dim
         return logit_scale(self.model) * embeds, embeds.new_zeros(len(embeds)) + (0.0 if bias is None else bias)
 
+    def trained_head(self) -> tuple[Tensor, Tensor]:
+        """Returns weight `(classes, dim)` and bias `(classes,)` of `head="trainable"`, in float32 or better."""
+        return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Recomputes activations in the backward; called by the `Trainer` of older transformers.
 
@@ -236,7 +240,7 @@ class ZeroShotClassifier(nn.Module):
 
     def _weight_and_bias(self, class_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.head == "trainable" and self._other_embeds is None:
-            return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
+            return self.trained_head()
         return logit_scale(self.model) * class_embeds, logit_bias(self.model)
 
     def _class_embeds(self) -> Tensor:

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # for train.py
@@ -40,13 +39,13 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from scipy.stats import rankdata
-from train import VERSIONS_OF, load_images, parse_arguments
+from train import VERSIONS_OF, check_training, check_values, is_silent, load_images, parse_arguments, percent
 from transformers import AutoModel, AutoProcessor, ProcessorMixin, set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, with_image_embeds
 from hf_robust.card_results import TITLES
 from hf_robust.collator import feature_class_names
-from hf_robust.errors import ConfigError, NonFiniteError, close_matches
+from hf_robust.errors import ConfigError, NonFiniteError
 from hf_robust.evaluation import (
     RobustnessSuite,
     SuiteReport,
@@ -54,6 +53,7 @@ from hf_robust.evaluation import (
     few_shot,
     one_standard_error_rule,
     plot_id_ood,
+    standard_error,
 )
 from hf_robust.evaluation.report import write_json
 
@@ -61,6 +61,7 @@ SEARCH_SEED = 0  # of the trainings that choose the learning rate
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live"}
+OWN = {"learning_rate": "learning_rates", "seed": "seeds"}
 DEFAULTS = {**FIXED, "logging_strategy": "no", "similarity_weight": 10.0}
 MAY_CHANGE = ("methods", "seeds", "search_only", "output_dir")  # between calls that share a folder
 NOTE = """Accuracy in %, mean ± standard deviation over seeds. trained: number of trained parameters. α: of WiSE-FT,
@@ -131,15 +132,10 @@ class ScriptArguments:
         for name in ("train_data", "validation_data", "suite"):
             if not getattr(self, name):
                 raise ConfigError("not given", where=name)
-        for method in self.methods:
-            if method not in ALL_METHODS:
-                raise ConfigError("unknown method", got=method, remedy=close_matches(method, list(ALL_METHODS)))
         self.learning_rates = sorted(map(float, self.learning_rates))  # YAML reads 1e-3 as text
         self.alphas = [*map(float, self.alphas)]
-        for name in ("methods", "seeds", "learning_rates", "alphas"):
-            values = getattr(self, name)
-            if len(values) == 0 or len(set(values)) < len(values):
-                raise ConfigError(f"{name} are empty or repeated", got=values, allowed="at least one, each once")
+        lists = {"seeds": self.seeds, "learning_rates": self.learning_rates, "alphas": self.alphas}
+        check_values(self.methods, ALL_METHODS, **lists)
         if 1 not in self.alphas:
             raise ConfigError(
                 "the fine-tuned model is missing", where="alphas", got=self.alphas, allowed="1 among them"
@@ -204,7 +200,7 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
     if method.probe:
         model.requires_grad_(False).to(settings.device)
         settings.head = "trainable"
-        how = settings.per_device_eval_batch_size, settings.dataloader_num_workers, settings.process_index > 0
+        how = settings.per_device_eval_batch_size, settings.dataloader_num_workers, is_silent(settings)
         with settings.main_process_first(desc="embedding the training images"):
             train = with_image_embeds(train, model, task.processor, *how)
     return RobustTrainer(model, settings, train, {"validation": task.validation}, task.processor)
@@ -256,8 +252,8 @@ def find_learning_rate(
 
 def does_harm(run: dict[str, Any], zero_shot_accuracy: float) -> bool:
     """Whether a training stopped, or lost accuracy by more than a standard error."""
-    error = math.sqrt(zero_shot_accuracy * (1 - zero_shot_accuracy) / run["images"])
-    return "stopped" in run or run["accuracy"] < zero_shot_accuracy - error
+    least = zero_shot_accuracy - standard_error(zero_shot_accuracy, run["images"])
+    return "stopped" in run or run["accuracy"] < least
 
 
 def choose(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -294,8 +290,8 @@ def train_and_evaluate(task: Task, name: str, learning_rate: float, seed: int) -
 def evaluate(task: Task, model: Any) -> dict[str, Any]:
     """Mean accuracy by role, and the figures of every set."""
     how = task.training_args
-    size, workers, silent = how.per_device_eval_batch_size, how.dataloader_num_workers, how.disable_tqdm
-    report: SuiteReport = evaluate_suite(model, task.processor, task.suite, size, workers, silent=silent)
+    size, workers = how.per_device_eval_batch_size, how.dataloader_num_workers
+    report: SuiteReport = evaluate_suite(model, task.processor, task.suite, size, workers, silent=is_silent(how))
     sets = {name: {"role": one.role, "images": len(one.rows), **one.metrics} for name, one in report.sets.items()}
     return {"means": report.means, "sets": sets}
 
@@ -359,7 +355,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if name != "zero-shot":
             alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(row["alpha"])))
             settings = [f"{row['trained_parameters']:,}", f"{row['learning_rate']:g}", alphas]
-        cells.append([name, *settings, *(percent(row["accuracy"][role]) for role in roles), f"{row['rank']:.1f}"])
+        figures = [percent(mean(row["accuracy"][role]), row["accuracy"][role]) for role in roles]
+        cells.append([name, *settings, *figures, f"{row['rank']:.1f}"])
     return aligned(cells)
 
 
@@ -392,11 +389,6 @@ def aligned(cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]]) + "\n"
 
 
-def percent(shares: Sequence[float]) -> str:
-    """The mean in percent, with the standard deviation (n - 1) where there are several."""
-    return f"{100 * mean(shares):.1f}" + (f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else "")
-
-
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws accuracy in distribution against every other role: zero-shot, by WiSE-FT, fine-tuned."""
     roles = [role for role in rows["zero-shot"]["accuracy"] if role != "id"]
@@ -420,20 +412,7 @@ def way(rows: dict[str, dict[str, Any]], method: str, role: str) -> list[dict[st
     ]
 
 
-def check_training(training_args: RobustTrainingArguments) -> None:
-    """Refuses settings that this script has others for, or that it must set itself."""
-    for name, ours in (("learning_rate", "learning_rates"), ("seed", "seeds")):
-        if getattr(training_args, name) != getattr(RobustTrainingArguments, name):
-            raise ConfigError("not a setting of this script", where=name, remedy=f"Set {ours}.")
-    for name, value in FIXED.items():
-        got = getattr(training_args, name)
-        if got != value:
-            raise ConfigError("cannot be changed here", where=name, got=got, allowed=repr(value))
-    if training_args.similarity_weight == 0:
-        raise ConfigError("methods with the similarity loss need a weight", where="similarity_weight", got=0)
-
-
-def settings(args: ScriptArguments, training_args: RobustTrainingArguments) -> dict[str, Any]:
+def shared_settings(args: ScriptArguments, training_args: RobustTrainingArguments) -> dict[str, Any]:
     """What all calls that share a folder have in common."""
     config = {**asdict(args), **training_args.to_dict()}
     config = {name: value for name, value in config.items() if name not in MAY_CHANGE}
@@ -455,8 +434,10 @@ def check_settings(common: dict[str, Any], file: Path) -> None:
 
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     """Runs what has not been run yet, then shows all."""
-    check_training(training_args)
-    folder, common = Path(training_args.output_dir), settings(args, training_args)
+    check_training(training_args, FIXED, OWN)
+    if training_args.similarity_weight == 0:
+        raise ConfigError("methods with the similarity loss need a weight", where="similarity_weight", got=0)
+    folder, common = Path(training_args.output_dir), shared_settings(args, training_args)
     check_settings(common, folder / "settings.json")
     task, runs = load_task(args, training_args), Runs(folder / "runs")
     training_args.distributed_state.wait_for_everyone()  # all ranks have read what there is

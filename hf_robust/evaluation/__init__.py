@@ -33,6 +33,7 @@ from .statistics import effective_robustness as effective_robustness
 from .statistics import forgetting as forgetting
 from .statistics import ood_average as ood_average
 from .statistics import paired_test as paired_test
+from .statistics import standard_error as standard_error
 from .suite import RobustnessSuite as RobustnessSuite
 from .suite import SuiteSet as SuiteSet
 from .suite import shipped_suites as shipped_suites

@@ -23,7 +23,6 @@ Transfer to other datasets needs no function: `RobustTrainer` classifies every e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +30,7 @@ from datasets import ClassLabel, Dataset
 
 from ..collator import feature_class_names
 from ..errors import ConfigError, DataError
+from .statistics import standard_error
 
 
 def base_to_new(dataset: Dataset) -> tuple[Dataset, Dataset]:
@@ -133,8 +133,8 @@ def one_standard_error_rule(accuracies: Sequence[float], losses: Sequence[float]
         1
     """
     best = max(accuracies)
-    error = math.sqrt(best * (1 - best) / images)
-    return min((i for i, accuracy in enumerate(accuracies) if accuracy >= best - error), key=lambda i: losses[i])
+    least = best - standard_error(best, images)
+    return min((i for i, accuracy in enumerate(accuracies) if accuracy >= least), key=lambda i: losses[i])
 
 
 def _class_names(dataset: Dataset) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import ProcessorMixin
 
 from ..class_embeds import class_embeddings, evaluating
 from ..collator import ImageCollator, batches_in_order, load_rgb
-from ..dual_encoder import at_least_float32, base_model, family, image_embeds, logit_scale
+from ..dual_encoder import base_model, family, image_embeds, logit_scale
 from ..errors import HfRobustError, NonFiniteError
 from ..templates import check_templates
 from ..zero_shot import ZeroShotClassifier
@@ -149,7 +149,7 @@ def _heads(
     heads = {}
     for names, templates in dict.fromkeys(_head_key(one) for one in sets):
         if isinstance(model, ZeroShotClassifier) and model.head == "trainable" and list(names) == model.class_names:
-            weight, bias = at_least_float32(model.class_head.weight), at_least_float32(model.class_head.bias)
+            weight, bias = model.trained_head()
         else:  # SigLIP's bias is the same for all answers and changes none
             weight = logit_scale(encoder) * class_embeddings(encoder, processor, names, templates)
             bias = weight.new_zeros(())
@@ -224,13 +224,14 @@ def _answer(
 ) -> dict[str, np.ndarray]:
     """Rows, digests, and for every set predictions and confidences, of this rank's images."""
     columns = [_columns(one.answers).to(base_model(encoder).device) for one in sets]
+    layers = [heads[_head_key(one)] for one in sets]
     found: dict[str, list[Tensor]] = {}
     for batch in batches:
         found.setdefault(ROW, []).append(batch.pop(ROW))
         found.setdefault(DIGEST, []).append(batch.pop(DIGEST))
         embeds = image_embeds(encoder, **batch)  # (batch, dim)
-        for one, index in zip(sets, columns, strict=True):
-            name, (weight, bias) = one.suite_set.name, heads[_head_key(one)]
+        for one, index, (weight, bias) in zip(sets, columns, layers, strict=True):
+            name = one.suite_set.name
             with torch.autocast(embeds.device.type, enabled=False):  # logits differ by less than bfloat16 resolves
                 logits = embeds @ weight.T + bias  # (batch, classes)
             logits = logits[:, index].amax(dim=-1)  # (batch, answers)

@@ -6,6 +6,7 @@ All accuracies, errors and differences are fractions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -62,6 +63,20 @@ def ood_average(by_set: Mapping[str, float]) -> float:
     if not by_set:
         raise DataError("no out-of-distribution sets", got=dict(by_set), allowed="at least one")
     return fmean(as_fraction(accuracy, name) for name, accuracy in by_set.items())
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Returns the standard error of an accuracy, √(p · (1 − p) / n), a fraction.
+
+    Args:
+        accuracy: the share of images that were classified right, p.
+        images: their number, n.
+
+    Example:
+        >>> standard_error(0.5, images=100)
+        0.05
+    """
+    return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def baseline_line(baseline: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from hf_robust.evaluation.statistics import (
     forgetting,
     ood_average,
     paired_test,
+    standard_error,
 )
 
 few_examples = settings(deadline=None, max_examples=30)
@@ -259,3 +260,8 @@ def test_only_true_and_false_are_counted(function, values, message):
 def test_runs_on_different_images_are_refused(function):
     with pytest.raises(DataError, match=r"different numbers of images: got \(2, 3\).*the same images"):
         function([True, False], [True, False, True])
+
+
+def test_standard_error_by_hand():
+    assert standard_error(0.5, images=100) == 0.05 and standard_error(1.0, images=3) == 0
+    assert standard_error(0.2, images=400) == pytest.approx(0.02)

@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import datasets
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -21,3 +26,43 @@ def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, f"{name}_script", module)
     spec.loader.exec_module(module)
     return module
+
+
+def load_training_script(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script's module; its `run` is its command line, with the config of `folder`, and returns results.json.
+
+    Args:
+        name: as in `load_script`.
+        folder: holds config.yaml; the cache of datasets is put there.
+        monkeypatch: of the test.
+    """
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    module = load_script(name, monkeypatch)
+
+    def run(output: Path, *flags: str, config: Path = folder / "config.yaml") -> Any:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--config", str(config), "--output_dir", str(output), *flags])
+        module.main(*module.parse_arguments(module.ScriptArguments, module.DEFAULTS))
+        return json.loads((output / "results.json").read_text())
+
+    module.run = run
+    return module
+
+
+def launch_on_two(name: str, folder: Path, port: int, *flags: str, cwd: Path = ROOT) -> str:
+    """Runs `examples/<name>.py` on two processes; returns what it printed.
+
+    Args:
+        name: as in `load_script`.
+        folder: the cache of datasets is put there.
+        port: a free one.
+        flags: of the script.
+        cwd: where it is started.
+    """
+    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    command += [str(ROOT / "examples" / f"{name}.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=cwd)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout

@@ -2,20 +2,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from statistics import mean, stdev
 
-import datasets
 import pytest
 import torch
 import yaml
 
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import harmonic_mean
-from tests.examples.scripts import ROOT, load_script
+from tests.examples.scripts import ROOT, launch_on_two, load_training_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue", "sand", "sea", "sky", "snow"]
@@ -54,17 +50,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def script(folder, monkeypatch):
     """The script's module; `run` is its command line, with the config of `folder`."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    module = load_script("base_to_new", monkeypatch)
-
-    def run(output, *flags, config=folder / "config.yaml"):
-        command = ["base_to_new.py", "--config", str(config), "--output_dir", str(output), *flags]
-        monkeypatch.setattr(sys, "argv", command)
-        module.main(*module.parse_arguments(module.ScriptArguments, module.DEFAULTS))
-        return json.loads((output / "results.json").read_text())
-
-    module.run = run
-    return module
+    return load_training_script("base_to_new", folder, monkeypatch)
 
 
 def by_method(results, method):
@@ -229,22 +215,13 @@ def test_the_shipped_config_is_understood(script, monkeypatch, tmp_path):
     assert args.context_init + " {}." == training_args.templates
 
 
-def test_two_processes_write_one_result(folder, script, tmp_path):
+def test_two_processes_write_one_result(folder, script, tmp_path, free_port):
     script.run(tmp_path / "one", "--methods", "zero_shot")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    command += [str(ROOT / "examples" / "base_to_new.py"), "--config", str(folder / "config.yaml")]
-    command += ["--output_dir", str(tmp_path / "two"), "--seeds", "1", "--num_train_epochs", "1"]
     methods = ["zero_shot", "coop", "saft+ogen"]
-    command += ["--methods", *methods]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.count("Accuracy in %") == 1
+    flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
+    flags += ["--seeds", "1", "--num_train_epochs", "1", "--methods", *methods]
+    printed = launch_on_two("base_to_new", folder, free_port, *flags)
+    assert printed.count("Accuracy in %") == 1
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert [one["method"] for one in results["runs"]] == methods
     alone = json.loads((tmp_path / "one" / "results.json").read_text())["runs"][0]

@@ -2,14 +2,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from math import sqrt
 from statistics import mean, stdev
 
-import datasets
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -17,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
-from tests.examples.scripts import ROOT, load_script
+from tests.examples.scripts import ROOT, launch_on_two, load_script, load_training_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue"]
@@ -67,17 +63,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def script(folder, monkeypatch):
-    """The script's module; `run` is its command line, with the config of `folder`."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    module = load_script(SCRIPT, monkeypatch)
-
-    def run(output, *flags):
-        command = ["x", "--config", str(folder / "config.yaml"), "--output_dir", str(output), *flags]
-        monkeypatch.setattr(sys, "argv", command)
-        module.main(*module.parse_arguments(module.ScriptArguments, module.DEFAULTS))
-        return json.loads((output / "results.json").read_text())["runs"]
-
-    module.run = run
+    """The script's module; `run` is its command line, with the config of `folder`, and returns what has ended."""
+    module = load_training_script(SCRIPT, folder, monkeypatch)
+    run = module.run
+    module.run = lambda output, *flags: run(output, *flags)["runs"]
     return module
 
 
@@ -287,27 +276,18 @@ def test_the_shipped_config_is_understood(script, monkeypatch):
     config = ROOT / "examples" / "configs" / "compare_methods.yaml"
     monkeypatch.setattr(sys, "argv", ["x", "--config", str(config)])
     args, training_args = script.parse_arguments(script.ScriptArguments, script.DEFAULTS)
-    script.check_training(training_args)
+    script.check_training(training_args, script.FIXED, script.OWN)
     assert args.methods == MAIN and args.learning_rates == sorted(script.GRID)
     suite = RobustnessSuite.from_yaml(ROOT / args.suite)
     assert [one.role for one in suite.sets] == ["id", "ood", "ood", "new"]
     assert {one.templates for one in suite.sets} == {training_args.templates}
 
 
-def test_two_processes_write_one_result(folder, script, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    command += [str(ROOT / "examples" / f"{SCRIPT}.py"), "--config", str(folder / "config.yaml")]
-    command += ["--output_dir", str(tmp_path), "--seeds", "1", "--learning_rates", "1e-2", "--alphas", "1"]
-    command += ["--methods", "linear-probe", "saft", "--per_device_train_batch_size", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.count("rank: the place") == 1
+def test_two_processes_write_one_result(folder, script, tmp_path, free_port):
+    flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path)]
+    flags += ["--seeds", "1", "--learning_rates", "1e-2", "--alphas", "1", "--per_device_train_batch_size", "3"]
+    printed = launch_on_two(SCRIPT, folder, free_port, *flags, "--methods", "linear-probe", "saft")
+    assert printed.count("rank: the place") == 1
     one = script.run(tmp_path / "one", "--methods", "linear-probe", "--learning_rates", "1e-2", "--seeds", "1")
     two = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert {"linear-probe_seed_1", "saft_seed_1"} < two.keys()

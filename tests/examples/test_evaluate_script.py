@@ -2,9 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import datasets
 import pytest
@@ -16,7 +13,7 @@ from transformers import HfArgumentParser
 from hf_robust import SAFTConfig, select_saft
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.report import SuiteReport
-from tests.examples.scripts import ROOT, load_script
+from tests.examples.scripts import launch_on_two, load_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES, OTHER_NAMES = ["red", "green", "blue"], ["cat", "dog"]
@@ -140,22 +137,10 @@ def test_wrong_flags_are_refused(run, flags, message):
 
 def test_two_processes_print_one_table_with_the_same_answers(run, folder, free_port):
     one, _ = run("--adapter", "saft", "--use_cpu")
-    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port)]
-    command += [
-        str(ROOT / "examples" / "evaluate_suite.py"),
-        "--suite",
-        "suite.yaml",
-        "--adapter",
-        "saft",
-        "--use_cpu",
-    ]
-    command += ["--batch_size", "2", "--output", "out/two.json", "--silent"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=folder)
-    assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.count("Accuracy in %") == 1
+    flags = ["--suite", "suite.yaml", "--adapter", "saft", "--use_cpu"]
+    flags += ["--batch_size", "2", "--output", "out/two.json", "--silent"]
+    printed = launch_on_two("evaluate_suite", folder, free_port, *flags, cwd=folder)
+    assert printed.count("Accuracy in %") == 1
     two = json.loads((folder / "out" / "two.json").read_text())
     for name, content in two["models"].items():
         assert content["config"]["ranks"] == 2 and content["means"] == one["models"][name]["means"]

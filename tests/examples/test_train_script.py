@@ -2,12 +2,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -16,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from hf_robust.errors import ConfigError, DataError
-from tests.examples.scripts import ROOT, load_script
+from tests.examples.scripts import ROOT, launch_on_two, load_training_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 CONFIGS = ROOT / "examples" / "configs"
@@ -59,16 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def script(folder, monkeypatch):
     """The script's module; `run` is its command line, with the config of `folder`."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    module = load_script("train", monkeypatch)
-
-    def run(output, *flags, config=folder / "config.yaml"):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--output_dir", str(output), *flags])
-        module.main(*module.parse_arguments(module.ScriptArguments, {}))
-        return json.loads((output / "results.json").read_text())
-
-    module.run = run
-    return module
+    return load_training_script("train", folder, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "full", "saft", "aclip", "lora", "ln_tuning"])
@@ -233,20 +220,12 @@ def test_shipped_configs_are_understood(script, config, monkeypatch, tmp_path):
     assert args.eval_data and training_args.learning_rate > 0
 
 
-def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path):
+def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path, free_port):
     script.run(tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, str(ROOT / "examples" / "train.py")]
-    command += ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-4000:]
+    flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
+    printed = launch_on_two("train", folder, free_port, *flags)
     results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert run.stdout.count("Accuracy in %") == run.stdout.count("SAFT selected") == 1
+    assert printed.count("Accuracy in %") == printed.count("SAFT selected") == 1
     assert results["zero_shot"] == json.loads((tmp_path / "one" / "results.json").read_text())["zero_shot"]
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     indices = [name for name in one if "saft_indices" in name]
