@@ -27,7 +27,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import get_peft_model
@@ -35,7 +34,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
-from train import VERSIONS_OF, check_training, check_values, is_silent, load_images, parse_arguments, percent
+from train import (
+    VERSIONS_OF,
+    check_training,
+    check_values,
+    end_processes,
+    is_silent,
+    load_images,
+    parse_arguments,
+    percent,
+)
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -280,8 +288,8 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     if is_main:
         show(results)
         draw(results, Path(training_args.output_dir) / "over_epochs.png")
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*parse_arguments(ScriptArguments, DEFAULTS))
+    end_processes()

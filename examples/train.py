@@ -17,6 +17,7 @@ On two processes, of a machine without GPU too:
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from argparse import ArgumentParser
@@ -28,6 +29,7 @@ from statistics import stdev
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from rich.console import Console
@@ -286,8 +288,17 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     if trainer.is_world_process_zero():
         show(results, sets)
         write_json(results, Path(training_args.output_dir) / "results.json")
-    trainer.accelerator.end_training()
+
+
+def end_processes() -> None:
+    """Ends the group of processes; for after a script's `main`, when nothing of its training is left.
+
+    A model in DDP that outlives the group may wait for the group's threads for ever: pytorch/pytorch#56297.
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*parse_arguments(ScriptArguments, DEFAULTS))
+    end_processes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hf_robust.card import model_card
 from hf_robust.errors import HubError, UnsafeFileError
 from hf_robust.hub import push, write_card
 from tests.fake_hub import TOKEN, FakeHub
+from tests.programs import run_programs
 from tests.trainers import build
 
 # huggingface_hub uploads weights in a way that httpx deprecates
@@ -420,10 +420,10 @@ def test_a_push_by_someone_else_meanwhile_is_not_overwritten(hub: FakeHub, folde
 
 
 def test_a_process_of_its_own_finds_the_hub_by_hf_endpoint(hub: FakeHub, folder: Path) -> None:
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     code = f"from hf_robust.hub import push; print(push({str(folder)!r}, {REPO!r}).oid)"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
-    assert done.stdout.split() == [hub.sha(REPO, "main")], done.stderr
+    ((printed, _),) = run_programs([sys.executable, "-c", code], **settings)
+    assert printed.split() == [hub.sha(REPO, "main")]
     assert hub.commits(REPO) == 1
 
 

@@ -13,38 +13,33 @@ from tests.tiny_models import image_dataset
 from tests.trainers import same
 
 TWO_RANKS = """
-import sys
 import torch
 from tests.test_trainer_ogen import KNOWN, trainer
 from tests.tiny_models import image_dataset
 from tests.trainers import weights
 
-torch.set_num_threads(1)
-folder = sys.argv[1]
-result = {}
-for method in ("context", "saft", "lora"):
-    settings = {"train_dataset": image_dataset(13, KNOWN), "logging_strategy": "steps", "logging_steps": 1}
-    trained = trainer(folder, method, **settings, config={"warmup": 0.25})
-    trained.evaluate()
-    before = weights(trained)
-    trained.train()
-    result[method] = {
-        "before": before,
-        "weights": weights(trained),
-        "prototypes": trained.model.prototypes.mean,
-        "noise": trained.model.noise.get_state(),
-        "teacher": trained.model.teacher.new_embeds,
-        "logs": [entry for entry in trained.state.log_history if "loss" in entry],
-    }
-torch.save(result, f"{folder}/rank{trained.args.process_index}.pt")
-trained.accelerator.end_training()
+def main(folder):
+    result = {}
+    for method in ("context", "saft", "lora"):
+        settings = {"train_dataset": image_dataset(13, KNOWN), "logging_strategy": "steps", "logging_steps": 1}
+        trained = trainer(folder, method, **settings, config={"warmup": 0.25})
+        trained.evaluate()
+        before = weights(trained)
+        trained.train()
+        result[method] = {
+            "before": before,
+            "weights": weights(trained),
+            "prototypes": trained.model.prototypes.mean,
+            "noise": trained.model.noise.get_state(),
+            "teacher": trained.model.teacher.new_embeds,
+            "logs": [entry for entry in trained.state.log_history if "loss" in entry],
+        }
+    torch.save(result, f"{folder}/rank{trained.args.process_index}.pt")
 """
 
 
 def test_two_ranks_stay_bit_identical(tmp_path, free_port):
-    script = tmp_path / "script.py"
-    script.write_text(TWO_RANKS)
-    ranks = run_on_two_ranks(script, tmp_path, free_port)
+    ranks = run_on_two_ranks(TWO_RANKS, tmp_path, free_port)
     one = trainer(tmp_path, train_dataset=image_dataset(13, KNOWN), max_steps=1)
     one.train()
     for method in ("context", "saft", "lora"):

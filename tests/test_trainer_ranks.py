@@ -4,84 +4,66 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.programs import run_on_ranks
 from tests.tiny_models import image_dataset
 from tests.trainers import NAMES, build, entries, same
 
 TWO_RANKS = """
-import sys
 import torch
 from hf_robust.errors import NonFiniteError
 from hf_robust.trainer import RobustTrainer
 from tests.tiny_models import image_dataset
 from tests.trainers import NAMES, build, entries, weights
 
-torch.set_num_threads(1)
-folder = sys.argv[1]
-result = {}
+def main(folder):
+    result = {}
 
-def scores(trained):
-    return {name: value for name, value in trained.evaluate().items() if name.endswith(("accuracy", "loss"))}
+    def scores(trained):
+        return {name: value for name, value in trained.evaluate().items() if name.endswith(("accuracy", "loss"))}
 
-for method in ("saft", "full"):
-    trained = build(folder, method, train_dataset=image_dataset(13, NAMES))
-    result["zero_shot"] = scores(trained)
-    trained.train()
-    result[method] = {"weights": weights(trained), "entries": entries(trained), "metrics": scores(trained)}
+    for method in ("saft", "full"):
+        trained = build(folder, method, train_dataset=image_dataset(13, NAMES))
+        result["zero_shot"] = scores(trained)
+        trained.train()
+        result[method] = {"weights": weights(trained), "entries": entries(trained), "metrics": scores(trained)}
 
-SIMILARITY = {"similarity_weight": 2.0, "max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
-for name, method, settings in (
-    ("similar saft", "saft", {"similarity_towers": "both"}),
-    ("similar full", "full", {"similarity_towers": "both"}),
-    ("cached full", "full", {"cache_reference_embeddings": True}),
-):
-    trained = build(folder, method, train_dataset=image_dataset(13, NAMES), **SIMILARITY, **settings)
-    trained.train()
-    logs = [entry for entry in trained.state.log_history if "loss" in entry]
-    result[name] = {"weights": weights(trained), "logs": logs}
+    SIMILARITY = {"similarity_weight": 2.0, "max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
+    for name, method, settings in (
+        ("similar saft", "saft", {"similarity_towers": "both"}),
+        ("similar full", "full", {"similarity_towers": "both"}),
+        ("cached full", "full", {"cache_reference_embeddings": True}),
+    ):
+        trained = build(folder, method, train_dataset=image_dataset(13, NAMES), **SIMILARITY, **settings)
+        trained.train()
+        logs = [entry for entry in trained.state.log_history if "loss" in entry]
+        result[name] = {"weights": weights(trained), "logs": logs}
 
-class Broken(RobustTrainer):
-    def loss_terms(self, outputs, inputs):
-        terms = super().loss_terms(outputs, inputs)
-        bad = self.args.process_index == self.args.world_size - 1 and self.state.global_step == 1
-        return {"cross_entropy": terms["cross_entropy"] * (float("nan") if bad else 1.0)}
+    class Broken(RobustTrainer):
+        def loss_terms(self, outputs, inputs):
+            terms = super().loss_terms(outputs, inputs)
+            bad = self.args.process_index == self.args.world_size - 1 and self.state.global_step == 1
+            return {"cross_entropy": terms["cross_entropy"] * (float("nan") if bad else 1.0)}
 
-try:
-    build(folder, cls=Broken).train()
-except NonFiniteError as error:
-    result["error"] = str(error)
-torch.save(result, f"{folder}/rank{trained.args.process_index}.pt")
-trained.accelerator.end_training()
+    try:
+        build(folder, cls=Broken).train()
+    except NonFiniteError as error:
+        result["error"] = str(error)
+    torch.save(result, f"{folder}/rank{trained.args.process_index}.pt")
 """
 
 
 def run_on_two_ranks(script, folder, port):
-    """Runs a script as `accelerate launch` does, and returns what each rank saved."""
-    common = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    common |= {"HF_DATASETS_CACHE": str(folder / "datasets")}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    processes = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, str(script), str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error[-4000:]
+    """Runs a script, and returns what each rank saved."""
+    run_on_ranks(2, script, folder, port)
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
 def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path, free_port):
-    script = tmp_path / "script.py"
-    script.write_text(TWO_RANKS)
-    first, second = run_on_two_ranks(script, tmp_path, free_port)
+    first, second = run_on_two_ranks(TWO_RANKS, tmp_path, free_port)
     for method in ("saft", "full"):
         assert same(first[method]["weights"], second[method]["weights"])
         assert same(first[method]["entries"], second[method]["entries"])

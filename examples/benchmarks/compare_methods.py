@@ -39,7 +39,16 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from scipy.stats import rankdata
-from train import VERSIONS_OF, check_training, check_values, is_silent, load_images, parse_arguments, percent
+from train import (
+    VERSIONS_OF,
+    check_training,
+    check_values,
+    end_processes,
+    is_silent,
+    load_images,
+    parse_arguments,
+    percent,
+)
 from transformers import AutoModel, AutoProcessor, ProcessorMixin, set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, with_image_embeds
@@ -452,8 +461,8 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
                 runs.get(f"{name}_seed_{seed}", train_and_evaluate, task, name, rates[name], seed)
     if is_main:
         report(common, Runs(folder / "runs").found, folder)
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*parse_arguments(ScriptArguments, DEFAULTS))
+    end_processes()

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts of `examples/` as modules."""
+"""The scripts of `examples/`, as modules and as programs."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.programs import ROOT, run_programs
 
 
 def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -62,7 +60,5 @@ def launch_on_two(name: str, folder: Path, port: int, *flags: str, cwd: Path = R
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     command += [str(ROOT / "examples" / f"{name}.py"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=cwd)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout
+    ((out, _),) = run_programs(command, cwd=cwd, HF_DATASETS_CACHE=str(folder / "cache"))
+    return out

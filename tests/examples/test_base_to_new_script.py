@@ -11,7 +11,8 @@ import yaml
 
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import harmonic_mean
-from tests.examples.scripts import ROOT, launch_on_two, load_training_script
+from tests.examples.scripts import launch_on_two, load_training_script
+from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue", "sand", "sea", "sky", "snow"]

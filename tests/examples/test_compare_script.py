@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
-from tests.examples.scripts import ROOT, launch_on_two, load_script, load_training_script
+from tests.examples.scripts import launch_on_two, load_script, load_training_script
+from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue"]

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.difficulty_report import TaskDifficulty
-from tests.examples.scripts import ROOT, load_script
+from tests.examples.scripts import load_script
+from tests.programs import ROOT, run_programs
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue"]
@@ -130,7 +129,5 @@ def test_model_without_data_and_data_without_model_are_refused(script, given, mi
 def test_it_runs_as_a_program(folder, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "difficulty.py"), "--data", str(folder / "train.parquet")]
     command += ["--model_name_or_path", str(folder / "model"), "--output", str(tmp_path / "difficulty.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "Start with --method" in run.stdout and (tmp_path / "difficulty.json").exists()
+    ((printed, _),) = run_programs(command, cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert "Start with --method" in printed and (tmp_path / "difficulty.json").exists()

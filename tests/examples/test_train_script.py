@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from hf_robust.errors import ConfigError, DataError
-from tests.examples.scripts import ROOT, launch_on_two, load_training_script
+from tests.examples.scripts import launch_on_two, load_training_script
+from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 CONFIGS = ROOT / "examples" / "configs"
@@ -231,3 +234,13 @@ def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path, 
     indices = [name for name in one if "saft_indices" in name]
     assert indices and all(torch.equal(one[name], two[name]) for name in indices)
     assert not all(torch.equal(one[name], two[name]) for name in one)  # values from steps of twice as many images
+
+
+def test_what_is_left_of_a_training_is_freed_before_the_group_of_processes_ends(script, monkeypatch):
+    left = torch.nn.Identity()
+    left.itself, reference, found = left, weakref.ref(left), []
+    del left
+    ends = SimpleNamespace(destroy_process_group=lambda: found.append(reference()))
+    monkeypatch.setattr(script, "PartialState", lambda: ends)
+    script.end_processes()
+    assert found == [None]

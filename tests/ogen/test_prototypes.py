@@ -125,7 +125,6 @@ def test_embeddings_that_are_not_finite_are_refused(value: float) -> None:
 TWO_RANKS = """
 import datetime
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -134,37 +133,34 @@ from hf_robust.errors import DataError, NonFiniteError
 from hf_robust.ogen.prototypes import class_prototypes
 from tests.ogen.test_prototypes import LABELS, NAMES, batches, embeds
 
-torch.set_num_threads(1)
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-kept = LABELS != 1
-result = {}
-for name, mean, std in (("plain", 0.3, 1.0), ("hard", 1.0, 1e-4)):
-    rows, labels = embeds(mean, std), LABELS
-    order = labels.argsort(stable=True)  # the first rank holds all of class 0, the second all of class 2
-    share = order[:7] if rank == 0 else order[7:]
-    found = class_prototypes(batches(rows[share], labels[share], size=2), NAMES)
-    result[name] = {"mean": found.mean, "std": found.std, "counts": found.counts}
+def main(folder):
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    kept = LABELS != 1
+    result = {}
+    for name, mean, std in (("plain", 0.3, 1.0), ("hard", 1.0, 1e-4)):
+        rows, labels = embeds(mean, std), LABELS
+        order = labels.argsort(stable=True)  # the first rank holds all of class 0, the second all of class 2
+        share = order[:7] if rank == 0 else order[7:]
+        found = class_prototypes(batches(rows[share], labels[share], size=2), NAMES)
+        result[name] = {"mean": found.mean, "std": found.std, "counts": found.counts}
 
-half = slice(0, 6) if rank == 0 else slice(6, None)
-for name, error, rows, labels in (
-    ("absent", DataError, embeds()[kept][half], LABELS[kept][half]),
-    ("not finite", NonFiniteError, embeds()[half] * (torch.nan if rank == 1 else 1.0), LABELS[half]),
-):
-    try:
-        class_prototypes(batches(rows, labels), NAMES)
-    except error as caught:
-        result[name] = str(caught)
-torch.save(result, f"{sys.argv[1]}/rank{rank}.pt")
-dist.destroy_process_group()
+    half = slice(0, 6) if rank == 0 else slice(6, None)
+    for name, error, rows, labels in (
+        ("absent", DataError, embeds()[kept][half], LABELS[kept][half]),
+        ("not finite", NonFiniteError, embeds()[half] * (torch.nan if rank == 1 else 1.0), LABELS[half]),
+    ):
+        try:
+            class_prototypes(batches(rows, labels), NAMES)
+        except error as caught:
+            result[name] = str(caught)
+    torch.save(result, f"{folder}/rank{rank}.pt")
 """
 
 
 def test_two_ranks_with_uneven_shares_get_what_one_gets(tmp_path: Path, free_port: int) -> None:
     """Also the errors reach both ranks, else one would wait for the other for ever."""
-    script = tmp_path / "script.py"
-    script.write_text(TWO_RANKS)
-    first, second = run_on_two_ranks(script, tmp_path, free_port)
+    first, second = run_on_two_ranks(TWO_RANKS, tmp_path, free_port)
     for name, rows in (("plain", embeds()), ("hard", embeds(1.0, 1e-4))):
         assert all(torch.equal(first[name][key], second[name][key]) for key in ("mean", "std", "counts"))
         one = class_prototypes(batches(rows, LABELS), NAMES)

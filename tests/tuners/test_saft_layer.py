@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hf_robust import SAFTConfig, export_shira, select_saft
 from hf_robust.errors import AdapterFileError, ConfigError
 from hf_robust.tuners.saft.plan import Plan
 
+from ..programs import run_programs
 from ..tiny_models import tiny_batch, tiny_model
 from .zoo import batches, zoo
 
@@ -326,7 +326,7 @@ with torch.no_grad():
     torch.save(model.merge_and_unload()(**torch.load(folder + "/batch.pt")).logits_per_image, folder + "/merged.pt")
 assert not any(name.startswith("hf_robust") for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    run_programs([sys.executable, "-c", script, str(tmp_path)])
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.load(tmp_path / "merged.pt"), logits, rtol=1e-5, atol=1e-5)
 
