@@ -36,6 +36,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from train import (
     VERSIONS_OF,
+    check_same_settings,
     check_training,
     check_values,
     end_processes,
@@ -206,11 +207,7 @@ def start_results(task: Task, args: ScriptArguments, training_args: RobustTraini
         return results
     found = json.loads(file.read_text())
     found["config"]["output_dir"] = results["config"]["output_dir"]  # one folder may be written in several ways
-    for part in ("config", "versions", "class_names"):
-        changed = [name for name, value in results[part].items() if found[part].get(name) != value]
-        if changed:
-            remedy = "Set another output_dir, or remove the file."
-            raise ConfigError(f"results are of other {part}", where=str(file), got=changed, remedy=remedy)
+    check_same_settings(found, {part: results[part] for part in ("config", "versions", "class_names")}, file)
     return found
 
 

@@ -178,6 +178,21 @@ def check_values(methods: Sequence[str], known: Iterable[str], **lists: Sequence
             raise ConfigError(f"{name} are empty or repeated", got=values, allowed="at least one, each once")
 
 
+def check_same_settings(found: dict[str, Any], expected: dict[str, Any], file: Path) -> None:
+    """Refuses to go on with results of other settings.
+
+    Args:
+        found: sections of settings, as read from the file; it may hold more.
+        expected: those of this call.
+        file: where they were found.
+    """
+    pairs = [(part, name) for part, settings in expected.items() for name in settings]
+    changed = [f"{part}.{name}" for part, name in pairs if found[part].get(name) != expected[part][name]]
+    if changed:
+        remedy = "Set another output_dir, or remove what is there."
+        raise ConfigError("results are of other settings", where=str(file), got=changed, remedy=remedy)
+
+
 def is_silent(training_args: RobustTrainingArguments) -> bool:
     """Whether this process shows no progress."""
     return training_args.disable_tqdm or training_args.process_index > 0

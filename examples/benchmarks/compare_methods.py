@@ -41,6 +41,7 @@ from rich.console import Console
 from scipy.stats import rankdata
 from train import (
     VERSIONS_OF,
+    check_same_settings,
     check_training,
     check_values,
     end_processes,
@@ -430,29 +431,20 @@ def shared_settings(args: ScriptArguments, training_args: RobustTrainingArgument
     )
 
 
-def check_settings(common: dict[str, Any], file: Path) -> None:
-    """Refuses a folder whose runs had other settings."""
-    if not file.exists():
-        return
-    found = json.loads(file.read_text())
-    changed = [name for part in common for name, value in common[part].items() if found[part].get(name) != value]
-    if changed:
-        remedy = "Set another output_dir, or remove the folder."
-        raise ConfigError("the folder has runs with other settings", where=str(file), got=changed, remedy=remedy)
-
-
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     """Runs what has not been run yet, then shows all."""
     check_training(training_args, FIXED, OWN)
     if training_args.similarity_weight == 0:
         raise ConfigError("methods with the similarity loss need a weight", where="similarity_weight", got=0)
     folder, common = Path(training_args.output_dir), shared_settings(args, training_args)
-    check_settings(common, folder / "settings.json")
+    settings_file = folder / "settings.json"
+    if settings_file.exists():
+        check_same_settings(json.loads(settings_file.read_text()), common, settings_file)
     task, runs = load_task(args, training_args), Runs(folder / "runs")
     training_args.distributed_state.wait_for_everyone()  # all ranks have read what there is
     is_main = PartialState().is_main_process
     if is_main:
-        write_json(common, folder / "settings.json")
+        write_json(common, settings_file)
     runs.get("zero-shot", zero_shot, task)
     rates = {name: search(task, runs, name) for name in args.methods}
     if not args.search_only:

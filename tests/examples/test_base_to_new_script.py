@@ -142,17 +142,17 @@ def test_results_of_other_settings_are_refused_and_left_alone(script, tmp_path):
     flags = ["--methods", "zero_shot"]
     script.run(tmp_path, *flags)
     before = (tmp_path / "results.json").read_text()
-    with pytest.raises(ConfigError, match=r"other config.*results.json.*'shots', 'density'.*another output_dir"):
+    with pytest.raises(ConfigError, match=r"results.json.*'config.shots', 'config.density'.*another output_dir"):
         script.run(tmp_path, *flags, "--shots", "2", "--density", "0.1")
     assert (tmp_path / "results.json").read_text() == before
     old = json.loads(before)
     old["versions"]["torch"] = "1.0"
     (tmp_path / "results.json").write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match="other versions.*'torch'"):
+    with pytest.raises(ConfigError, match="other settings.*'versions.torch'"):
         script.run(tmp_path, *flags)
     old["versions"]["torch"], old["class_names"]["new"] = torch.__version__, ["sea"]
     (tmp_path / "results.json").write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match="other class_names.*'new'"):
+    with pytest.raises(ConfigError, match="other settings.*'class_names.new'"):
         script.run(tmp_path, *flags)
 
 

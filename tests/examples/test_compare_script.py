@@ -247,7 +247,7 @@ def test_a_folder_with_other_settings_is_refused_and_left_alone(script, tmp_path
     flags = ["--methods", "saft", "--learning_rates", "1e-2", "--search_only", "true"]
     script.run(tmp_path, *flags)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    with pytest.raises(ConfigError, match=r"other settings.*settings.json.*'shots'.*another output_dir"):
+    with pytest.raises(ConfigError, match=r"other settings.*settings.json.*'config.shots'.*another output_dir"):
         script.run(tmp_path, *flags, "--shots", "2")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
 
