@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -49,7 +49,7 @@ def run_programs(*commands: list[str], cwd: Path = ROOT, **environment: str) -> 
         _wait(processes)
         outputs = [(_written(out), _written(err)) for out, err in files]
     codes = [process.returncode for process in processes]
-    errors = "\n\n".join(err[-8000:] for _, err in outputs)
+    errors = "\n\n".join(err[-20000:] for _, err in outputs)
     assert not any(codes), f"exit statuses {codes} of {commands}\n{errors}"
     return outputs
 
@@ -83,7 +83,7 @@ def _abort(processes: list[psutil.Popen]) -> None:
     """Python's fault handler answers this signal with the stacks of all threads."""
     started = [child for process in processes if process.poll() is None for child in process.children(recursive=True)]
     for process in started + processes:
-        if process.is_running():
+        with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGABRT)
     psutil.wait_procs(started + processes, timeout=10)
 
