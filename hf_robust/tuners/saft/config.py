@@ -30,7 +30,9 @@ class SAFTConfig(PeftConfig):
     the patch and token embeddings, which this package leaves out by default. On 120 validation images of a real task
     (DINOv2 and MiniLM, trained once on 8 photographs of each of 10 kinds of clothing) SAFT came to 37 % with them, to
     48 % without and to 51 % with `scope="per_tensor"`; at a density of 0.01 % to 35, 45 and 43 %, at 1 % to 41, 64 and
-    43 %; each at its own learning rate. The density is the paper's; it holds back what can be learned, and forgotten.
+    43 %; each at its own learning rate. The density is the paper's. It holds back: on test images of that task, over
+    three seeds, 1 % came to 65 %, under corruptions to 63 % and on two other tasks to 39 %, where 0.1 % came to 59, 55
+    and 38 % and zero-shot to 31, 20 and 40 %.
 
     Args:
         density: share of the eligible parameters to train, a fraction in (0, 1].
