@@ -255,6 +255,15 @@ def show(results: dict[str, Any], sets: dict[str, Dataset]) -> None:
     Console().print(table)
 
 
+def end_processes() -> None:
+    """Ends the group of processes; for after a script's `main`, when nothing of its training is left.
+
+    A model in DDP that outlives the group may wait for the group's threads for ever: pytorch/pytorch#56297.
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
+
+
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     """Loads, evaluates, trains, evaluates, and writes what came of it."""
     set_seed(training_args.seed)
@@ -303,15 +312,6 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     if trainer.is_world_process_zero():
         show(results, sets)
         write_json(results, Path(training_args.output_dir) / "results.json")
-
-
-def end_processes() -> None:
-    """Ends the group of processes; for after a script's `main`, when nothing of its training is left.
-
-    A model in DDP that outlives the group may wait for the group's threads for ever: pytorch/pytorch#56297.
-    """
-    gc.collect()
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -142,7 +142,9 @@ def test_results_of_other_settings_are_refused_and_left_alone(script, tmp_path):
     flags = ["--methods", "zero_shot"]
     script.run(tmp_path, *flags)
     before = (tmp_path / "results.json").read_text()
-    with pytest.raises(ConfigError, match=r"results.json.*'config.shots', 'config.density'.*another output_dir"):
+    with pytest.raises(
+        ConfigError, match=r"other settings.*results.json.*'config.shots', 'config.density'.*another output_dir"
+    ):
         script.run(tmp_path, *flags, "--shots", "2", "--density", "0.1")
     assert (tmp_path / "results.json").read_text() == before
     old = json.loads(before)

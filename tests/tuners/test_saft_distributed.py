@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
-from tests.programs import run_programs
+from tests.programs import run_on_ranks
 
 
-def test_two_ranks_select_and_train_as_one(free_port: int) -> None:
+def test_two_ranks_select_and_train_as_one(tmp_path: Path, free_port: int) -> None:
     """Same entries from uneven shares, bit-identical ranks, DDP and FSDP equal to one process."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}"]
-    ((printed, _),) = run_programs([*launch, "-m", "tests.tuners.two_ranks"])
-    assert "two ranks agree" in printed
+    outputs = run_on_ranks(2, "from tests.tuners.two_ranks import main\n", tmp_path, free_port)
+    assert all("two ranks agree" in printed for printed, _ in outputs)
