@@ -55,7 +55,7 @@ from transformers import (
 )
 
 from hf_robust import OGENConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, context_prompt, with_image_embeds
-from hf_robust.collator import feature_class_names
+from hf_robust.data.collator import feature_class_names
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
 from hf_robust.evaluation.report import write_json

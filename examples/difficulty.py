@@ -25,7 +25,7 @@ import torch
 from train import VERSIONS_OF, load_images
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
-from hf_robust.dual_encoder import family
+from hf_robust.encoders.dual_encoder import family
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.difficulty_plot import plot_difficulty

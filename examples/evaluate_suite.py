@@ -28,12 +28,12 @@ from rich.table import Table
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 from hf_robust import wise_ft
-from hf_robust.checkpoint import WEIGHTS_FILE
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.report import SuiteReport, write_json
 from hf_robust.evaluation.run import evaluate_suite
 from hf_robust.evaluation.suite import RobustnessSuite
 from hf_robust.interpolation.arithmetic import check_alpha
+from hf_robust.tasks.class_names import WEIGHTS_FILE
 
 
 @dataclass

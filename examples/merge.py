@@ -28,13 +28,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_robust.checkpoint import WEIGHTS_FILE
 from hf_robust.errors import ConfigError
 from hf_robust.interpolation.adapters import wise_ft
 from hf_robust.interpolation.arithmetic import check_alpha, check_finite, interpolate_tensor
 from hf_robust.interpolation.checkpoints import check_same_head, interpolate_checkpoints
 from hf_robust.interpolation.files import COMPANION_FILES
 from hf_robust.interpolation.publish import check_output, publish_folder
+from hf_robust.tasks.class_names import WEIGHTS_FILE
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 

@@ -38,11 +38,11 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
-from hf_robust.collator import feature_class_names
-from hf_robust.dual_encoder import family
+from hf_robust.data.collator import feature_class_names
+from hf_robust.data.sources import load_source
+from hf_robust.encoders.dual_encoder import family
 from hf_robust.errors import ConfigError, DataError, close_matches
 from hf_robust.evaluation.report import write_json
-from hf_robust.evaluation.sources import load_source
 
 DEFAULTS: dict[str, Any] = {}  # those of the library
 VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")

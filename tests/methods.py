@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_robust import ACLIPConfig, SAFTConfig, saft_unselected, select_saft
-from hf_robust.dual_encoder import base_model, image_embeds, logit_bias, logit_scale, text_embeds, tokenize
+from hf_robust.encoders.dual_encoder import base_model, image_embeds, logit_bias, logit_scale, text_embeds, tokenize
 
 from .tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 import socket
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -43,3 +45,39 @@ def test_method_names_are_their_values_and_not_pefts() -> None:
     for member in RobustPeftType:
         assert member.name == member.value and hash(member) == hash(member.value)
         assert member.name not in PeftType.__members__
+
+
+# From the ground up; rooms on one floor do not import each other. Imports for type checkers alone do not count.
+FLOORS = [
+    {"errors", "peft_types"},
+    {"encoders"},
+    {"data"},
+    {"tasks"},
+    {"tuners", "losses", "ogen"},
+    {"interpolation", "evaluation"},
+    {"cards"},
+    {"training"},
+]
+PACKAGE = Path(hf_robust.__file__).parent
+
+
+def imported_rooms(tree: ast.Module, package: list[str]) -> set[str]:
+    """The rooms of the package that a module imports from, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0]
+    paths = [package[: len(package) - node.level + 1] + (node.module or "").split(".") for node in imports]
+    return {path[0] for path in paths}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/**/*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    room, *_ = package = list(path.relative_to(PACKAGE).parent.parts)
+    floor = next(index for index, rooms in enumerate(FLOORS) if room in rooms)
+    below = set().union(*FLOORS[:floor])
+    assert imported_rooms(ast.parse(path.read_text(encoding="utf-8")), package) <= below | {room}
+
+
+def test_few_files_lie_at_the_top() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 6

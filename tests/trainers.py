@@ -8,8 +8,8 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from hf_robust import ACLIPConfig, SAFTConfig
-from hf_robust.trainer import RobustTrainer
-from hf_robust.training_args import RobustTrainingArguments
+from hf_robust.training.arguments import RobustTrainingArguments
+from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue"]

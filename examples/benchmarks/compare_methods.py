@@ -53,8 +53,8 @@ from train import (
 from transformers import AutoModel, AutoProcessor, ProcessorMixin, set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, with_image_embeds
-from hf_robust.card_results import TITLES
-from hf_robust.collator import feature_class_names
+from hf_robust.cards.results import TITLES
+from hf_robust.data.collator import feature_class_names
 from hf_robust.errors import ConfigError, NonFiniteError
 from hf_robust.evaluation import (
     RobustnessSuite,

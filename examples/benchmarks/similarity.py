@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from train_step import Step, interleaved_medians, report, saft_model
 from transformers import CLIPConfig, CLIPModel
 
-from hf_robust.collator import REFERENCE_EMBEDS
-from hf_robust.dual_encoder import image_embeds, logit_scale, text_embeds
+from hf_robust.data.collator import REFERENCE_EMBEDS
+from hf_robust.data.embeds_cache import pretrained_image_embeds
+from hf_robust.encoders.dual_encoder import image_embeds, logit_scale, text_embeds
 from hf_robust.losses import SimilarityLoss
-from hf_robust.reference import Reference, pretrained_image_embeds, pretrained_vision
-from hf_robust.zero_shot import ZeroShotClassifierOutput
+from hf_robust.losses.reference import Reference, pretrained_vision
+from hf_robust.tasks.class_names import ZeroShotClassifierOutput
 
 CLASSES, TOKENS = 10, 8  # "a photo of a cat."
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ProcessorMixin
 
-from ..class_embeds import class_embeddings
-from ..collator import ImageCollator, batches_in_order, check_dataset, feature_class_names
+from ..data.collator import ImageCollator, batches_in_order, check_dataset, feature_class_names
+from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
+from ..encoders.class_embeds import class_embeddings
+from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, DataError, NonFiniteError
-from ..reference import pretrained_image_embeds, pretrained_weights
-from ..reference_cache import is_cacheable, with_image_embeds
 from .difficulty_report import ClassDifficulty, Silhouette, TaskDifficulty
 
 SIMILARITIES_AT_ONCE = 4_000_000  # 32 MB in float64

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from ..collator import feature_class_names
+from ..data.collator import feature_class_names
 from ..errors import ConfigError, DataError
 from .statistics import standard_error
 

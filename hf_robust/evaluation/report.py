@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..roles import ROLES
 from .metrics import accuracies, expected_calibration_error
+from .roles import ROLES
 from .statistics import bootstrap_interval
 
 SHOWN = ("accuracy", "macro_accuracy", "worst_class_accuracy", "calibration_error")

@@ -19,15 +19,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from ..class_embeds import class_embeddings, evaluating
-from ..collator import ImageCollator, batches_in_order, load_rgb
-from ..dual_encoder import base_model, family, image_embeds, logit_scale
+from ..data.collator import ImageCollator, batches_in_order, load_rgb
+from ..data.sources import images_of, load_source
+from ..encoders.class_embeds import class_embeddings, evaluating
+from ..encoders.dual_encoder import base_model, family, image_embeds, logit_scale
+from ..encoders.templates import check_templates
 from ..errors import HfRobustError, NonFiniteError
-from ..templates import check_templates
-from ..zero_shot import ZeroShotClassifier
+from ..tasks.class_names import ZeroShotClassifier
+from .answers import LEFT_OUT, LoadedSet, load_labels
 from .corruptions import corrupt
 from .report import SetResult, SuiteReport
-from .sources import LEFT_OUT, LoadedSet, images_of, load_labels, load_source
 from .suite import RobustnessSuite, SuiteSet
 
 VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")

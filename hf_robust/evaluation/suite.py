@@ -12,10 +12,10 @@ from typing import Any, Literal
 import yaml
 from datasets import Dataset
 
+from ..encoders.templates import check_class_names, check_templates
 from ..errors import ConfigError, DataError, close_matches
-from ..roles import ROLES, Role
-from ..templates import check_class_names, check_templates
 from .corruptions import check_corruption
+from .roles import ROLES, Role
 
 LABEL_SPACES = ("class_names", "subset")
 SHIPPED = Path(__file__).parent / "suites"

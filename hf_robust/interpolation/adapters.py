@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dual_encoder import base_model, tower_modules
+from ..encoders.dual_encoder import base_model, tower_modules
+from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, MergeError
 from ..ogen.generator import FeatureGenerator
-from ..reference import pretrained_weights
+from ..tasks.class_names import ZeroShotClassifier
 from ..tuners.saft.layer import SAFTLayer
-from ..zero_shot import ZeroShotClassifier
 from .arithmetic import check_alpha, check_finite
 from .files import some
 from .linear import (

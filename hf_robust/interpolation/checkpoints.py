@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import ConfigError, MergeError, NonFiniteError
+from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
 from .arithmetic import check_alpha, interpolate_, is_finite
 from .files import (
     COMPANION_FILES,

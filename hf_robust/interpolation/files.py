@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import MergeError, UnsafeFileError
+from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 COMPANION_FILES = (  # what model, processor, tokenizer and classifier write beside the weights

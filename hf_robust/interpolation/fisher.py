@@ -10,11 +10,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..class_embeds import evaluating
-from ..dual_encoder import at_least_float32
+from ..data.embeds_cache import IMAGE_INPUTS
+from ..encoders.class_embeds import evaluating
+from ..encoders.dual_encoder import at_least_float32
 from ..errors import ConfigError, DataError
-from ..reference import IMAGE_INPUTS
-from ..zero_shot import ZeroShotClassifier
+from ..tasks.class_names import ZeroShotClassifier
 from .arithmetic import check_finite
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..dual_encoder import at_least_float32
+from ..encoders.dual_encoder import at_least_float32
 from ..errors import ConfigError, DataError
 
 

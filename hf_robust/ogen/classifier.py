@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from ..class_embeds import encode_prompts, evaluating, prompt_tokens
-from ..dual_encoder import base_model
+from ..encoders.class_embeds import encode_prompts, evaluating, prompt_tokens
+from ..encoders.dual_encoder import base_model
+from ..encoders.pretrained import check_vision_is_pretrained
+from ..encoders.templates import check_class_names
 from ..errors import ConfigError, DataError
-from ..reference import check_vision_is_pretrained
-from ..templates import check_class_names
-from ..zero_shot import ZeroShotClassifier, ZeroShotClassifierOutput
+from ..tasks.class_names import ZeroShotClassifier, ZeroShotClassifierOutput
 from .config import OGENConfig
 from .distillation import distillation_loss
 from .generator import FeatureGenerator

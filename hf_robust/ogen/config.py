@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from ..encoders.templates import check_class_names
 from ..errors import ConfigError
-from ..templates import check_class_names
 
 
 @dataclass(frozen=True)

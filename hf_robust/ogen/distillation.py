@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dual_encoder import at_least_float32
+from ..encoders.dual_encoder import at_least_float32
 
 
 def window_size(epoch: int, epochs: int, largest: int = 9, smallest: int = 2) -> int:

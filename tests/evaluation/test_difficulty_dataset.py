@@ -8,8 +8,8 @@ import torch
 from peft import get_peft_model
 
 from hf_robust import ACLIPConfig, class_embeddings, with_image_embeds
-from hf_robust.collator import ImageCollator
-from hf_robust.dual_encoder import image_embeds
+from hf_robust.data.collator import ImageCollator
+from hf_robust.encoders.dual_encoder import image_embeds
 from hf_robust.errors import ConfigError, DataError, NonFiniteError
 from hf_robust.evaluation.difficulty import embedding_difficulty, task_difficulty
 from tests.tiny_models import FAMILIES, image_dataset, tiny_model, tiny_processor
@@ -54,7 +54,7 @@ def test_dataset_is_embedded_with_its_own_class_names(cache, family):
 
 def test_images_are_embedded_once(cache, monkeypatch):
     first = measure(image_dataset(9, NAMES))
-    monkeypatch.setattr("hf_robust.reference_cache.pretrained_image_embeds", lambda *args: pytest.fail("again"))
+    monkeypatch.setattr("hf_robust.data.embeds_cache.pretrained_image_embeds", lambda *args: pytest.fail("again"))
     assert measure(image_dataset(9, NAMES)) == first
     embedded = with_image_embeds(image_dataset(9, NAMES), tiny_model("clip"), tiny_processor("clip"), silent=True)
     assert measure(embedded) == first

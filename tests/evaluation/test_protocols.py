@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hf_robust import RobustTrainingArguments
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, one_standard_error_rule
-from hf_robust.trainer import RobustTrainer
+from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 few_examples = settings(deadline=None, max_examples=30)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 
+from hf_robust.data.sources import images_of, load_source
 from hf_robust.errors import ConfigError, DataError
-from hf_robust.evaluation.sources import images_of, load_labels, load_source
+from hf_robust.evaluation.answers import load_labels
 from hf_robust.evaluation.suite import RobustnessSuite, SuiteSet, shipped_suites
 from tests.tiny_models import image_dataset
 
@@ -196,7 +197,7 @@ def test_parquet_files_and_folders_of_images_are_loaded(tmp_path):
 def test_a_dataset_of_the_hub_is_loaded_with_its_split(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "hf_robust.evaluation.sources.load_dataset", lambda name, split: asked.append((name, split)) or labelled([0])
+        "hf_robust.data.sources.load_dataset", lambda name, split: asked.append((name, split)) or labelled([0])
     )
     load_source("owner/name:validation")
     load_source("owner/name")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hf_robust import SAFTConfig, select_saft
 from hf_robust.errors import ConfigError, MergeError, NonFiniteError
 from hf_robust.interpolation.adapters import wise_ft, zero_shot_heads
-from hf_robust.zero_shot import ZeroShotClassifier
+from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.methods import all_families, same_bits
 from tests.tiny_models import tiny_batch, tiny_model, tiny_processor
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from hf_robust.errors import ConfigError
 from hf_robust.interpolation.adapters import wise_ft
 from hf_robust.interpolation.callback import WiSEFTCallback
-from hf_robust.zero_shot import ZeroShotClassifier
+from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.methods import CLIP, outputs, same_bits
 from tests.tiny_models import image_dataset, tiny_batch, tiny_model, tiny_processor
 from tests.trainers import METHODS, NAMES, build

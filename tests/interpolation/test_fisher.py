@@ -10,7 +10,7 @@ from hf_robust.errors import ConfigError, DataError, NonFiniteError
 from hf_robust.interpolation.arithmetic import interpolate_tensor
 from hf_robust.interpolation.checkpoints import interpolate_checkpoints
 from hf_robust.interpolation.fisher import diagonal_fisher
-from hf_robust.zero_shot import ZeroShotClassifier
+from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.interpolation.folders import load
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_lora, tiny_model, tiny_processor
 

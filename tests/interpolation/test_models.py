@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_robust.errors import ConfigError, MergeError, NonFiniteError
 from hf_robust.interpolation.models import interpolate
-from hf_robust.zero_shot import ZeroShotClassifier
+from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.methods import all_families, assert_same, outputs, same_bits
 from tests.tiny_models import tiny_model, tiny_processor
 

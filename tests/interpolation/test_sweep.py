@@ -14,7 +14,7 @@ from hf_robust.errors import ConfigError, NonFiniteError
 from hf_robust.interpolation import adapters, sweep
 from hf_robust.interpolation.adapters import wise_ft
 from hf_robust.interpolation.sweep import AlphaSweep, alpha_sweep
-from hf_robust.zero_shot import ZeroShotClassifier
+from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.methods import same_bits
 from tests.tiny_models import tiny_lora, tiny_model, tiny_processor
 

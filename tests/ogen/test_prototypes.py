@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_robust.errors import DataError, NonFiniteError
 from hf_robust.ogen.prototypes import Prototypes, class_prototypes
-from tests.test_trainer_ranks import run_on_two_ranks
+from tests.training.test_trainer_ranks import run_on_two_ranks
 
 NAMES = ["lynx", "otter", "heron"]
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0, 0, 2, 1, 1, 0, 0, 2])

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, PreTrainedModel
 
 from hf_robust import ACLIPConfig
-from hf_robust.dual_encoder import image_embeds, text_embeds
+from hf_robust.encoders.dual_encoder import image_embeds, text_embeds
 from hf_robust.errors import ConfigError, NonFiniteError
 from tests.methods import (
     CLIP,

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...dual_encoder import at_least_float32
+from ...encoders.dual_encoder import at_least_float32
 from ...errors import NonFiniteError
 from ..base import keep_precision
 from .config import ACLIPConfig

@@ -8,7 +8,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...dual_encoder import family, tower_modules
+from ...encoders.dual_encoder import family, tower_modules
 from ...errors import ConfigError
 from ..base import RobustTuner
 from ..matching import matching

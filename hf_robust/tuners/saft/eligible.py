@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...dual_encoder import input_embeddings, is_dual_encoder, tower_modules
+from ...encoders.dual_encoder import input_embeddings, is_dual_encoder, tower_modules
 from ...errors import ConfigError
 from ..matching import matching
 from .config import SAFTConfig

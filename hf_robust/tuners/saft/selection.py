@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...collator import n_images
+from ...data.collator import n_images
 from ...errors import NonFiniteError, SelectionError
 from .config import SAFTConfig
 from .layer import SAFTLayer

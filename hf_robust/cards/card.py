@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards: what was trained, how to load it, and what it cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+
+from ..encoders.dual_encoder import base_model, family
+from ..errors import ConfigError
+from ..ogen import OGENClassifier
+from ..tasks.class_names import ZeroShotClassifier
+from .markdown import code, escape, hub_id
+from .results import CardResults, eval_results, results_table
+
+if TYPE_CHECKING:
+    from ..training.arguments import RobustTrainingArguments
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+REPOSITORY = "this-repository"  # stands in the usage snippet until the card is pushed
+METHODS = {"SAFT": "SAFT", "ACLIP": "A-CLIP", "TRAINABLE_TOKENS": "CoOp"}  # other adapters go by PEFT's own name
+OURS = {"SAFT", "ACLIP"}  # those that PEFT alone cannot load
+
+# Allow-lists: paths, tokens, user names and names of runs are in other settings.
+TRAINING_SETTINGS = (
+    "head similarity_weight similarity_distance similarity_towers similarity_schedule "
+    "cache_reference_embeddings learning_rate num_train_epochs max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps lr_scheduler_type warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm bf16 fp16 tf32 seed data_seed full_determinism dataloader_drop_last"
+).split()
+ADAPTER_SETTINGS = (
+    "density score scope towers exclude_input_embeddings train_bias train_out_proj target_modules exclude_modules "
+    "modules_to_save seed r lora_alpha lora_dropout use_rslora use_dora bias rank_pattern alpha_pattern "
+    "layers_to_transform layers_pattern mask_type random_seed feedforward_modules token_indices"
+).split()
+OGEN_SETTINGS = (
+    "neighbours heads dropout layer_norm noise warmup generation_weight base_as_unknown_weight reverse_weight "
+    "new_weight cross_entropy_weight distillation_weight average decay largest_window smallest_window seed"
+).split()
+IMAGE_SETTINGS = "do_resize size resample do_center_crop crop_size image_mean image_std".split()
+PACKAGES = ("hf_robust", "peft", "transformers", "torch", "datasets")
+MOST_CLASSES = 50  # that a card lists
+
+
+def model_card(
+    classifier: ZeroShotClassifier,
+    args: RobustTrainingArguments | None = None,
+    results: CardResults | None = None,
+    *,
+    base_model_id: str | None = None,
+    datasets: Sequence[str] = (),
+    data: str | None = None,
+    train_images: int | None = None,
+    license: str | None = None,
+    picture: str | None = None,
+) -> ModelCard:
+    """Makes the card of a fine-tuned classifier.
+
+    It shows no path, token, user name or name of a run: settings are taken from an allow-list, and a base model that
+    was loaded from a folder goes without a name unless `base_model_id` gives one. Names of classes and sets are
+    escaped.
+
+    Args:
+        classifier: as it is saved; the method is read off its adapters, `args` and `results`.
+        args: what it was trained with.
+        results: what the evaluation found.
+        base_model_id: the base model's id on the Hub, where it was loaded from somewhere else.
+        datasets: ids of the training data on the Hub.
+        data: a sentence about the training data; shown as plain text.
+        train_images: number of training images.
+        license: of the weights, as the Hub names it, `"apache-2.0"` for instance.
+        picture: name of a PNG file that lies beside the card, such as the curve over α.
+
+    Raises:
+        ConfigError: an id is none, or `picture` is no plain name of a PNG file.
+
+    Example:
+        >>> card = model_card(trainer.model, trainer.args, results, picture="curve.png")
+        >>> card.save("my-adapter/README.md")
+    """
+    for name in (*datasets, *([base_model_id] if base_model_id is not None else [])):
+        if hub_id(name) is None:
+            raise ConfigError("not an id on the Hub", got=name, allowed="'name' or 'owner/name', no local folder")
+    if picture is not None and re.fullmatch(r"\w[\w.-]*\.png", picture, re.ASCII) is None:
+        raise ConfigError("not a plain name of a PNG file", where="picture", got=picture)
+    encoder, configs = base_model(classifier.model), _adapter_configs(classifier)
+    base = base_model_id or hub_id(encoder.config.name_or_path)
+    methods = _methods(classifier, args, results)
+    title = f"{' + '.join(methods)} on {base.split('/')[-1] if base else type(encoder).__name__}"
+    metadata = ModelCardData(
+        base_model=base,
+        library_name="peft" if configs else "transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=_tags(methods, encoder.config.model_type, base if configs else None),
+        datasets=list(datasets) or None,
+        license=license,
+        metrics=["accuracy"],
+        model_name=title,
+        eval_results=eval_results(results) or None,
+    )
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        title=title,
+        methods=methods,
+        adapters=[_type(config) for config in configs],
+        base=base,
+        architecture=type(encoder).__name__,
+        repository=REPOSITORY,
+        plain_peft=_needs_peft_alone(classifier, configs),
+        head=classifier.head,
+        alpha=None if results is None else results.chosen_alpha,
+        table=None if results is None else results_table(results),
+        picture=picture,
+        settings=_settings(args, configs, classifier),
+        class_names=_listed(classifier.class_names, MOST_CLASSES),
+        n_classes=len(classifier.class_names),
+        new_class_names=_new_class_names(classifier),
+        prompts=[code(template) for template in classifier.templates],
+        data=None if data is None else escape(data),
+        data_ids=list(datasets),
+        train_images=train_images,
+        preprocessing=_preprocessing(classifier),
+        versions={package: version(package) for package in PACKAGES},
+    )
+
+
+def _adapter_configs(classifier: ZeroShotClassifier) -> list[Any]:
+    model = classifier.model
+    return [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
+
+
+def _needs_peft_alone(classifier: ZeroShotClassifier, configs: list[Any]) -> bool:
+    """Returns whether the model gives the same predictions without this package, by its processor's defaults."""
+    stock = bool(configs) and not OURS & {_type(config) for config in configs}
+    plain = classifier.head != "trainable" and len(classifier.templates) == 1
+    return stock and plain and family(classifier.model).padding == "longest"
+
+
+def _type(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _methods(
+    classifier: ZeroShotClassifier, args: RobustTrainingArguments | None, results: CardResults | None
+) -> list[str]:
+    configs = _adapter_configs(classifier)
+    methods = [METHODS.get(_type(config), _type(config)) for config in configs] or ["full fine-tuning"]
+    methods += ["OGEN"] if isinstance(classifier, OGENClassifier) else []
+    methods += ["similarity loss"] if args is not None and args.similarity_weight > 0 else []
+    return methods + (["WiSE-FT"] if results is not None and results.chosen_alpha is not None else [])
+
+
+def _tags(methods: list[str], model_type: str, adapted_base: str | None) -> list[str]:
+    tags = ["hf-robust", "robust-fine-tuning", model_type, *(name.lower().replace(" ", "-") for name in methods)]
+    return tags + ([f"base_model:adapter:{adapted_base}"] if adapted_base else [])
+
+
+def _settings(
+    args: RobustTrainingArguments | None, configs: list[Any], classifier: ZeroShotClassifier
+) -> dict[str, dict[str, str]]:
+    found = {_type(config): _changed(config, ADAPTER_SETTINGS) for config in configs}
+    if isinstance(classifier, OGENClassifier):
+        found["OGEN"] = _changed(classifier.ogen, OGEN_SETTINGS)
+    if args is not None:
+        found["Training"] = _changed(args, TRAINING_SETTINGS)
+    return {title: settings for title, settings in found.items() if settings}
+
+
+def _changed(settings: Any, names: Sequence[str]) -> dict[str, str]:
+    """Returns those of the named settings that are not at their default, as code."""
+    changed = {}
+    for field in fields(settings):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = _simple(getattr(settings, field.name))
+        if field.name in names and value != _simple(default):
+            changed[field.name] = code(str(value))
+    return changed
+
+
+def _simple(value: Any) -> Any:
+    if isinstance(value, (set, tuple)):
+        return sorted(value) if isinstance(value, set) else list(value)
+    return value.value if isinstance(value, Enum) else value
+
+
+def _preprocessing(classifier: ZeroShotClassifier) -> dict[str, str]:
+    settings: dict[str, Any] = json.loads(classifier.processor.image_processor.to_json_string())
+    return {name: code(str(settings[name])) for name in IMAGE_SETTINGS if settings.get(name) is not None}
+
+
+def _new_class_names(classifier: ZeroShotClassifier) -> str | None:
+    if not isinstance(classifier, OGENClassifier):
+        return None
+    return _listed(classifier.new_class_names, len(classifier.new_class_names))
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(escape, names[:most])) + more

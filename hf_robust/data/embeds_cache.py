@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embeddings of the pre-trained model θ₀ for a training set, computed once and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import BaseImageProcessor, ProcessorMixin
+
+from ..encoders.dual_encoder import base_model, image_embeds, tower_modules
+from ..encoders.pretrained import pretrained_weights
+from ..errors import ConfigError, DataError
+from .collator import IMAGE_EMBEDS, REFERENCE_EMBEDS, ImageCollator, batches_in_order
+
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")  # what PEFT puts into the names of the base's tensors
+
+
+def with_reference_embeds(
+    dataset: Any, model: nn.Module, collator: Any, batch_size: int, workers: int = 0, silent: bool = False
+) -> datasets.Dataset:
+    """Adds θ₀'s image embeddings to a dataset as the column `reference_embeds`, in float32.
+
+    They come from an Arrow file in `HF_DATASETS_CACHE/hf_robust`, which is memory-mapped, and is written first where
+    there is none. Its name stands for θ₀'s vision tower, the image processor, the dataset's fingerprint and the
+    precision of an autocast around the call; a dataset that names image files keeps its fingerprint when these files
+    change. Images are not copied.
+
+    Args:
+        dataset: a `datasets.Dataset` with a column `image`, without transform.
+        model: θ₀, or θ₀ with adapters.
+        collator: an `ImageCollator`.
+        batch_size: images embedded at once; it moves an embedding by no more than rounding.
+        workers: processes that open images.
+        silent: without a progress bar.
+
+    Returns:
+        The dataset, with the same rows in the same order.
+
+    Raises:
+        ConfigError: images may not look the same every time, so that what is cached would be that of other images.
+        DataError: the dataset has a column of that name, or an image cannot be used.
+
+    Example:
+        >>> with_reference_embeds(train, clip, ImageCollator(processor), batch_size=64).column_names
+        ['image', 'label', 'reference_embeds']
+    """
+    _check_cacheable(dataset, collator)
+    table = dataset._data  # the rows in the order of the file, of which `dataset` may show some, in its own order
+    indices = None if dataset._indices is None else dataset._indices["indices"].to_numpy().astype(np.int64)
+    file = _file(dataset, model, collator)
+    if not file.exists():
+        rows = np.arange(len(table)) if indices is None else np.unique(indices)
+        images = datasets.Dataset(table, info=dataset.info, fingerprint=dataset._fingerprint).select_columns("image")
+        device, title = next(model.parameters()).device, None if silent else "Embedding the training set"
+        batches = batches_in_order(images.select(rows), collator, batch_size, workers, device, title)
+        embeds = (pretrained_image_embeds(model, batch).float().cpu().numpy() for batch in batches)  # (batch, dim)
+        _write(file, _columns(embeds, rows, len(table)))
+    whole = datasets.Dataset(table, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
+    joined = datasets.concatenate_datasets([whole, datasets.Dataset.from_file(str(file))], split=dataset.split, axis=1)
+    return joined if indices is None else joined.select(indices)
+
+
+def with_image_embeds(
+    dataset: datasets.Dataset,
+    model: nn.Module,
+    processor: ProcessorMixin | BaseImageProcessor,
+    batch_size: int = 64,
+    workers: int = 0,
+    silent: bool = False,
+) -> datasets.Dataset:
+    """Replaces the images of a dataset by their embeddings, for training that leaves the vision tower as it is.
+
+    A learned context, or any adapter of the text tower alone, then trains and is evaluated without the vision tower,
+    many times as fast. The embeddings are kept on disk, as those of `with_reference_embeds`, and taken from there the
+    next time. Rows can be selected and labels changed afterwards.
+
+    Args:
+        dataset: a `datasets.Dataset` with a column `image`, without transform.
+        model: the dual encoder that will be trained; its adapters have no say.
+        processor: its processor, or its image processor.
+        batch_size: images embedded at once; it moves an embedding by no more than rounding.
+        workers: processes that open images.
+        silent: without a progress bar.
+
+    Returns:
+        The dataset with a column `image_embeds`, float32, and without `image`.
+
+    Raises:
+        ConfigError: images may not look the same every time.
+        DataError: an image cannot be used.
+
+    Example:
+        >>> with_image_embeds(photos, clip, processor).column_names
+        ['label', 'image_embeds']
+    """
+    how = ImageCollator(processor), batch_size, workers, silent
+    embedded = with_reference_embeds(dataset, model, *how)
+    return embedded.remove_columns("image").rename_column(REFERENCE_EMBEDS, IMAGE_EMBEDS)
+
+
+@torch.no_grad()
+def pretrained_image_embeds(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Embeds the images of a batch with θ₀, unless they come embedded.
+
+    Args:
+        model: what `pretrained_vision` returned.
+        inputs: what the data collator returned, on the model's device.
+
+    Returns:
+        `(batch, dim)`, L2-normalised, in float32 or better, without gradient.
+
+    Example:
+        >>> pretrained_image_embeds(pretrained_vision(clip), collate(rows)).shape
+        torch.Size([2, 512])
+    """
+    if IMAGE_EMBEDS in inputs:
+        return inputs[IMAGE_EMBEDS]
+    with pretrained_weights(model):
+        return image_embeds(model, **{name: inputs[name] for name in IMAGE_INPUTS if name in inputs})
+
+
+def is_cacheable(dataset: Any, collator: Any) -> bool:
+    """Whether images of a dataset are the same every time, and can be told from those of other datasets.
+
+    Args:
+        dataset: any dataset.
+        collator: the data collator.
+    """
+    try:
+        _check_cacheable(dataset, collator)
+    except (ConfigError, DataError):
+        return False
+    return True
+
+
+def _check_cacheable(dataset: Any, collator: Any) -> None:
+    where, remedy = "cache_reference_embeddings", "Set cache_reference_embeddings=False."
+    if not isinstance(dataset, datasets.Dataset):
+        what, got = "dataset has no fingerprint", type(dataset).__name__
+        raise ConfigError(what, where=where, got=got, allowed="datasets.Dataset", remedy=remedy)
+    if dataset.format["type"] is not None:
+        what, got = "images of a dataset with a transform may differ every time", dataset.format["type"]
+        raise ConfigError(what, where=where, got=got, remedy="Call dataset.reset_format(). Or: " + remedy)
+    if type(collator) is not ImageCollator:
+        what, got = "images of another data collator may differ every time", type(collator).__name__
+        raise ConfigError(what, where=where, got=got, allowed="ImageCollator", remedy=remedy)
+    if IMAGE_EMBEDS in dataset.column_names:
+        raise ConfigError("images are embedded already", where=where, got=dataset.column_names, remedy=remedy)
+    if REFERENCE_EMBEDS in dataset.column_names:
+        remedy = f"Use dataset.remove_columns({REFERENCE_EMBEDS!r})."
+        raise DataError("dataset has the column already", where=where, got=REFERENCE_EMBEDS, remedy=remedy)
+
+
+# --- the file ---
+
+
+def _file(dataset: datasets.Dataset, model: nn.Module, collator: ImageCollator) -> Path:
+    digest = hashlib.sha256()
+    for part in (dataset._fingerprint, collator.image_processor.to_json_string(), _precision(model)):
+        digest.update(part.encode() + b"\0")
+    digest.update(base_model(model).config.to_json_string().encode())  # the activation function, for one
+    for name, tensor in _pretrained_tensors(model):
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return Path(datasets.config.HF_DATASETS_CACHE) / "hf_robust" / f"reference-{digest.hexdigest()[:32]}.arrow"
+
+
+def _precision(model: nn.Module) -> str:
+    device = next(model.parameters()).device.type
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as the model"
+
+
+def _pretrained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """θ₀'s tensors of the vision tower, by the names they have without adapters."""
+    base = base_model(model)
+    prefix = model.base_model.prefix if isinstance(model, PeftModel) else None
+    with pretrained_weights(model):
+        for part in tower_modules(base, "vision"):
+            for name, tensor in base.get_submodule(part).state_dict(prefix=f"{part}.").items():
+                if prefix is None or (prefix not in name and ".modules_to_save." not in name):
+                    yield WRAPPERS.sub("", name), tensor
+
+
+def _columns(embeds: Iterator[np.ndarray], rows: np.ndarray, length: int) -> Iterator[list[np.ndarray | None]]:
+    """The column in parts; a row of the file that is not among the sorted `rows` has nothing."""
+    done = embedded = 0
+    for batch in embeds:
+        those = rows[embedded : embedded + len(batch)]
+        column: list[np.ndarray | None] = [None] * int(those[-1] + 1 - done)
+        for row, embed in zip(those, batch, strict=True):
+            column[row - done] = embed
+        yield column
+        done, embedded = done + len(column), embedded + len(batch)
+    yield [None] * (length - done)
+
+
+def _write(file: Path, columns: Iterator[list[np.ndarray | None]]) -> None:
+    """Writes a file that is complete or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    schema = pa.schema({REFERENCE_EMBEDS: pa.list_(pa.float32())})
+    try:
+        with partial.open("wb") as stream:
+            with pa.ipc.new_stream(stream, schema) as writer:
+                for column in columns:
+                    writer.write_batch(pa.record_batch([pa.array(column, pa.list_(pa.float32()))], schema=schema))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

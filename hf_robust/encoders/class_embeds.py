@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From class names to class embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ProcessorMixin
+
+from .context import check_context
+from .dual_encoder import base_model, text_embeds, tokenize
+from .templates import check_class_names, check_templates, class_prompts
+
+PROMPTS_AT_ONCE = 256  # without gradients; bounds the memory of thousands of prompts
+
+
+@torch.no_grad()
+def class_embeddings(
+    model: nn.Module, processor: ProcessorMixin, class_names: Sequence[str], templates: Sequence[str] | str = "single"
+) -> Tensor:
+    """Embeds class names: the mean over templates of the prompts' embeddings, in eval mode and without gradients.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        processor: its processor.
+        class_names: one per class.
+        templates: prompts with `{}` in place of the class name, one such prompt, or a key of `TEMPLATES`.
+
+    Returns:
+        `(classes, dim)`, L2-normalised, in float32 or better.
+
+    Raises:
+        ConfigError: the model is no supported dual encoder, or a template has no `{}`.
+        DataError: no class names, an empty or repeated one, or a prompt that is too long.
+
+    Example:
+        >>> class_embeddings(clip, processor, ["cat", "dog"], "photo").shape
+        torch.Size([2, 512])
+    """
+    templates = check_templates(templates)
+    prompts = prompt_tokens(model, processor, check_class_names(class_names), templates)
+    with evaluating(model):
+        return encode_prompts(model, prompts["input_ids"], prompts.get("attention_mask"), len(templates))
+
+
+def prompt_tokens(
+    model: nn.Module, processor: ProcessorMixin, class_names: Sequence[str], templates: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tokenises the prompts of all classes, as `tokenize` does, on the model's device.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        processor: its processor.
+        class_names: one per class.
+        templates: prompts with `{}` in place of the class name.
+
+    Raises:
+        DataError: a prompt is too long, or a class name contains a word of a learned context.
+    """
+    prompts = tokenize(processor, class_prompts(class_names, templates), model)
+    check_context(model, processor, prompts["input_ids"], class_names, templates)
+    return {name: tensor.to(base_model(model).device) for name, tensor in prompts.items()}
+
+
+def encode_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, n_templates: int) -> Tensor:
+    """Embeds classes: the mean over their prompts, `(classes, dim)`, L2-normalised, in float32 or better.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        input_ids: `(classes * templates, tokens)`, as `prompt_tokens` returns them.
+        attention_mask: `(classes * templates, tokens)` or None, likewise.
+        n_templates: number of templates.
+    """
+    embeds = embed_prompts(model, input_ids, attention_mask)  # (classes * templates, dim)
+    return F.normalize(embeds.unflatten(0, (-1, n_templates)).mean(dim=1), dim=-1)
+
+
+def embed_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Embeds tokenised prompts, `(prompts, dim)`: all at once with gradients, else some at a time.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        input_ids: `(prompts, tokens)`, as `prompt_tokens` returns them.
+        attention_mask: `(prompts, tokens)` or None, likewise.
+    """
+    if torch.is_grad_enabled():
+        return text_embeds(model, input_ids, attention_mask)
+    masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(PROMPTS_AT_ONCE)
+    return torch.cat(
+        [text_embeds(model, *part) for part in zip(input_ids.split(PROMPTS_AT_ONCE), masks, strict=False)]
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has its own mode back, which `train()` would not give.
+
+    Args:
+        model: any module.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pre-trained model θ₀ inside a model with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..errors import ConfigError
+from .class_embeds import evaluating
+from .dual_encoder import base_model, tower_modules
+
+ADAPTERS = BaseTunerLayer | AuxiliaryTrainingWrapper
+
+
+@contextmanager
+def pretrained_weights(model: nn.Module) -> Iterator[None]:
+    """Inside the context the model is θ₀ in eval mode: its adapters are off; afterwards all is as it was.
+
+    Args:
+        model: a model with adapters, by PEFT or by transformers' `load_adapter`, or one that is θ₀ itself.
+
+    Example:
+        >>> with torch.no_grad(), pretrained_weights(model):
+        ...     before = image_embeds(model, pixel_values)
+    """
+    layers: Any = [
+        module for module in model.modules() if isinstance(module, ADAPTERS) and not module.disable_adapters
+    ]
+    # PEFT lets all of an active adapter require gradients afterwards, also in a tower the head froze
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with evaluating(model):
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+
+
+def check_vision_is_pretrained(model: nn.Module, what: str) -> None:
+    """Refuses a vision tower that is trained or has adapters.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        what: what needs the vision tower as it was, for the message.
+
+    Raises:
+        ConfigError: a parameter of it requires gradients, or one of its modules has an adapter.
+    """
+    base = base_model(model)
+    parts = [(name, base.get_submodule(name)) for name in tower_modules(model, "vision")]
+    changed = [f"{part}.{name}" for part, m in parts for name, p in m.named_parameters() if p.requires_grad]
+    changed += [f"{part}.{name}" for part, m in parts for name, one in m.named_modules() if isinstance(one, ADAPTERS)]
+    if changed:
+        remedy = (
+            "Adapt the text tower alone: context_prompt(...), SAFTConfig(towers='text'), ACLIPConfig(towers='text')."
+        )
+        raise ConfigError(f"{what}, so the vision tower must stay as it is", got=changed[:3], remedy=remedy)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A classifier whose head is made of class names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ProcessorMixin
+from transformers.utils import ModelOutput
+
+from ..encoders.class_embeds import class_embeddings, embed_prompts, encode_prompts, evaluating, prompt_tokens
+from ..encoders.dual_encoder import (
+    at_least_float32,
+    base_model,
+    family,
+    logit_bias,
+    logit_scale,
+    tower_modules,
+)
+from ..encoders.dual_encoder import image_embeds as embed_images
+from ..encoders.templates import TEMPLATES, check_class_names, check_templates
+from ..errors import ConfigError
+
+CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where its own part is saved
+
+__all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]
+
+
+@dataclass
+class ZeroShotClassifierOutput(ModelOutput):
+    """What `ZeroShotClassifier` returns.
+
+    Args:
+        loss: 0-dim, mean cross-entropy over the batch; None without labels.
+        logits: `(batch, classes)`.
+        image_embeds: `(batch, dim)`, L2-normalised.
+        class_embeds: `(classes, dim)`, L2-normalised; under `head="trainable"` the directions of its rows.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    image_embeds: Tensor | None = None
+    class_embeds: Tensor | None = None
+
+
+class ZeroShotClassifier(nn.Module):
+    """An image classifier around a dual encoder: images are compared with prompts that hold the class names.
+
+    At the start every `head` gives the zero-shot predictions of `model`, as it is when the classifier is built:
+    `exp(logit_scale) * image_embeds @ class_embeddings.T`, for SigLIP plus its `logit_bias`. They differ in what is
+    trained:
+
+    - `"frozen"`: the class embeddings are computed once and stay; training does not run the text tower.
+    - `"live"`: the prompts are encoded in every forward with gradients, so the text tower learns too. In eval mode and
+      without gradients the class embeddings are kept until the text tower gives others.
+    - `"trainable"`: a linear layer, `class_head`, that starts as `exp(logit_scale) * class_embeddings` and is trained
+      with the vision tower; training does not run the text tower.
+
+    Parameters that the chosen head does not use stop requiring gradients (the text tower under `"frozen"` and
+    `"trainable"`, the scale under `"trainable"`), and so does `logit_bias`, which cross-entropy cannot teach.
+
+    Args:
+        model: a dual encoder, plain or a `PeftModel` around one.
+        processor: its processor.
+        class_names: one per class, in the order of the labels.
+        templates: prompts with `{}` in place of the class name, one such prompt, or a key of `TEMPLATES`. The class
+            embedding is the mean over them.
+        head: `"frozen"`, `"live"` or `"trainable"`.
+
+    Raises:
+        ConfigError: the model is no supported dual encoder, a template has no `{}`, or `head` is unknown.
+        DataError: no class names, an empty or repeated one, or a prompt that is too long.
+
+    Example:
+        >>> clip = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
+        >>> processor = CLIPProcessor.from_pretrained("openai/clip-vit-base-patch32")
+        >>> classifier = ZeroShotClassifier(clip, processor, ["cat", "dog"])
+        >>> inputs = processor(images=[picture], return_tensors="pt")
+        >>> classifier(inputs["pixel_values"], labels=torch.tensor([0])).logits.shape
+        torch.Size([1, 2])
+    """
+
+    prompt_input_ids: Tensor
+    prompt_attention_mask: Tensor | None
+    class_embeds: Tensor  # of "frozen"
+    class_head: nn.Linear  # of "trainable"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        class_names: Sequence[str],
+        templates: Sequence[str] | str = "single",
+        head: Literal["frozen", "live", "trainable"] = "live",
+    ) -> None:
+        super().__init__()
+        if head not in ("frozen", "live", "trainable"):
+            raise ConfigError("unknown head", got=head, allowed="'frozen', 'live', 'trainable'")
+        self.model, self.processor, self.head = model, processor, head
+        self.class_names, self.templates = check_class_names(class_names), check_templates(templates)
+        prompts = prompt_tokens(model, processor, self.class_names, self.templates)
+        self.register_buffer("prompt_input_ids", prompts["input_ids"], persistent=False)
+        self.register_buffer("prompt_attention_mask", prompts.get("attention_mask"), persistent=False)
+        self._kept: tuple[list[int], Tensor, Tensor] | None = None  # of "live" in eval mode: tower state, embeddings
+        self._other_embeds: Tensor | None = None  # inside `classes`
+        if head != "live":
+            self._build_head()
+        self._freeze_unused()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> ZeroShotClassifierOutput:
+        """Classifies images.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`, for SigLIP 2 `(batch, patches, patch pixels)`.
+            labels: `(batch,)`, indices into `class_names`.
+            pixel_attention_mask: `(batch, patches)`, SigLIP 2 only.
+            spatial_shapes: `(batch, 2)`, SigLIP 2 only.
+            image_embeds: `(batch, dim)`, L2-normalised: embeddings in the place of images, see `with_image_embeds`.
+
+        Returns:
+            Logits and embeddings in float32 or better, and the loss where there are labels.
+
+        Raises:
+            ConfigError: there are neither images nor embeddings, or both.
+        """
+        if pixel_values is not None and image_embeds is None:
+            embeds = embed_images(self.model, pixel_values, pixel_attention_mask, spatial_shapes)  # (batch, dim)
+        elif pixel_values is None and image_embeds is not None:
+            embeds = image_embeds
+        else:
+            raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
+        class_embeds = self._class_embeds()  # (classes, dim)
+        logits = self._logits(embeds, class_embeds)  # (batch, classes)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        output = ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
+        return self._with_terms(output, labels)
+
+    @contextmanager
+    def classes(self, class_names: Sequence[str]) -> Iterator[None]:
+        """Inside the context the head is the zero-shot head of other classes, from the text tower as it is now.
+
+        Args:
+            class_names: the other classes, in the order of their labels.
+
+        Raises:
+            DataError: as at construction.
+
+        Example:
+            >>> with classifier.classes(["plane", "ship", "train"]):
+            ...     classifier(pixel_values).logits.shape
+            torch.Size([1, 3])
+        """
+        names, embeds = self.class_names, self._other_embeds
+        self._other_embeds = class_embeddings(self.model, self.processor, class_names, self.templates)
+        self.class_names = list(class_names)
+        try:
+            yield
+        finally:
+            self.class_names, self._other_embeds = names, embeds
+
+    def train(self, mode: bool = True) -> ZeroShotClassifier:
+        """Sets train or eval mode, as any module; class embeddings kept by the live head are computed anew."""
+        self._kept = None
+        return super().train(mode)
+
+    def encode_prompts(self) -> Tensor:
+        """Returns the class embeddings that the text tower gives now, `(classes, dim)`, L2-normalised."""
+        return encode_prompts(self.model, self.prompt_input_ids, self.prompt_attention_mask, len(self.templates))
+
+    def zero_shot_head(self) -> tuple[Tensor, Tensor]:
+        """Returns weight `(classes, dim)` and bias `(classes,)` of the linear layer that the text tower gives now."""
+        embeds, bias = self.encode_prompts(), logit_bias(self.model)  # (classes, dim), 0-dim
+        return logit_scale(self.model) * embeds, embeds.new_zeros(len(embeds)) + (0.0 if bias is None else bias)
+
+    def trained_head(self) -> tuple[Tensor, Tensor]:
+        """Returns weight `(classes, dim)` and bias `(classes,)` of `head="trainable"`, in float32 or better."""
+        return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recomputes activations in the backward; called by the `Trainer` of older transformers.
+
+        Args:
+            gradient_checkpointing_kwargs: passed on to `torch.utils.checkpoint.checkpoint`.
+        """
+        base_model(self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recomputes activations in the backward; called by `Trainer`.
+
+        Args:
+            activation_checkpointing_kwargs: passed on to `torch.utils.checkpoint.checkpoint`.
+            every_n_layers: of how many layers one is recomputed.
+            offload: whether what is kept for the recomputation waits in host memory.
+        """
+        base_model(self.model).activation_checkpointing_enable(
+            activation_checkpointing_kwargs, every_n_layers, offload
+        )
+
+    def _with_terms(self, output: ZeroShotClassifierOutput, labels: Tensor | None) -> ZeroShotClassifierOutput:
+        """What a classifier with terms of a loss of its own adds to the output (`OGENClassifier`)."""
+        return output
+
+    def _build_head(self) -> None:
+        with torch.no_grad(), evaluating(self.model):
+            if self.head == "frozen":
+                self.register_buffer("class_embeds", self.encode_prompts(), persistent=False)
+                return
+            weight, bias = self.zero_shot_head()
+            self.class_head = nn.Linear(weight.shape[1], len(weight), device="meta")  # no draw from the global RNG
+            self.class_head.weight, self.class_head.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def _freeze_unused(self) -> None:
+        base = base_model(self.model)
+        if family(self.model).logit_bias:  # moves no probability: its gradient is rounding noise, which Adam amplifies
+            base.logit_bias.requires_grad_(False)
+        if self.head == "trainable":
+            base.logit_scale.requires_grad_(False)
+        if self.head != "live":
+            for name in tower_modules(self.model, "text"):
+                base.get_submodule(name).requires_grad_(False)
+
+    def _logits(self, embeds: Tensor, class_embeds: Tensor) -> Tensor:
+        weight, bias = self._weight_and_bias(class_embeds)  # (classes, dim), (classes,) or 0-dim
+        with torch.autocast(embeds.device.type, enabled=False):  # logits differ by less than bfloat16 resolves
+            logits = embeds @ weight.T
+        return logits if bias is None else logits + bias
+
+    def _weight_and_bias(self, class_embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.head == "trainable" and self._other_embeds is None:
+            return self.trained_head()
+        return logit_scale(self.model) * class_embeds, logit_bias(self.model)
+
+    def _class_embeds(self) -> Tensor:
+        if self._other_embeds is not None:
+            return self._other_embeds
+        if self.head == "frozen":
+            return at_least_float32(self.class_embeds)
+        if self.head == "trainable":
+            return F.normalize(at_least_float32(self.class_head.weight), dim=-1)
+        if self.training or torch.is_grad_enabled():
+            return self.encode_prompts()
+        return self._kept_live_embeds()
+
+    def _kept_live_embeds(self) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            versions, probe = self._text_state()
+            if self._kept is None or self._kept[0] != versions or not self._kept[1].equal(probe):
+                self._kept = (versions, probe, self.encode_prompts())
+        return self._kept[2]
+
+    def _text_state(self) -> tuple[list[int], Tensor]:
+        """Writes to the tower show in its version counters, switches and scales of adapters in the first prompt."""
+        towers = [base_model(self.model).get_submodule(name) for name in tower_modules(self.model, "text")]
+        versions = [parameter._version for tower in towers for parameter in tower.parameters()]
+        return versions, self._embed_prompts(slice(1))
+
+    def _embed_prompts(self, rows: slice) -> Tensor:
+        mask = self.prompt_attention_mask
+        return embed_prompts(self.model, self.prompt_input_ids[rows], None if mask is None else mask[rows])

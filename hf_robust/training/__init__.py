@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer, its arguments and its checkpoints."""

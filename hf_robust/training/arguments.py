@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of `RobustTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import ConfigError
+from ..losses.similarity import SimilarityLoss
+
+
+@dataclass
+class RobustTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with what a `ZeroShotClassifier`, SAFT and the similarity loss need.
+
+    > Parameters that control the classifier
+
+    Args:
+        templates: prompt templates of the class names: a key of `hf_robust.tasks.class_names.TEMPLATES`, or one
+            template with `{}` in the place of the class name.
+        head: `"live"` encodes the class prompts in every training step, `"frozen"` once before training,
+            `"trainable"` starts a linear layer from them.
+
+    > Parameters that control SAFT
+
+    Args:
+        selection_batch_size: images in a batch of the pass that selects SAFT's entries. It changes speed and memory,
+            not the entries.
+
+    > Parameters that control the similarity loss
+
+    Args:
+        similarity_weight: weight of the distance between the embeddings of the trained and of the pre-trained model,
+            which is added to the loss; 0 for none. See `SimilarityLoss`.
+        similarity_distance: `"cosine"`, `"l2"`, `"mse"` or `"l1"`.
+        similarity_towers: whose embeddings are held, `"vision"`, `"text"` or `"both"`; the last two need
+            `head="live"`.
+        similarity_schedule: how the weight goes on: `"constant"`, `"linear"` to 0 or `"cosine"` to 0.
+        cache_reference_embeddings: embed the training set with the pre-trained model once and keep that on disk,
+            instead of in every step. In batches of other sizes an embedding is rounded otherwise: in float32 the
+            cosine distance of the first step is below 1e-6, without cache (and dropout) it is exactly 0. `"l2"` and
+            `"l1"` pull with full strength however small a difference is, so in the first step they follow rounding.
+
+    > [!NOTE]
+    > These defaults differ from `TrainingArguments`: `remove_unused_columns=False` (it would drop the images),
+    > `ddp_broadcast_buffers=False` (no buffer changes in training), `report_to="none"`, `logging_nan_inf_filter=False`
+    > (`RobustTrainer` stops at a loss that is not finite). On a machine without accelerator `use_cpu=True` (else
+    > processes that were started together would each train alone) and `dataloader_pin_memory=False`.
+    > `label_smoothing_factor` must stay 0.
+
+    Raises:
+        ConfigError: for a `label_smoothing_factor`, a setting of the similarity loss that is none of the above, or a
+            cache that would hold nothing.
+
+    Example:
+        >>> args = RobustTrainingArguments("runs/saft", templates="a drawing of a {}.", learning_rate=1e-3)
+        >>> args.head, args.selection_batch_size
+        ('live', 32)
+    """
+
+    templates: str = field(
+        default="a photo of a {}.", metadata={"help": "Name of a template set, or one template with {}."}
+    )
+    head: Literal["live", "frozen", "trainable"] = field(
+        default="live", metadata={"help": "How the class names become a classifier head: live, frozen or trainable."}
+    )
+    selection_batch_size: int = field(
+        default=32, metadata={"help": "Images per batch while SAFT's entries are selected."}
+    )
+    similarity_weight: float = field(default=0.0, metadata={"help": "Weight of the similarity loss; 0 for none."})
+    similarity_distance: Literal["cosine", "l2", "mse", "l1"] = field(
+        default="cosine", metadata={"help": "Distance of embeddings: cosine, l2, mse or l1."}
+    )
+    similarity_towers: Literal["vision", "text", "both"] = field(
+        default="vision", metadata={"help": "Whose embeddings the similarity loss holds: vision, text or both."}
+    )
+    similarity_schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "How the weight goes on: constant, linear or cosine."}
+    )
+    cache_reference_embeddings: bool = field(
+        default=False, metadata={"help": "Embed the training set with the pre-trained model once, and keep that."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: it would drop the images."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send buffers to all ranks."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Integrations to report to."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing_factor != 0:
+            raise ConfigError("label smoothing is not supported", got=self.label_smoothing_factor, allowed="0")
+        self.similarity_loss()
+        if self.cache_reference_embeddings and (self.similarity_weight == 0 or self.similarity_towers == "text"):
+            got = {"similarity_weight": self.similarity_weight, "similarity_towers": self.similarity_towers}
+            remedy = "Set similarity_weight > 0 and similarity_towers='vision' or 'both', or do without the cache."
+            where = "cache_reference_embeddings"
+            raise ConfigError("no reference embedding of an image is used", where=where, got=got, remedy=remedy)
+        if not torch.accelerator.is_available():
+            self.use_cpu, self.dataloader_pin_memory = True, False
+        super().__post_init__()
+
+    def similarity_loss(self) -> SimilarityLoss:
+        """Returns the similarity loss with these settings.
+
+        Raises:
+            ConfigError: one is out of range or unknown.
+        """
+        return SimilarityLoss(
+            self.similarity_distance, self.similarity_weight, self.similarity_towers, self.similarity_schedule
+        )

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint of a `ZeroShotClassifier` holds, and how it is read back.
+
+A folder has the adapter as PEFT writes it, or the whole dual encoder as transformers writes it, so that both load
+without this module; beside it `classifier.json` (class names, templates, head) and, where the classifier has weights
+of its own, `classifier.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import AdapterFileError
+from ..ogen import OGENClassifier
+from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE, ZeroShotClassifier
+from ..tuners.saft import SAFTConfig, saft_unselected
+
+ENCODER, HEAD = "model.", "class_head."  # prefixes in the classifier's state dict
+
+
+def save_encoder(classifier: ZeroShotClassifier, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Writes the adapters of the classifier's dual encoder, or the whole encoder where it has none.
+
+    Args:
+        classifier: the classifier.
+        folder: where to.
+        state_dict: the classifier's tensors, where they cannot be read from the modules (FSDP).
+    """
+    if state_dict is not None:
+        state_dict = {name.removeprefix(ENCODER): tensor for name, tensor in state_dict.items()}
+    encoder: Any = classifier.model
+    if isinstance(encoder, PeftModel):
+        # "auto" would ask the Hub whether the vocabulary has grown
+        encoder.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+    else:
+        encoder.save_pretrained(folder, state_dict=state_dict)
+
+
+def load_encoder(classifier: ZeroShotClassifier, folder: Path) -> None:
+    """Reads back what `save_encoder` wrote, in place.
+
+    Args:
+        classifier: a classifier with the same adapters, or without any if the folder holds a whole encoder.
+        folder: where from.
+
+    Raises:
+        AdapterFileError: the folder lacks weights of the model.
+    """
+    encoder: Any = classifier.model
+    if isinstance(encoder, PeftModel):
+        for name in list(encoder.peft_config):
+            _load_adapter(encoder, name, folder if name == "default" else folder / name)
+        return
+    saved, report = type(encoder).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    _require_all(sorted(report["missing_keys"]), folder)
+    encoder.load_state_dict(saved.state_dict())
+
+
+def _load_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    active = name in model.active_adapters
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    if isinstance(model.peft_config[name], SAFTConfig) and saft_unselected(model, name):
+        model.delete_adapter(name)  # it has no room for the checkpoint's entries yet
+    report = model.load_adapter(str(folder), name, is_trainable=active, torch_device="cpu")
+    _require_all(report.missing_keys, folder)
+    if active:
+        model.set_adapter(name)
+    for parameter in frozen:  # PEFT lets all of an active adapter require gradients, also in a tower the head froze
+        parameter.requires_grad_(False)
+
+
+def _require_all(missing: list[str], folder: Path) -> None:
+    if missing:
+        what = f"checkpoint lacks {len(missing)} tensors of the model"
+        raise AdapterFileError(what, where=str(folder), got=missing[:3], remedy="Build the model as it was saved.")
+
+
+def save_head(classifier: ZeroShotClassifier, folder: Path) -> None:
+    """Writes class names, templates and head mode, and the weights of a trainable head.
+
+    The names of the new classes that OGEN was given are written too, as they are information that went into the model.
+
+    Args:
+        classifier: the classifier.
+        folder: where to.
+    """
+    head: dict[str, Any] = {name: list(getattr(classifier, name)) for name in ("class_names", "templates")}
+    head["head"] = classifier.head
+    if isinstance(classifier, OGENClassifier):
+        head["new_class_names"] = classifier.new_class_names
+    text = json.dumps(head, indent=2, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    weights = _own_weights(classifier)
+    if weights:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+
+
+def load_head(classifier: ZeroShotClassifier, folder: Path) -> None:
+    """Reads back what `save_head` wrote, in place.
+
+    Args:
+        classifier: a classifier for the same classes.
+        folder: where from.
+
+    Raises:
+        AdapterFileError: the folder is for other classes or another head, or lacks weights.
+    """
+    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    for name, value in (("class_names", list(classifier.class_names)), ("head", classifier.head)):
+        if saved[name] != value:
+            raise AdapterFileError(f"checkpoint has another {name}", where=str(folder), got=saved[name])
+    expected = _own_weights(classifier)
+    weights = load_file(folder / WEIGHTS_FILE) if expected else {}
+    _require_all(sorted(set(expected) - set(weights)), folder)
+    classifier.load_state_dict(weights, strict=False)
+
+
+def _own_weights(classifier: ZeroShotClassifier) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith(HEAD)}
