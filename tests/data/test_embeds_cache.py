@@ -10,7 +10,7 @@ from peft import LoraConfig
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from hf_robust import reference_cache
+from hf_robust.data import embeds_cache
 from hf_robust.data.collator import REFERENCE_EMBEDS, ImageCollator
 from hf_robust.data.embeds_cache import pretrained_image_embeds, with_reference_embeds
 from hf_robust.encoders.dual_encoder import image_embeds
@@ -37,7 +37,7 @@ def calls(monkeypatch):
         seen.append(len(inputs["pixel_values"]))
         return pretrained_image_embeds(model, inputs)
 
-    monkeypatch.setattr(reference_cache, "pretrained_image_embeds", spy)
+    monkeypatch.setattr(embeds_cache, "pretrained_image_embeds", spy)
     return seen
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file
 
-from hf_robust import prompts
+from hf_robust.encoders import context
 from hf_robust.encoders.context import context_prompt
 from hf_robust.encoders.dual_encoder import input_embeddings, text_embeds, tokenize
 from hf_robust.encoders.templates import class_prompts
@@ -277,7 +277,7 @@ def test_a_users_own_trained_tokens_are_not_refused(tokens, names):
 
 
 def test_models_without_trained_tokens_are_not_checked(monkeypatch):
-    monkeypatch.setattr(prompts, "tokenize", None)  # what a check would need first
+    monkeypatch.setattr(context, "tokenize", None)  # what a check would need first
     for model in (plain(), tiny_lora(plain())):
         assert class_embeddings(model, processor(), NAMES).shape[0] == 3
 

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from hf_robust import class_embeds
+from hf_robust.encoders import class_embeds
 from hf_robust.encoders.dual_encoder import base_model, logit_bias, logit_scale, text_embeds
 from hf_robust.tasks.class_names import ZeroShotClassifier, class_embeddings
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_lora, tiny_model, tiny_processor

@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from hf_robust import SAFTConfig, select_saft, trainer
+from hf_robust import SAFTConfig, select_saft
 from hf_robust.data.collator import ImageCollator
 from hf_robust.tasks.class_names import ZeroShotClassifier
+from hf_robust.training import trainer
 from hf_robust.training.arguments import RobustTrainingArguments
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import FAMILIES, image_dataset, tiny_model, tiny_processor

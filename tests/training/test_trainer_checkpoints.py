@@ -12,10 +12,11 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from hf_robust import SAFTConfig, trainer
+from hf_robust import SAFTConfig
 from hf_robust.data.collator import ImageCollator
 from hf_robust.errors import AdapterFileError
 from hf_robust.tasks.class_names import ZeroShotClassifier
+from hf_robust.training import trainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 from tests.trainers import METHODS, NAMES, build, entries, same, weights
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from hf_robust import reference, reference_cache
+from hf_robust.data import embeds_cache
 from hf_robust.data.collator import REFERENCE_EMBEDS
 from hf_robust.data.embeds_cache import pretrained_image_embeds
+from hf_robust.losses import reference
 from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.tiny_models import image_dataset
 from tests.trainers import METHODS, NAMES, entries, same, weights
@@ -28,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 def calls(monkeypatch):
     """How many images θ₀ embedded, live and for the cache."""
     seen = {"live": [], "cache": []}
-    for name, module in (("live", reference), ("cache", reference_cache)):
+    for name, module in (("live", reference), ("cache", embeds_cache)):
 
         def spy(model, inputs, images=seen[name]):
             images.append(len(inputs["pixel_values"]))
