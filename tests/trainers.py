@@ -37,14 +37,13 @@ def build(folder, method="full", family="clip", model=None, **settings):
         "eval_dataset": {"id": image_dataset(7, NAMES, seed=50), "new": image_dataset(9, OTHER_NAMES, seed=90)},
     }
     datasets["eval_dataset"] = settings.pop("eval_dataset", datasets["eval_dataset"])
-    class_names, ogen = settings.pop("class_names", None), settings.pop("ogen", None)
+    names = {name: settings.pop(name, None) for name in ("class_names", "ogen", "compute_metrics", "data_collator")}
     defaults = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     quiet = {"use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
     args = RobustTrainingArguments(str(folder), **{**defaults, **quiet, **settings})
     torch.manual_seed(0)  # LoRA's first weights
     model = METHODS[method](tiny_model(family) if model is None else model)
     processor = tiny_processor(family)
-    names = {"class_names": class_names, "ogen": ogen}
     return cls(model, args, **datasets, processing_class=processor, **names, callbacks=callbacks)
 
 

@@ -21,7 +21,9 @@ from transformers import BaseImageProcessor, ProcessorMixin
 from ..encoders.dual_encoder import base_model, image_embeds, tower_modules
 from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, DataError
-from .collator import IMAGE_EMBEDS, REFERENCE_EMBEDS, ImageCollator, batches_in_order
+from .collator import ImageCollator, batches_in_order
+from .columns import IMAGE, IMAGE_EMBEDS, REFERENCE_EMBEDS
+from .rows import LabelledImages, labelled_images
 
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")  # what PEFT puts into the names of the base's tensors
@@ -38,7 +40,7 @@ def with_reference_embeds(
     change. Images are not copied.
 
     Args:
-        dataset: a `datasets.Dataset` with a column `image`, without transform.
+        dataset: a `datasets.Dataset` with a column of images, see `labelled_images`, without transform.
         model: θ₀, or θ₀ with adapters.
         collator: an `ImageCollator`.
         batch_size: images embedded at once; it moves an embedding by no more than rounding.
@@ -46,7 +48,7 @@ def with_reference_embeds(
         silent: without a progress bar.
 
     Returns:
-        The dataset, with the same rows in the same order.
+        The dataset, with the same rows in the same order; its columns are called `image` and `label`.
 
     Raises:
         ConfigError: images may not look the same every time, so that what is cached would be that of other images.
@@ -56,13 +58,13 @@ def with_reference_embeds(
         >>> with_reference_embeds(train, clip, ImageCollator(processor), batch_size=64).column_names
         ['image', 'label', 'reference_embeds']
     """
-    _check_cacheable(dataset, collator)
+    dataset = _check_cacheable(dataset, collator).to_dataset()
     table = dataset._data  # the rows in the order of the file, of which `dataset` may show some, in its own order
     indices = None if dataset._indices is None else dataset._indices["indices"].to_numpy().astype(np.int64)
     file = _file(dataset, model, collator)
     if not file.exists():
         rows = np.arange(len(table)) if indices is None else np.unique(indices)
-        images = datasets.Dataset(table, info=dataset.info, fingerprint=dataset._fingerprint).select_columns("image")
+        images = datasets.Dataset(table, info=dataset.info, fingerprint=dataset._fingerprint).select_columns(IMAGE)
         device, title = next(model.parameters()).device, None if silent else "Embedding the training set"
         batches = batches_in_order(images.select(rows), collator, batch_size, workers, device, title)
         embeds = (pretrained_image_embeds(model, batch).float().cpu().numpy() for batch in batches)  # (batch, dim)
@@ -73,7 +75,7 @@ def with_reference_embeds(
 
 
 def with_image_embeds(
-    dataset: datasets.Dataset,
+    dataset: Any,
     model: nn.Module,
     processor: ProcessorMixin | BaseImageProcessor,
     batch_size: int = 64,
@@ -87,7 +89,7 @@ def with_image_embeds(
     next time. Rows can be selected and labels changed afterwards.
 
     Args:
-        dataset: a `datasets.Dataset` with a column `image`, without transform.
+        dataset: a `datasets.Dataset` with a column of images, see `labelled_images`, without transform.
         model: the dual encoder that will be trained; its adapters have no say.
         processor: its processor, or its image processor.
         batch_size: images embedded at once; it moves an embedding by no more than rounding.
@@ -107,7 +109,7 @@ def with_image_embeds(
     """
     how = ImageCollator(processor), batch_size, workers, silent
     embedded = with_reference_embeds(dataset, model, *how)
-    return embedded.remove_columns("image").rename_column(REFERENCE_EMBEDS, IMAGE_EMBEDS)
+    return embedded.remove_columns(IMAGE).rename_column(REFERENCE_EMBEDS, IMAGE_EMBEDS)
 
 
 @torch.no_grad()
@@ -145,22 +147,26 @@ def is_cacheable(dataset: Any, collator: Any) -> bool:
     return True
 
 
-def _check_cacheable(dataset: Any, collator: Any) -> None:
+def _check_cacheable(dataset: Any, collator: Any) -> LabelledImages:
     where, remedy = "cache_reference_embeddings", "Set cache_reference_embeddings=False."
-    if not isinstance(dataset, datasets.Dataset):
+    rows = labelled_images(dataset, "dataset")
+    if not isinstance(rows, LabelledImages) or not isinstance(rows.rows, datasets.Dataset) or rows.columns is None:
         what, got = "dataset has no fingerprint", type(dataset).__name__
         raise ConfigError(what, where=where, got=got, allowed="datasets.Dataset", remedy=remedy)
-    if dataset.format["type"] is not None:
-        what, got = "images of a dataset with a transform may differ every time", dataset.format["type"]
-        raise ConfigError(what, where=where, got=got, remedy="Call dataset.reset_format(). Or: " + remedy)
-    if type(collator) is not ImageCollator:
-        what, got = "images of another data collator may differ every time", type(collator).__name__
-        raise ConfigError(what, where=where, got=got, allowed="ImageCollator", remedy=remedy)
-    if IMAGE_EMBEDS in dataset.column_names:
-        raise ConfigError("images are embedded already", where=where, got=dataset.column_names, remedy=remedy)
-    if REFERENCE_EMBEDS in dataset.column_names:
+    if rows.columns.transform is not None:
+        what = "images of a dataset with a transform may differ every time"
+        raise ConfigError(what, where=where, remedy="Call dataset.reset_format(). Or: " + remedy)
+    if type(collator) is not ImageCollator or collator.transform is not None:
+        what = "images of another data collator, or with a transform, may differ every time"
+        allowed = "ImageCollator without transform"
+        raise ConfigError(what, where=where, got=type(collator).__name__, allowed=allowed, remedy=remedy)
+    names = rows.rows.column_names
+    if IMAGE_EMBEDS in names:
+        raise ConfigError("images are embedded already", where=where, got=names, remedy=remedy)
+    if REFERENCE_EMBEDS in names:
         remedy = f"Use dataset.remove_columns({REFERENCE_EMBEDS!r})."
         raise DataError("dataset has the column already", where=where, got=REFERENCE_EMBEDS, remedy=remedy)
+    return rows
 
 
 # --- the file ---

@@ -89,7 +89,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
         class_names: one per class.
 
     Raises:
-        DataError: there are none, or one is no text, blank, or repeated (blanks around it and case do not count).
+        DataError: there are none, or one is no text, blank, or repeated (see `name_key`).
 
     Example:
         >>> check_class_names(["crane", "Crane "])
@@ -102,11 +102,33 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     for index, name in enumerate(class_names):
         if not isinstance(name, str) or not name.strip():
             raise DataError("class name is empty", where=f"class {index}", got=name, allowed="text")
-        key = name.strip().casefold()
+        key = name_key(name)
         if key in seen:
             raise DataError("class name occurs twice", where=f"classes {seen[key]} and {index}", got=name)
         seen[key] = index
     return list(class_names)
+
+
+def name_key(name: str) -> str:
+    """Returns what two spellings of one class name have in common.
+
+    Args:
+        name: underscores count as blanks; case and blanks around it do not count.
+
+    Example:
+        >>> name_key(" Hot_dog") == name_key("hot dog")
+        True
+    """
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def readable(name: str) -> str:
+    """Returns the name of a class as a prompt needs it: underscores become blanks.
+
+    Args:
+        name: as data call the class.
+    """
+    return name.replace("_", " ").strip()
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Value
+from datasets import Dataset
 
-from ..data.sources import check_column
-from ..encoders.templates import check_class_names
+from ..data.class_spaces import ClassSpace, check_pairing, class_space
+from ..data.columns import find_column, no_column
+from ..data.labels import class_indices, is_text
+from ..encoders.templates import check_class_names, name_key
 from ..errors import DataError
 from .suite import SuiteSet
 
@@ -47,31 +49,61 @@ def load_labels(suite_set: SuiteSet, dataset: Dataset) -> LoadedSet:
         ConfigError: subset or merge do not fit the class names.
     """
     where = suite_set.name
-    check_column(dataset, suite_set.label_column, "label_column", where)
-    labels, own_names = _labels(dataset, suite_set.label_column)
-    names = own_names if suite_set.class_names is None else list(suite_set.class_names)
-    if names is None:
-        remedy = "Give class_names, or class_names_file."
-        raise DataError("labels have no class names", where=where, got=labels[0].item(), remedy=remedy)
+    column = find_column("label", dataset.column_names, where, suite_set.label_column)
+    if column is None:
+        raise no_column("label", dataset.column_names, where)
+    if len(dataset) == 0:
+        raise DataError("dataset is empty", where=where, got=0, allowed="at least one image")
+    labels, own_names = class_indices(dataset, column, where)
+    names = _class_names(suite_set, own_names, where)
     answers = suite_set.answers(check_class_names(names))
     label_names, targets_of_labels = _label_space(suite_set, names, answers)
-    if labels.dtype.kind in "iu":
-        _check_order(label_names, own_names, where)
-        numbers = labels
-    else:
-        known = {_key(name): index for index, name in enumerate(label_names)}
-        numbers = np.array([known.get(_key(label), -1) for label in labels])
+    numbers = labels
+    if is_text(dataset.features[column]) and own_names is not None:
+        known = {name_key(name): index for index, name in enumerate(label_names)}
+        numbers = np.array([known.get(name_key(name), -1) for name in own_names])[labels]
+    elif own_names is not None and not isinstance(suite_set.class_names, Mapping):
+        check_pairing(own_names, label_names, where)
     wrong = (numbers < 0) | (numbers >= len(label_names))
     wrong[~wrong] = targets_of_labels[numbers[~wrong]] == NO_CLASS
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         remedy = "Check class_names, subset, labels_in and merge of the set."
         what, allowed = f"label of row {row} is no class", f"the {len(answers)} answers, {[*answers][:3]}…"
-        raise DataError(what, where=where, got=labels[row].item(), allowed=allowed, remedy=remedy)
-    targets = targets_of_labels[numbers]
-    if (targets < 0).all():
-        raise DataError("all images are left out", where=where, got=suite_set.merge)
-    return LoadedSet(suite_set, names, answers, targets)
+        raise DataError(what, where=where, got=_label(dataset, column, row), allowed=allowed, remedy=remedy)
+    return LoadedSet(suite_set, names, answers, targets_of_labels[numbers])
+
+
+def among_known(one: LoadedSet, known: ClassSpace) -> LoadedSet:
+    """Returns the set with the classes it lacks of a classifier's as possible answers, if it has no others.
+
+    Args:
+        one: the set; with a `subset` or a `merge` its settings say what can be answered, and it stays as it is.
+        known: the classifier's classes.
+    """
+    relation = known.relate(one.class_names)
+    if relation.kind != "subset" or one.suite_set.subset is not None or one.suite_set.merge is not None:
+        return one
+    n = len(one.class_names)
+    missing = {name: [n + index] for index, name in enumerate(relation.words[n:])}
+    return replace(one, class_names=[*one.class_names, *missing], answers=one.answers | missing)
+
+
+def with_rows(one: LoadedSet, rows: np.ndarray) -> LoadedSet:
+    """Returns the set without the other rows.
+
+    Args:
+        one: the set.
+        rows: the numbers of those that stay.
+
+    Raises:
+        DataError: no row with an answer stays.
+    """
+    targets = np.full(len(one.targets), LEFT_OUT)
+    targets[rows] = one.targets[rows]
+    if (targets == LEFT_OUT).all():
+        raise DataError("all images are left out", where=one.suite_set.name, got=one.suite_set.merge)
+    return replace(one, targets=targets)
 
 
 def _label_space(
@@ -89,32 +121,11 @@ def _label_space(
     return list(answers), np.arange(len(answers))
 
 
-def _labels(dataset: Dataset, column: str) -> tuple[np.ndarray, list[str] | None]:
-    """Labels `(rows,)`, indices or text, and the names the dataset itself has for its classes."""
-    feature = dataset.features[column]
-    values = dataset.select_columns(column).with_format("arrow")[:][column].to_pylist()
-    dtype = feature.dtype if isinstance(feature, ClassLabel | Value) else type(feature).__name__
-    if dtype in ("string", "large_string"):
-        labels = np.array(["" if value is None else value for value in values])
-        return labels, sorted({label.replace("_", " ") for label in labels.tolist()})
-    if "int" not in dtype:
-        raise DataError("labels are no class indices", where=column, got=dtype, allowed="integers from 0, or text")
-    labels = np.array([-1 if value is None else value for value in values])
-    if isinstance(feature, ClassLabel) and feature.names:
-        return labels, [name.replace("_", " ") for name in feature.names]
-    return labels, None
+def _class_names(suite_set: SuiteSet, own_names: list[str] | None, where: str) -> list[str]:
+    if isinstance(suite_set.class_names, Sequence):
+        return list(suite_set.class_names)
+    return list(class_space(own_names, suite_set.class_names, where).words)
 
 
-def _check_order(label_names: Sequence[str], own_names: list[str] | None, where: str) -> None:
-    """Refuses class names that the dataset counts otherwise: all accuracies would be wrong, and none would look it."""
-    own = {_key(name): index for index, name in enumerate(own_names or [])}
-    for index, name in enumerate(label_names):
-        if own.get(_key(name), index) != index:
-            what = f"class {index} stands elsewhere in the dataset"
-            allowed = f"as class {own[_key(name)]}"
-            remedy = "Leave class_names out, or relate labels to them by merge."
-            raise DataError(what, where=where, got=name, allowed=allowed, remedy=remedy)
-
-
-def _key(name: str) -> str:
-    return name.replace("_", " ").strip().casefold()
+def _label(dataset: Dataset, column: str, row: int) -> object:
+    return dataset.with_format("arrow")[row : row + 1][column][0].as_py()

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ProcessorMixin
 
-from ..data.collator import ImageCollator, batches_in_order, check_dataset, feature_class_names
+from ..data.class_spaces import class_space
+from ..data.collator import ImageCollator, batches_in_order
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
+from ..data.labels import check_labels
+from ..data.rows import LabelledImages, labelled_images
 from ..encoders.class_embeds import class_embeddings
 from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, DataError, NonFiniteError
@@ -75,14 +78,13 @@ def task_difficulty(
         >>> plot_difficulty(difficulty).figure.savefig("difficulty.png")
     """
     _check_settings(silhouette, sample_size, seed)
-    names = feature_class_names(dataset) if class_names is None else list(class_names)
-    if names is None:
-        remedy = "Pass class_names, one per class in the order of the labels."
-        raise DataError("labels have no class names", where="dataset", remedy=remedy)
-    check_dataset(dataset, len(names), "dataset")
+    rows = labelled_images(dataset, "dataset")
+    names = list(class_space(rows.class_names, class_names, "class_names").words)
+    if isinstance(rows, LabelledImages) and rows.labels is not None:
+        check_labels(rows.labels, len(names), rows.name)
     with pretrained_weights(model):
         class_embeds = class_embeddings(model, processor, names, templates)  # before the images: it fails sooner
-    images, labels = _embed_images(model, dataset, processor, batch_size, workers, silent)
+    images, labels = _embed_images(model, rows, processor, batch_size, workers, silent)
     return embedding_difficulty(images, labels, class_embeds, names, silhouette, sample_size, seed)
 
 
@@ -189,7 +191,8 @@ def _embed_images(
     """Embeddings `(images, dim)` and labels `(images,)`."""
     collator, title = ImageCollator(processor), None if silent else "Embedding the images"
     if is_cacheable(dataset, collator):
-        dataset, title = with_image_embeds(dataset, model, processor, batch_size, workers, silent), None
+        embedded = with_image_embeds(dataset, model, processor, batch_size, workers, silent)
+        dataset, title = labelled_images(embedded, "dataset"), None
     embeds, labels = [], []
     for batch in batches_in_order(dataset, collator, batch_size, workers, next(model.parameters()).device, title):
         if "labels" not in batch:

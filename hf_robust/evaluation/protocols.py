@@ -26,9 +26,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
-from ..data.collator import feature_class_names
+from ..data.columns import find_column, no_column
+from ..data.labels import NO_LABEL, check_labels, class_indices, replace_labels
 from ..errors import ConfigError, DataError
 from .statistics import standard_error
 
@@ -40,27 +41,28 @@ def base_to_new(dataset: Dataset) -> tuple[Dataset, Dataset]:
     the methods after it. Images are neither decoded nor copied.
 
     Args:
-        dataset: rows with a `label` that is a `ClassLabel`.
+        dataset: rows with labels that are a `ClassLabel`, or text.
 
     Returns:
         The base and the new rows, in the order they had, with all their columns. In each half labels start at 0 and
         `label` has the names of that half; a class without rows keeps its place.
 
     Raises:
-        DataError: `label` is no `ClassLabel`, has fewer than two classes, or a row's label is none of them.
+        DataError: labels have no names, there are fewer than two classes, or a row's label is none of them.
 
     Example:
         >>> base, new = base_to_new(pets)
         >>> len(pets.features["label"].names), len(base.features["label"].names), len(new.features["label"].names)
         (37, 19, 18)
     """
-    names = _class_names(dataset)
+    column, labels, names = _labels(dataset)
     if len(names) < 2:
-        raise DataError("too few classes for two halves", where="label", got=names, allowed="at least 2")
-    labels = _labels(dataset, len(names))  # (rows,)
+        raise DataError("too few classes for two halves", where=column, got=names, allowed="at least 2")
     middle = -(-len(names) // 2)
-    base = _part(dataset, labels, names[:middle], first=0)
-    return base, _part(dataset, labels, names[middle:], first=middle)
+    base, new = labels < middle, labels >= middle  # (rows,) each
+    first = replace_labels(dataset, column, np.where(base, labels, NO_LABEL), names[:middle])
+    second = replace_labels(dataset, column, np.where(new, labels - middle, NO_LABEL), names[middle:])
+    return first.select(np.flatnonzero(base)), second.select(np.flatnonzero(new))
 
 
 def few_shot(dataset: Dataset, shots: int, seed: int = 0) -> Dataset:
@@ -69,7 +71,7 @@ def few_shot(dataset: Dataset, shots: int, seed: int = 0) -> Dataset:
     CoOp (Zhou et al. 2022, arXiv 2109.01134) trains on 1, 2, 4, 8 or 16 shots, and validates on `min(shots, 4)`.
 
     Args:
-        dataset: rows with a `label` that is a `ClassLabel`.
+        dataset: rows with labels that are a `ClassLabel`, or text.
         shots: rows per class, from 1.
         seed: of the draw, from 0; the global random state has no part in it.
 
@@ -78,7 +80,7 @@ def few_shot(dataset: Dataset, shots: int, seed: int = 0) -> Dataset:
 
     Raises:
         ConfigError: `shots` is no integer from 1.
-        DataError: `label` is no `ClassLabel`, a row's label is none of its classes, or a class has fewer rows.
+        DataError: labels have no names, a row's label is none of the classes, or a class has fewer rows.
 
     Example:
         >>> len(few_shot(pets, shots=16, seed=1))  # 37 classes
@@ -86,8 +88,7 @@ def few_shot(dataset: Dataset, shots: int, seed: int = 0) -> Dataset:
     """
     if not isinstance(shots, int) or shots < 1:
         raise ConfigError("shots is out of range", got=shots, allowed="integers from 1")
-    names = _class_names(dataset)
-    labels = _labels(dataset, len(names))  # (rows,)
+    _, labels, names = _labels(dataset)
     counts = np.bincount(labels, minlength=len(names))  # (classes,)
     for name, count in zip(names, counts.tolist(), strict=True):
         if count < shots:
@@ -137,39 +138,17 @@ def one_standard_error_rule(accuracies: Sequence[float], losses: Sequence[float]
     return min((i for i, accuracy in enumerate(accuracies) if accuracy >= least), key=lambda i: losses[i])
 
 
-def _class_names(dataset: Dataset) -> list[str]:
-    names = feature_class_names(dataset) if isinstance(dataset, Dataset) else None
+def _labels(dataset: Dataset) -> tuple[str, np.ndarray, list[str]]:
+    """The column of labels, the labels `(rows,)`, and the names of the classes."""
+    if not isinstance(dataset, Dataset):
+        raise DataError("not a datasets.Dataset", where="dataset", got=type(dataset).__name__)
+    column = find_column("label", dataset.column_names, "dataset")
+    if column is None:
+        raise no_column("label", dataset.column_names, "dataset")
+    labels, names = class_indices(dataset, column, "dataset")
     if names is None:
-        got = dataset.features.get("label") if isinstance(dataset, Dataset) else type(dataset).__name__
-        remedy = "Use dataset.class_encode_column('label'), or dataset.cast_column('label', ClassLabel(names=...))."
-        allowed = "a datasets.Dataset with a ClassLabel"
-        raise DataError("labels have no class names", where="label", got=got, allowed=allowed, remedy=remedy)
-    return names
-
-
-def _labels(dataset: Dataset, n_classes: int) -> np.ndarray:
-    column = dataset.select_columns("label").with_format("arrow")[:]["label"]
-    labels = column.fill_null(-1).to_numpy()  # (rows,)
-    wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
-    if len(wrong):
-        row, allowed = int(wrong[0]), f"0 to {n_classes - 1}"
-        raise DataError(f"label of row {row} is no class", where="label", got=column[row].as_py(), allowed=allowed)
-    return labels
-
-
-def _part(dataset: Dataset, labels: np.ndarray, names: list[str], first: int) -> Dataset:
-    """The rows whose labels are among `names`, the first of which is class `first`.
-
-    `dataset` may show some rows of its table, in its own order. The column is replaced in the whole table, since a
-    dataset with a selection would first copy what it selects, images too.
-    """
-    table, indices = dataset._data, dataset._indices
-    rows = np.arange(len(table)) if indices is None else indices["indices"].to_numpy().astype(np.int64)
-    inside = (labels >= first) & (labels < first + len(names))  # (rows,)
-    column = np.full(len(table), -1)
-    column[rows[inside]] = labels[inside] - first
-    whole = Dataset(table, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
-    feature = ClassLabel(names=names)
-    whole = whole.remove_columns("label").add_column("label", column, feature=feature)
-    part = whole.select_columns(dataset.column_names).select(rows[inside])
-    return part.with_format(**dataset.format)
+        remedy = "Use dataset.cast_column('label', ClassLabel(names=...))."
+        got, allowed = dataset.features[column], "a ClassLabel, or text"
+        raise DataError("labels have no class names", where=column, got=got, allowed=allowed, remedy=remedy)
+    check_labels(labels, len(names), column)
+    return column, labels, names

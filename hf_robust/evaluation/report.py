@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class SetResult:
         confidences: `(images,)`, the probability of the prediction, a fraction: softmax over the answers' logits.
         fingerprint: stands for the decoded images, before any corruption, and their right answers, in order. Two runs
             with the same one can be compared image by image.
+        skipped: what is wrong with the images that were left out by `on_bad_image="skip"`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class SetResult:
     predictions: np.ndarray
     confidences: np.ndarray
     fingerprint: str
+    skipped: Sequence[str] = ()
 
     @property
     def correct(self) -> np.ndarray:
@@ -66,6 +69,7 @@ class SetResult:
         return {
             "role": self.role,
             "images": len(self.targets),
+            "skipped": list(self.skipped),
             **self.metrics,
             "fingerprint": self.fingerprint,
             "answers": self.answers,
@@ -124,8 +128,9 @@ class SuiteReport:
         arrays = {"rows": np.int64, "targets": np.int64, "predictions": np.int64, "confidences": np.float64}
         sets = {}
         for name, found in content["sets"].items():
-            values = {key: np.array(found[key], dtype=dtype) for key, dtype in arrays.items()}
-            sets[name] = SetResult(name, found["role"], found["answers"], **values, fingerprint=found["fingerprint"])
+            values: Any = {key: np.array(found[key], dtype=dtype) for key, dtype in arrays.items()}
+            texts = {key: found[key] for key in ("role", "answers", "fingerprint")}
+            sets[name] = SetResult(name=name, **texts, **values, skipped=found.get("skipped", []))
         return cls(sets, content["config"], content["versions"])
 
     def __str__(self) -> str:
@@ -138,7 +143,11 @@ class SuiteReport:
         for role, mean in self.means.items():
             table.append(["mean", role, "", f"{mean:.4f}", *[""] * len(SHOWN)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        left_out = [
+            f"{one.name}: {len(one.skipped)} images were left out" for one in self.sets.values() if one.skipped
+        ]
+        return "\n".join(lines + left_out)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

@@ -5,28 +5,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from ..data.collator import ImageCollator, batches_in_order, load_rgb
-from ..data.sources import images_of, load_source
+from ..data.collator import ImageCollator, batches_in_order
+from ..data.columns import IMAGE
+from ..data.images import load_rgb
+from ..data.readable import readable_rows
+from ..data.rows import LabelledImages, labelled_images
+from ..data.sources import load_source
 from ..encoders.class_embeds import class_embeddings, evaluating
 from ..encoders.dual_encoder import base_model, family, image_embeds, logit_scale
 from ..encoders.templates import check_templates
-from ..errors import HfRobustError, NonFiniteError
+from ..errors import DataError, HfRobustError, NonFiniteError
 from ..tasks.class_names import ZeroShotClassifier
-from .answers import LEFT_OUT, LoadedSet, load_labels
+from .answers import LEFT_OUT, LoadedSet, among_known, load_labels, with_rows
 from .corruptions import corrupt
 from .report import SetResult, SuiteReport
 from .suite import RobustnessSuite, SuiteSet
@@ -43,6 +47,7 @@ def evaluate_suite(
     workers: int = 0,
     seed: int = 0,
     silent: bool = False,
+    on_bad_image: Literal["raise", "skip"] = "raise",
 ) -> SuiteReport:
     """Classifies the images of every set among its own classes.
 
@@ -54,14 +59,17 @@ def evaluate_suite(
     batches; every image counts once, and every rank returns the whole report.
 
     Args:
-        model: a dual encoder, plain or wrapped by PEFT, or a `ZeroShotClassifier`. If its head was trained, sets with
-            its class names are classified by that head.
+        model: a dual encoder, plain or wrapped by PEFT, or a `ZeroShotClassifier`. Where all classes of a set are
+            among those of a classifier, its other classes remain possible answers, as in `RobustTrainer.evaluate`, and
+            a head that was trained answers.
         processor: its processor.
         suite: what to evaluate it on.
         batch_size: images encoded at once, on every rank.
         workers: processes per rank that open and corrupt images.
         seed: of the noise in corrupted images, from 0.
         silent: without a progress bar.
+        on_bad_image: `"raise"` stops at an image that cannot be used. `"skip"` opens every image once beforehand and
+            leaves those out; they are logged and listed in the report.
 
     Returns:
         Figures and the answer to every image, the same for every batch size, number of workers and number of ranks but
@@ -80,7 +88,10 @@ def evaluate_suite(
     """
     encoder = model.model if isinstance(model, ZeroShotClassifier) else model
     family(encoder)  # refuses what is no dual encoder
-    passes = _load_passes(suite)
+    look_through = partial(readable_rows, workers=workers, silent=silent) if on_bad_image == "skip" else None
+    passes = _load_passes(suite, look_through)
+    if isinstance(model, ZeroShotClassifier):
+        passes = [replace(same, sets=[among_known(one, model.class_space) for one in same.sets]) for same in passes]
     collator = ImageCollator(processor)
     results: dict[str, SetResult] = {}
     with torch.no_grad(), evaluating(encoder):
@@ -117,21 +128,31 @@ def _describe(encoder: Any) -> dict[str, Any]:
 class _Pass:
     """Images that several sets may share: the dataset's column of images, and the sets."""
 
-    images: Dataset
+    images: LabelledImages
     sets: list[LoadedSet]
+    skipped: list[str]
 
 
-def _load_passes(suite: RobustnessSuite) -> list[_Pass]:
-    sources: dict[Any, Dataset] = {}
+def _load_passes(suite: RobustnessSuite, look_through: Callable[[Any], LabelledImages] | None) -> list[_Pass]:
+    sources: dict[Any, Any] = {}
+    readable: dict[Any, LabelledImages] = {}
     passes: dict[Any, _Pass] = {}
     for one in suite.sets:
         source = _source_key(one)
         if source not in sources:
             sources[source] = load_source(one.source) if isinstance(one.source, str) else one.source
-        key = (source, one.image_column, None if one.corruption is None else tuple(one.corruption))
+        images = labelled_images(sources[source], one.name, one.image_column, one.label_column)
+        if not isinstance(images, LabelledImages):
+            raise DataError("a stream has no numbered rows", where=one.name, got=type(images.rows).__name__)
+        column = (source, one.image_column)
+        if look_through is not None and column not in readable:
+            readable[column] = look_through(images)
+        key = (*column, None if one.corruption is None else tuple(one.corruption))
         if key not in passes:
-            passes[key] = _Pass(images_of(sources[source], one.image_column, one.name), [])
-        passes[key].sets.append(load_labels(one, sources[source]))
+            skipped = readable[column].skipped if column in readable else None
+            passes[key] = _Pass(images, [], skipped or [])
+        kept = readable[column].numbers if column in readable else images.numbers
+        passes[key].sets.append(with_rows(load_labels(one, sources[source]), kept))
     return list(passes.values())
 
 
@@ -149,13 +170,20 @@ def _heads(
     """By key weight `(classes, dim)` and bias `(classes,)` or 0-dim."""
     heads = {}
     for names, templates in dict.fromkeys(_head_key(one) for one in sets):
-        if isinstance(model, ZeroShotClassifier) and model.head == "trainable" and list(names) == model.class_names:
-            weight, bias = model.trained_head()
-        else:  # SigLIP's bias is the same for all answers and changes none
+        rows = _trained_rows(model, names)
+        if rows is None:  # SigLIP's bias is the same for all answers and changes none
             weight = logit_scale(encoder) * class_embeddings(encoder, processor, names, templates)
-            bias = weight.new_zeros(())
-        heads[names, templates] = weight, bias
+            rows = weight, weight.new_zeros(())
+        heads[names, templates] = rows
     return heads
+
+
+def _trained_rows(model: nn.Module, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+    if not isinstance(model, ZeroShotClassifier) or model.head != "trainable":
+        return None
+    order = model.class_space.relate(names).order
+    weight, bias = model.trained_head()
+    return None if order is None else (weight[order], bias[order])
 
 
 # --- what is computed ---
@@ -164,7 +192,7 @@ def _heads(
 class _Rows(torch.utils.data.Dataset):
     """Some rows of a dataset, each with its number."""
 
-    def __init__(self, images: Dataset, rows: np.ndarray) -> None:
+    def __init__(self, images: LabelledImages, rows: np.ndarray) -> None:
         self.images, self.rows = images, rows
 
     def __len__(self) -> int:
@@ -182,12 +210,12 @@ class _Batches:
         self.collator, self.corruption, self.seed = collator, corruption, seed
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        images = [load_rgb(row["image"]) for row in rows]
+        images = [load_rgb(row[IMAGE]) for row in rows]
         digests = torch.tensor([_digest(image.tobytes(), image.size) for image in images])  # (batch,)
         if self.corruption is not None:
             numbers = [row[ROW] for row in rows]
             images = [corrupt(image, *self.corruption, self.seed, n) for image, n in zip(images, numbers, strict=True)]
-        batch = self.collator([{"image": image} for image in images])
+        batch = self.collator([{IMAGE: image} for image in images])
         return {**batch, ROW: torch.tensor([row[ROW] for row in rows]), DIGEST: digests}
 
 
@@ -217,7 +245,7 @@ def _evaluate_pass(
         part = _answer(encoder, same.sets, heads, batches)
     except HfRobustError as error:  # raised on all ranks below, none of which waits for this one
         part = error
-    return _results(same.sets, _gather(part))
+    return _results(same, _gather(part))
 
 
 def _answer(
@@ -262,9 +290,9 @@ def _gather(part: dict[str, np.ndarray] | HfRobustError) -> dict[str, np.ndarray
     return {name: values[order] for name, values in joined.items()}
 
 
-def _results(sets: Sequence[LoadedSet], found: dict[str, np.ndarray]) -> dict[str, SetResult]:
+def _results(same: _Pass, found: dict[str, np.ndarray]) -> dict[str, SetResult]:
     results = {}
-    for one in sets:
+    for one in same.sets:
         name, targets = one.suite_set.name, one.targets[found[ROW]]
         kept = targets != LEFT_OUT  # another set of the pass may have wanted the row
         digest = hashlib.sha256(found[DIGEST][kept].astype("<i8").tobytes() + targets[kept].astype("<i8").tobytes())
@@ -277,5 +305,6 @@ def _results(sets: Sequence[LoadedSet], found: dict[str, np.ndarray]) -> dict[st
             predictions=found[f"{name} predictions"][kept],
             confidences=found[f"{name} confidences"][kept],
             fingerprint=digest.hexdigest()[:32],
+            skipped=same.skipped,
         )
     return results

@@ -39,15 +39,16 @@ class SuiteSet:
         source: a dataset of the Hub, `owner/name` (its split `test`) or `owner/name:split`; a parquet file, a pattern
             of such (`data/*.parquet`) or a folder of them; a folder with one subfolder of images per class; or a
             `datasets.Dataset`. Paths are relative to the working directory.
-        class_names: one per class, in the order of the labels. None: those of the dataset (its `ClassLabel`, or its
-            labels where these are text), with underscores read as spaces.
+        class_names: one per class, in the order of the labels, which is checked against the dataset's own names; or a
+            mapping from these names to words. None: the dataset's own (its `ClassLabel`, or its labels where these are
+            text), with underscores read as spaces.
         templates: prompts with `{}` in place of the class name, one such prompt, or a key of `TEMPLATES`.
         subset: indices into the class names.
         labels_in: what a label of a set with `subset` counts: the `"class_names"`, or the entries of the `"subset"`.
         merge: for every label of the dataset, in the order of these, its name and its classes, by name or index. None
             in the place of the classes: images with this label are left out.
-        image_column: the dataset's column of images.
-        label_column: the dataset's column of labels.
+        image_column: the dataset's column of images; None for the one with a usual spelling, see `find_column`.
+        label_column: the dataset's column of labels, likewise.
         corruption: name and severity (1 to 5) of a corruption, see `corrupt`.
 
     Raises:
@@ -62,13 +63,13 @@ class SuiteSet:
     name: str
     role: Role
     source: str | Dataset
-    class_names: Sequence[str] | None = None
+    class_names: Sequence[str] | Mapping[str | int, str] | None = None
     templates: Sequence[str] | str = "single"
     subset: Sequence[int] | None = None
     labels_in: Literal["class_names", "subset"] = "class_names"
     merge: Mapping[str, Sequence[str | int] | None] | None = None
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str | None = None
+    label_column: str | None = None
     corruption: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class SuiteSet:
             _check_corruption(self.name, self.corruption)
         if self.subset is not None and self.merge is not None:
             raise ConfigError("a set has either a subset or a merge", where=self.name)
-        if self.class_names is not None:
+        if self.class_names is not None and not isinstance(self.class_names, Mapping):
             self.answers(check_class_names(self.class_names))
 
     def answers(self, class_names: Sequence[str]) -> dict[str, list[int]]:
@@ -121,7 +122,8 @@ class SuiteSet:
         if isinstance(self.source, Dataset):
             settings["source"] = {"fingerprint": self.source._fingerprint, "rows": len(self.source)}
         for name in ("class_names", "subset", "corruption"):
-            settings[name] = None if settings[name] is None else list(settings[name])
+            if settings[name] is not None and not isinstance(settings[name], Mapping):
+                settings[name] = list(settings[name])
         settings["templates"] = list(check_templates(self.templates))
         return settings
 

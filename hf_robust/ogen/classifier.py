@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from ..encoders.class_embeds import encode_prompts, evaluating, prompt_tokens
 from ..encoders.dual_encoder import base_model
 from ..encoders.pretrained import check_vision_is_pretrained
-from ..encoders.templates import check_class_names
+from ..encoders.templates import check_class_names, name_key
 from ..errors import ConfigError, DataError
 from ..tasks.class_names import ZeroShotClassifier, ZeroShotClassifierOutput
 from .config import OGENConfig
@@ -64,6 +64,7 @@ class OGENClassifier(ZeroShotClassifier):
         class_names: the known classes, in the order of the labels.
         config: OGEN's settings, with the names of the new classes.
         templates: as in `ZeroShotClassifier`.
+        data_names: likewise.
 
     Raises:
         ConfigError: the vision tower is trained, or what `ZeroShotClassifier` and `FeatureGenerator` raise.
@@ -85,10 +86,11 @@ class OGENClassifier(ZeroShotClassifier):
         class_names: Sequence[str],
         config: OGENConfig,
         templates: Sequence[str] | str = "single",
+        data_names: Sequence[str] | None = None,
     ) -> None:
         _check_classes(class_names, config)
         check_vision_is_pretrained(model, "OGEN generates image features")
-        super().__init__(model, processor, class_names, templates, head="live")
+        super().__init__(model, processor, class_names, templates, "live", data_names)
         self.ogen, self.new_class_names = config, list(config.new_class_names)
         prompts = prompt_tokens(model, processor, self.new_class_names, self.templates)
         self.register_buffer("new_input_ids", prompts["input_ids"], persistent=False)
@@ -196,8 +198,8 @@ def _write(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_classes(class_names: Sequence[str], config: OGENConfig) -> None:
-    known = {name.strip().casefold() for name in check_class_names(class_names)}
-    repeated = [name for name in config.new_class_names if name.strip().casefold() in known]
+    known = {name_key(name) for name in check_class_names(class_names)}
+    repeated = [name for name in config.new_class_names if name_key(name) in known]
     if repeated:
         remedy = "Name only classes that have no training images."
         raise DataError(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
+from ..data.class_spaces import ClassSpace
 from ..encoders.class_embeds import class_embeddings, embed_prompts, encode_prompts, evaluating, prompt_tokens
 from ..encoders.dual_encoder import (
     at_least_float32,
@@ -72,6 +73,8 @@ class ZeroShotClassifier(nn.Module):
         templates: prompts with `{}` in place of the class name, one such prompt, or a key of `TEMPLATES`. The class
             embedding is the mean over them.
         head: `"frozen"`, `"live"` or `"trainable"`.
+        data_names: what the training data calls the classes, where that is something else (`n01440764`); sets of
+            images with these names are recognised.
 
     Raises:
         ConfigError: the model is no supported dual encoder, a template has no `{}`, or `head` is unknown.
@@ -98,17 +101,20 @@ class ZeroShotClassifier(nn.Module):
         class_names: Sequence[str],
         templates: Sequence[str] | str = "single",
         head: Literal["frozen", "live", "trainable"] = "live",
+        data_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if head not in ("frozen", "live", "trainable"):
             raise ConfigError("unknown head", got=head, allowed="'frozen', 'live', 'trainable'")
         self.model, self.processor, self.head = model, processor, head
         self.class_names, self.templates = check_class_names(class_names), check_templates(templates)
+        self.class_space = ClassSpace(self.class_names, data_names)
         prompts = prompt_tokens(model, processor, self.class_names, self.templates)
         self.register_buffer("prompt_input_ids", prompts["input_ids"], persistent=False)
         self.register_buffer("prompt_attention_mask", prompts.get("attention_mask"), persistent=False)
         self._kept: tuple[list[int], Tensor, Tensor] | None = None  # of "live" in eval mode: tower state, embeddings
-        self._other_embeds: Tensor | None = None  # inside `classes`
+        self._other_embeds: Tensor | None = None  # inside `classes`, of classes that have no row in the head
+        self._order: list[int] | None = None  # inside `classes`, the rows of classes that have one
         if head != "live":
             self._build_head()
         self._freeze_unused()
@@ -144,16 +150,22 @@ class ZeroShotClassifier(nn.Module):
             raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
         class_embeds = self._class_embeds()  # (classes, dim)
         logits = self._logits(embeds, class_embeds)  # (batch, classes)
+        if self._order is not None:
+            logits, class_embeds = logits[:, self._order], class_embeds[self._order]
         loss = None if labels is None else F.cross_entropy(logits, labels)
         output = ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
         return self._with_terms(output, labels)
 
     @contextmanager
     def classes(self, class_names: Sequence[str]) -> Iterator[None]:
-        """Inside the context the head is the zero-shot head of other classes, from the text tower as it is now.
+        """Inside the context the classifier answers among the classes of another set of images.
+
+        If all of them are among its own (underscores count as blanks, case does not count), the rows of its head
+        answer in the order of the set's labels; its other classes come after them and remain possible answers. Else
+        the head is the zero-shot head of the set's names, from the text tower as it is now.
 
         Args:
-            class_names: the other classes, in the order of their labels.
+            class_names: the set's classes, in the order of its labels.
 
         Raises:
             DataError: as at construction.
@@ -163,13 +175,18 @@ class ZeroShotClassifier(nn.Module):
             ...     classifier(pixel_values).logits.shape
             torch.Size([1, 3])
         """
-        names, embeds = self.class_names, self._other_embeds
-        self._other_embeds = class_embeddings(self.model, self.processor, class_names, self.templates)
-        self.class_names = list(class_names)
+        before = self.class_names, self._other_embeds, self._order
+        relation = self.class_space.relate(class_names)
+        if relation.order is None:
+            self._order = None
+            self._other_embeds = class_embeddings(self.model, self.processor, relation.words, self.templates)
+        elif relation.kind != "same":
+            self._order, self._other_embeds = relation.order, None
+        self.class_names = relation.words
         try:
             yield
         finally:
-            self.class_names, self._other_embeds = names, embeds
+            self.class_names, self._other_embeds, self._order = before
 
     def train(self, mode: bool = True) -> ZeroShotClassifier:
         """Sets train or eval mode, as any module; class embeddings kept by the live head are computed anew."""

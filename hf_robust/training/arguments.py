@@ -25,6 +25,13 @@ class RobustTrainingArguments(TrainingArguments):
         head: `"live"` encodes the class prompts in every training step, `"frozen"` once before training,
             `"trainable"` starts a linear layer from them.
 
+    > Parameters that control the data
+
+    Args:
+        on_bad_image: `"raise"` stops at an image that cannot be used. `"skip"` opens every image of a set once, before
+            anything is computed with it, and leaves out those that cannot be used; they are logged, counted in the
+            metrics as `skipped_images`, and listed in `trainer.train_dataset.skipped`.
+
     > Parameters that control SAFT
 
     Args:
@@ -67,6 +74,9 @@ class RobustTrainingArguments(TrainingArguments):
     )
     head: Literal["live", "frozen", "trainable"] = field(
         default="live", metadata={"help": "How the class names become a classifier head: live, frozen or trainable."}
+    )
+    on_bad_image: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "Images that cannot be used: raise an error, or skip them."}
     )
     selection_batch_size: int = field(
         default=32, metadata={"help": "Images per batch while SAFT's entries are selected."}

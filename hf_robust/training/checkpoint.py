@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..data.class_spaces import ClassSpace
 from ..errors import AdapterFileError
 from ..ogen import OGENClassifier
 from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE, ZeroShotClassifier
@@ -92,6 +93,8 @@ def save_head(classifier: ZeroShotClassifier, folder: Path) -> None:
     """
     head: dict[str, Any] = {name: list(getattr(classifier, name)) for name in ("class_names", "templates")}
     head["head"] = classifier.head
+    if classifier.class_space.data_names not in (None, classifier.class_names):
+        head["data_names"] = list(classifier.class_space.data_names)
     if isinstance(classifier, OGENClassifier):
         head["new_class_names"] = classifier.new_class_names
     text = json.dumps(head, indent=2, ensure_ascii=False)
@@ -112,9 +115,11 @@ def load_head(classifier: ZeroShotClassifier, folder: Path) -> None:
         AdapterFileError: the folder is for other classes or another head, or lacks weights.
     """
     saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    for name, value in (("class_names", list(classifier.class_names)), ("head", classifier.head)):
-        if saved[name] != value:
-            raise AdapterFileError(f"checkpoint has another {name}", where=str(folder), got=saved[name])
+    if saved["head"] != classifier.head:
+        raise AdapterFileError("checkpoint has another head", where=str(folder), got=saved["head"])
+    if ClassSpace(classifier.class_names).relate(saved["class_names"]).kind != "same":
+        got = saved["class_names"]
+        raise AdapterFileError("checkpoint is of other classes, or of another order", where=str(folder), got=got)
     expected = _own_weights(classifier)
     weights = load_file(folder / WEIGHTS_FILE) if expected else {}
     _require_all(sorted(set(expected) - set(weights)), folder)

@@ -4,33 +4,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
-from tqdm.auto import tqdm
-from transformers import EvalPrediction, ProcessorMixin, ProgressCallback, TrainerCallback
+from torch.utils.data import Subset
+from transformers import EvalPrediction, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..cards.results import CardResults, results_from_sweep, role_of
-from ..data.collator import (
-    IMAGE_EMBEDS,
-    REFERENCE_EMBEDS,
-    ImageCollator,
-    batches_in_order,
-    check_dataset,
-    feature_class_names,
-    n_images,
-)
+from ..data.class_spaces import class_space
+from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
+from ..data.columns import REFERENCE_EMBEDS
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds, with_reference_embeds
-from ..encoders.pretrained import check_vision_is_pretrained
+from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError, NonFiniteError
 from ..interpolation.adapters import zero_shot_copy
-from ..interpolation.sweep import AlphaSweep, alpha_sweep
 from ..losses.log import LossLog
 from ..losses.reference import Reference
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
@@ -40,14 +29,13 @@ from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.selection import scores_single_images
 from .accuracy import accuracy_and_loss
 from .arguments import RobustTrainingArguments
-from .saving import SavingTrainer
+from .evaluating import EvaluatingTrainer, Metrics, Rows
+from .preflight import check_arguments, check_best_metric, check_training
 
-TENTHS = tuple(step / 10 for step in range(11))
-SPEEDS = ("_runtime", "_per_second", "epoch", "_preparation_time")  # what Trainer adds to the metrics
-Metrics = dict[str, float]
+ClassNames = Sequence[str] | Mapping[str | int, str]
 
 
-class RobustTrainer(SavingTrainer):
+class RobustTrainer(EvaluatingTrainer):
     """Fine-tunes a dual encoder as a zero-shot classifier, whole or through any PEFT method.
 
     Datasets have the columns `image` and `label`. An evaluation set whose `label` feature has other class names than
@@ -98,18 +86,15 @@ class RobustTrainer(SavingTrainer):
     """
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns the mean over a micro-batch
-    eval_dataset: Any
-    data_collator: Any
-    sweep: AlphaSweep | None = None
 
     def __init__(
         self,
         model: nn.Module,
         args: RobustTrainingArguments,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: ProcessorMixin | None = None,
-        class_names: list[str] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        class_names: ClassNames | None = None,
         ogen: OGENConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
         compute_metrics: Callable[[EvalPrediction], Metrics] | None = None,
@@ -117,22 +102,18 @@ class RobustTrainer(SavingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        if processing_class is None:
-            raise ConfigError("RobustTrainer needs the model's processor", where="processing_class")
+        check_arguments(args, processing_class)
+        order = class_names if isinstance(class_names, Sequence) else None
+        train_rows = None if train_dataset is None else labelled_images(train_dataset, "train_dataset", order=order)
         if not isinstance(model, ZeroShotClassifier):
-            class_names = class_names or feature_class_names(train_dataset)
-            if class_names is None:
-                remedy = "Pass class_names, or make the dataset's label column a ClassLabel."
-                raise ConfigError("class names are missing", where="class_names", remedy=remedy)
-            model = _classifier(model, processing_class, class_names, args, ogen)
-        elif ogen is not None:
-            remedy = "Pass the dual encoder itself, or an OGENClassifier."
-            raise ConfigError("a classifier brings its own settings", where="ogen", got=ogen, remedy=remedy)
+            model = _classifier(model, processing_class, train_rows, class_names, args, ogen)
+        else:
+            _check_brings_its_own(model, train_rows, ogen=ogen, class_names=class_names)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or ImageCollator(processing_class),
-            train_dataset=train_dataset,
+            data_collator=_collator(data_collator, processing_class),
+            train_dataset=train_rows,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics or accuracy_and_loss,
@@ -140,15 +121,21 @@ class RobustTrainer(SavingTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if args.n_gpu > 1:
-            remedy = "Start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
-            raise ConfigError("one process cannot train on several GPUs", got=args.n_gpu, allowed="1", remedy=remedy)
         self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
         self.can_return_loss = True
         self.loss_log = LossLog()
-        self._check_datasets()
+        self._take_datasets()
+        check_best_metric(args, self.eval_dataset, own_metrics=compute_metrics is not None)
         self.zero_shot = zero_shot_copy(self.model)
         self.reference = self._make_reference() if args.similarity_weight > 0 else None
+
+    def _take_datasets(self) -> None:
+        if self.train_dataset is not None:
+            self.train_dataset = self._rows(self.train_dataset, "train_dataset")
+        if isinstance(self.eval_dataset, Mapping):
+            self.eval_dataset = self._sets(self.eval_dataset)
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._rows(self.eval_dataset, "eval_dataset")
 
     def _make_reference(self) -> Reference:
         """Keeps of θ₀ what training will need, before a checkpoint to resume from replaces its weights."""
@@ -158,25 +145,9 @@ class RobustTrainer(SavingTrainer):
             if cached and self.train_dataset is not None:
                 how = self.data_collator, args.eval_batch_size, args.dataloader_num_workers, self._is_silent()
                 with args.main_process_first(desc="embedding the training set"):
-                    self.train_dataset = with_reference_embeds(self.train_dataset, self.model.model, *how)
+                    embedded = with_reference_embeds(self.train_dataset, self.model.model, *how)
+                self.train_dataset = labelled_images(embedded, "train_dataset")
         return reference
-
-    def _check_datasets(self) -> None:
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
-        for name, dataset in {"train_dataset": self.train_dataset, **sets}.items():
-            if dataset is not None:
-                self._check_dataset(dataset, name)
-
-    def _check_dataset(self, dataset: Dataset, where: str) -> None:
-        check_dataset(dataset, len(self._class_names(dataset) or self.model.class_names), where)
-        if isinstance(dataset, datasets.Dataset) and IMAGE_EMBEDS in dataset.column_names:
-            check_vision_is_pretrained(self.model.model, f"{where} has image embeddings in the place of images")
-
-    def _class_names(self, dataset: Dataset) -> list[str] | None:
-        """Returns the class names of a dataset if it needs another head than the training set, else None."""
-        names = feature_class_names(dataset)
-        known = (None, list(self.model.class_names), feature_class_names(self.train_dataset))
-        return None if names in known else names
 
     # --- training ---
 
@@ -193,6 +164,9 @@ class RobustTrainer(SavingTrainer):
             trial: as in `Trainer.train`.
             ignore_keys_for_eval: as in `Trainer.train`.
         """
+        if self.train_dataset is None:
+            raise ConfigError("no set to train on", where="train_dataset")
+        self.train_dataset = self._rows(self.train_dataset, "train_dataset")
         self._unprepare()
         self.sweep = None
         if isinstance(self.model, OGENClassifier):
@@ -201,6 +175,7 @@ class RobustTrainer(SavingTrainer):
             self.model.set_prototypes(self._compute_prototypes())
         if not resume_from_checkpoint and saft_unselected(self.model):
             self.select_entries()
+        check_training(self.model, self.train_dataset)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _unprepare(self) -> None:
@@ -231,7 +206,8 @@ class RobustTrainer(SavingTrainer):
             image_processor, size = self.data_collator.image_processor, self.args.eval_batch_size
             how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
             with self.args.main_process_first(desc="embedding the training set"), self.accelerator.autocast():
-                self.train_dataset = with_image_embeds(self.train_dataset, self.model.model, *how)
+                embedded = with_image_embeds(self.train_dataset, self.model.model, *how)
+            self.train_dataset = labelled_images(embedded, "train_dataset")
 
     def _compute_prototypes(self) -> Prototypes:
         batches = self._own_share(self.train_dataset, self.args.eval_batch_size, "Computing prototypes")
@@ -241,16 +217,13 @@ class RobustTrainer(SavingTrainer):
 
     def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of a set, in order and without the copies that even batches need."""
-        if isinstance(dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
+        if isinstance(dataset, LabelledStream):
             what, allowed = f"{title}: ranks cannot share a dataset without length", "a dataset with numbered rows"
             raise ConfigError(what, where="train_dataset", got=type(dataset).__name__, allowed=allowed)
         share = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
         title_or_none = None if self._is_silent() else title
-        yield from batches_in_order(Subset(dataset, share), self.data_collator, *how, title_or_none)
-
-    def _is_silent(self) -> bool:
-        return self.args.disable_tqdm or not self.is_local_process_zero()
+        yield from batches_in_order(Subset(dataset, share), self._plain_collator(), *how, title_or_none)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -329,120 +302,35 @@ class RobustTrainer(SavingTrainer):
             logs |= {f"loss_{name}": self.accelerator.gather(mean.reshape(1)).mean().item() for name, mean in means}
         super().log(logs, start_time)
 
-    # --- evaluation ---
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Metrics:
-        """Evaluates one or several sets, each with the head for its class names.
-
-        Args:
-            eval_dataset: a set, or sets by name, or a name among those given at construction (default: all of these).
-            ignore_keys: outputs of the classifier to leave out; by default all but the logits.
-            metric_key_prefix: first part of every metric's name.
-
-        Returns:
-            Metrics by name, `eval_<name>_accuracy` among them.
-
-        Raises:
-            DataError: a set is empty, lacks a column, or has a label outside its class names.
-            NonFiniteError: a logit is NaN or infinite.
-        """
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(given, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # calls this method for each
-        dataset = self.eval_dataset[given] if isinstance(given, str) else given
-        with self._head_for(dataset, metric_key_prefix):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
-            raise NonFiniteError("logits are not finite", where=metric_key_prefix)
-        return metrics
-
-    def wise_ft_sweep(
-        self,
-        validation_dataset: Dataset | None = None,
-        alphas: Sequence[float] = TENTHS,
-        metric: str = "accuracy",
-        greater_is_better: bool = True,
-    ) -> AlphaSweep:
-        """Evaluates the trained model at θ₀ + α Δ, and leaves it at the α that is best on validation data.
-
-        Args:
-            validation_dataset: what α is chosen on; by default the evaluation set named `validation`. The other
-                evaluation sets are evaluated beside it and have no say.
-            alphas: the α to evaluate, fractions in [0, 1].
-            metric: what to choose by, `"accuracy"` or what `compute_metrics` returns.
-            greater_is_better: False where that is a loss.
-
-        Returns:
-            For every α the metrics `<set>_accuracy`, `<set>_loss`, …, and the chosen α. `wise_ft(trainer.model, alpha,
-            trainer.zero_shot)` sets another.
-
-        Raises:
-            ConfigError: there is no validation set, or what `alpha_sweep` raises.
-        """
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
-        if validation_dataset is not None:
-            sets = {"validation": validation_dataset, **{n: d for n, d in sets.items() if n != "validation"}}
-        if "validation" not in sets:
-            raise ConfigError("alpha is chosen on validation data", where="validation_dataset", got=sorted(sets))
-
-        bar = tqdm(total=len(alphas), desc="Evaluating over alpha", disable=self._is_silent())
-
-        def evaluate(model: nn.Module) -> Metrics:
-            found = self.evaluate(sets)
-            bar.update()
-            return {key.removeprefix("eval_"): found[key] for key in found if not key.endswith(SPEEDS)}
-
-        bars_of_sets = self.pop_callback(ProgressCallback)
-        try:
-            how = f"validation_{metric}", self.zero_shot, greater_is_better
-            self.sweep = alpha_sweep(self.model, alphas, evaluate, *how)
-            return self.sweep
-        finally:
-            bar.close()
-            if bars_of_sets is not None:
-                self.add_callback(bars_of_sets)
-
-    def card_results(self) -> CardResults | None:
-        """Returns what `wise_ft_sweep` found on the evaluation sets that α was not chosen on; None without a sweep."""
-        sets: dict[str, Any] = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-        shown = [name for name, dataset in sets.items() if name != "validation" and isinstance(dataset, Sized)]
-        if self.sweep is None or not shown:
-            return None
-        roles = {name: role_of(name, self._class_names(sets[name]) is not None) for name in shown}
-        return results_from_sweep(self.sweep, {name: (role, len(sets[name])) for name, role in roles.items()})
-
-    def _head_for(self, dataset: Dataset, where: str) -> AbstractContextManager:
-        names = self._class_names(dataset)
-        self._check_dataset(dataset, where)
-        return nullcontext() if names is None else self.model.classes(names)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns loss, logits and labels of a batch."""
-        ignore_keys = ["image_embeds", "class_embeds"] if ignore_keys is None else ignore_keys
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-
 
 def _classifier(
     model: nn.Module,
     processor: ProcessorMixin,
-    class_names: list[str],
+    train_rows: Rows | None,
+    class_names: ClassNames | None,
     args: RobustTrainingArguments,
     ogen: OGENConfig | None,
 ) -> ZeroShotClassifier:
+    space = class_space(None if train_rows is None else train_rows.class_names, class_names, "class_names")
     if ogen is None:
-        return ZeroShotClassifier(model, processor, class_names, args.templates, args.head)
+        return ZeroShotClassifier(model, processor, space.words, args.templates, args.head, space.data_names)
     if args.head != "live":
         raise ConfigError("OGEN trains the text tower", where="head", got=args.head, allowed="'live'")
-    return OGENClassifier(model, processor, class_names, ogen, args.templates)
+    return OGENClassifier(model, processor, space.words, ogen, args.templates, space.data_names)
+
+
+def _check_brings_its_own(classifier: ZeroShotClassifier, train_rows: Rows | None, **settings: Any) -> None:
+    """A classifier that the user has built has its own classes, which the training set's have to be."""
+    for name, value in settings.items():
+        if value is not None:
+            remedy = "Pass the dual encoder itself, or leave the setting out."
+            raise ConfigError("a classifier brings its own settings", where=name, got=value, remedy=remedy)
+    names = None if train_rows is None else train_rows.class_names
+    if names is not None and classifier.class_space.relate(names).kind != "same":
+        classifier.class_space = class_space(names, classifier.class_names, "class_names")
+
+
+def _collator(given: Any, processor: ProcessorMixin) -> Any:
+    if given is None:
+        return ImageCollator(processor)
+    return given if isinstance(given, ImageCollator) else OpeningCollator(given)

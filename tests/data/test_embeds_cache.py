@@ -138,9 +138,14 @@ class Flipping(ImageCollator):
     pass
 
 
+AUGMENTING = ImageCollator(tiny_processor("clip"), transform=lambda image: image)
 BAD_INPUT = {
     "transform": (lambda: image_dataset(3, NAMES).with_transform(lambda rows: rows), {}, "transform.*reset_format"),
-    "format": (lambda: image_dataset(3, NAMES).with_format("numpy"), {}, "transform.*'numpy'"),
+    "augmented": (
+        lambda: image_dataset(3, NAMES),
+        {"collator": ImageCollator(tiny_processor("clip"), str)},
+        "transform",
+    ),
     "collator": (lambda: image_dataset(3, NAMES), {"collator": Flipping(tiny_processor("clip"))}, "Flipping"),
     "function": (lambda: image_dataset(3, NAMES), {"collator": lambda rows: {}}, "collator"),
     "stream": (lambda: image_dataset(3, NAMES).to_iterable_dataset(), {}, "fingerprint.*IterableDataset"),

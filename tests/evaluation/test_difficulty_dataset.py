@@ -98,8 +98,13 @@ def unlabelled(dataset):
 
 
 BAD_DATA = {
-    "no names": (lambda data: list(data), {}, DataError, "no class names.*Pass class_names"),
-    "too few names": (lambda data: data, {"class_names": NAMES[:2]}, DataError, "row 2 is no class.*2.*0 to 1"),
+    "no names": (lambda data: list(data), {}, DataError, "class names are missing.*Pass class_names"),
+    "too few names": (
+        lambda data: data,
+        {"class_names": NAMES[:2]},
+        DataError,
+        "2 class_names for the data's 3 classes",
+    ),
     "repeated name": (lambda data: data, {"class_names": [*NAMES[:-1], NAMES[0]]}, DataError, "name occurs twice"),
     "empty": (lambda data: data.select([]), {}, DataError, "empty"),
     "empty stream": (lambda data: EmptyStream(), {"class_names": NAMES}, DataError, "empty"),

@@ -140,9 +140,9 @@ def test_a_transform_is_kept_and_not_run():
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (rows([0, 1], 2).remove_columns("label"), "no class names"),
+        (rows([0, 1], 2).remove_columns("label"), "no column 'label'"),
         (rows([0, 1], 2).cast_column("label", Value("int64")), "no class names.*int64.*ClassLabel"),
-        ([{"label": 0}], "no class names.*'list'.*datasets.Dataset"),
+        ([{"label": 0}], "not a datasets.Dataset.*'list'"),
         (rows([0, 1, -1], 2), "label of row 2 is no class.*got -1; allowed 0 to 1"),
         (rows([0, None, 1], 2), "label of row 1 is no class"),
     ],

@@ -29,11 +29,10 @@ def tensors(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def worse_every_time(trainer):
+def worse_every_time():
     """Makes the first checkpoint the best one."""
     counter = itertools.count()
-    trainer.compute_metrics = lambda prediction: {"score": -next(counter)}
-    return trainer
+    return lambda prediction: {"score": -next(counter)}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,12 +80,13 @@ def test_the_best_checkpoint_is_what_is_interpolated(method, tmp_path: Path):
     settings = {**EVERY_STEP, "eval_strategy": "steps", "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "eval_id_score", "greater_is_better": True}
     settings |= {"eval_dataset": {"id": image_dataset(2, NAMES)}}
-    plain = worse_every_time(build(tmp_path / "plain", method, **settings))
+    plain = build(tmp_path / "plain", method, compute_metrics=worse_every_time(), **settings)
     start = tensors(plain.model)
     plain.train()
     assert plain.state.best_model_checkpoint.endswith("-1")  # not the last
     callback = WiSEFTCallback(0.5)
-    trainer = worse_every_time(build(tmp_path / "wise", method, callbacks=[callback], **settings))
+    settings["compute_metrics"] = worse_every_time()
+    trainer = build(tmp_path / "wise", method, callbacks=[callback], **settings)
     trainer.train()
     wise_ft(plain.model, 0.5, start if method == "full" else None)
     expected = tensors(plain.model)

@@ -51,8 +51,8 @@ def test_best_model_is_loaded_at_the_end(tmp_path, method):
 
     settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "eval_score", "head": "trainable"}
-    trained = build(tmp_path, method, eval_dataset=image_dataset(7, NAMES, seed=50), **settings)
-    trained.compute_metrics = after_one_epoch_is_best
+    settings |= {"compute_metrics": after_one_epoch_is_best, "eval_dataset": image_dataset(7, NAMES, seed=50)}
+    trained = build(tmp_path, method, **settings)
     trained.train()
     assert trained.state.best_model_checkpoint.endswith("checkpoint-5")
     stopped = build(tmp_path / "stopped", method, head="trainable", num_train_epochs=2, callbacks=[StopAfter(5)])
@@ -107,7 +107,7 @@ def saved(folder, method="lora", **settings):
 
 def test_checkpoint_for_other_classes_or_head_is_refused(tmp_path):
     checkpoint = saved(tmp_path)
-    with pytest.raises(AdapterFileError, match="another class_names"):
+    with pytest.raises(AdapterFileError, match="other classes"):
         build(tmp_path, "lora", class_names=["a", "b", "c"]).train(checkpoint)
     with pytest.raises(AdapterFileError, match="another head"):
         build(tmp_path, "lora", head="trainable").train(checkpoint)

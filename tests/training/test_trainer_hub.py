@@ -41,7 +41,7 @@ def test_a_training_set_without_length_is_no_hindrance(tmp_path):
     trained.train()
     trained.save_model()
     assert "Training images" not in (tmp_path / "README.md").read_text()
-    with pytest.raises(ConfigError, match="Selecting entries.*without length.*IterableDataset"):
+    with pytest.raises(ConfigError, match="Selecting entries.*without length.*LabelledStream"):
         build(tmp_path, "saft", train_dataset=stream, class_names=NAMES, max_steps=1).train()
 
 

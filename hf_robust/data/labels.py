@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a column of labels to class indices and the names that the data has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Value
+
+from ..encoders.templates import name_key
+from ..errors import DataError
+
+NO_LABEL = -1  # in the place of a label that is not there
+
+
+def class_indices(
+    dataset: datasets.Dataset, column: str, where: str, order: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str] | None]:
+    """Reads a column of labels.
+
+    Args:
+        dataset: any dataset.
+        column: class indices, or text.
+        where: the dataset's name, for the message.
+        order: class names whose order labels of text take, if they are all among them.
+
+    Returns:
+        `(rows,)` class indices, -1 for a row without one; and the data's own names of the classes in label order:
+        those of its `ClassLabel`; of labels of text `order`, or else these in alphabetical order; or None.
+
+    Raises:
+        DataError: the column holds something else, or a label of text is missing.
+
+    Example:
+        >>> class_indices(Dataset.from_dict({"label": ["dog", "cat"]}), "label", "train")
+        (array([1, 0]), ['cat', 'dog'])
+    """
+    feature = dataset.features[column]
+    values: list[Any] = dataset.select_columns(column).with_format("arrow")[:][column].to_pylist()
+    dtype = feature.dtype if isinstance(feature, ClassLabel | Value) else type(feature).__name__
+    if is_text(feature):
+        return _of_text(values, where, order or ())
+    if "int" not in dtype:
+        allowed = "integers from 0, or text"
+        raise DataError("labels are no class indices", where=f"{where}, {column}", got=values[:1], allowed=allowed)
+    labels = np.array([NO_LABEL if value is None else value for value in values], dtype=np.int64)  # (rows,)
+    return labels, list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
+
+
+def is_text(feature: Any) -> bool:
+    """Whether labels are text.
+
+    Args:
+        feature: of the column in `dataset.features`.
+    """
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _of_text(values: list[Any], where: str, order: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    missing = [row for row, value in enumerate(values) if value is None or not value.strip()]
+    if missing:
+        raise DataError("row without label", where=f"{where}, row {missing[0]}", got=values[missing[0]])
+    found, labels = np.unique(np.array(values, dtype=object), return_inverse=True)  # (names,), (rows,)
+    place = {name_key(name): index for index, name in enumerate(order)}
+    if all(name_key(name) in place for name in found):
+        return np.array([place[name_key(name)] for name in found])[labels], list(order)
+    return labels.astype(np.int64), found.tolist()
+
+
+def check_labels(labels: np.ndarray, n_classes: int, where: str) -> None:
+    """Refuses labels that are no class indices.
+
+    Args:
+        labels: `(rows,)`.
+        n_classes: number of classes to choose from.
+        where: the dataset's name, for the message.
+
+    Raises:
+        DataError: a label is none of them.
+    """
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise DataError("labels are no class indices", where=where, got=labels[:1].tolist(), allowed="integers from 0")
+    wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
+    if len(wrong):
+        row, label = int(wrong[0]), int(labels[wrong[0]])
+        raise DataError(f"label of row {row} is no class", where=where, got=label, allowed=f"0 to {n_classes - 1}")
+
+
+def replace_labels(
+    dataset: datasets.Dataset, column: str, labels: np.ndarray, class_names: list[str]
+) -> datasets.Dataset:
+    """Puts class indices in the place of a column of labels; images are not copied, as they would be by a cast.
+
+    Args:
+        dataset: any dataset; it may show some rows of its table, in its own order.
+        column: of the labels.
+        labels: `(rows,)`, class indices, -1 for none.
+        class_names: one per class.
+    """
+    indices = dataset._indices
+    shown = np.arange(len(dataset)) if indices is None else indices["indices"].to_numpy().astype(np.int64)
+    everywhere = np.full(len(dataset._data), NO_LABEL)
+    everywhere[shown] = labels
+    # the column is replaced in the whole table, since a dataset with a selection would first copy what it selects
+    whole = datasets.Dataset(dataset._data, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
+    whole = whole.remove_columns(column).add_column(column, everywhere, feature=ClassLabel(names=class_names))
+    whole = whole.select_columns(dataset.column_names)
+    return (whole if indices is None else whole.select(shown)).with_format(**dataset.format)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a trainer evaluates: every set with the head for its classes, from training to α-sweeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import ProgressCallback
+from transformers.trainer_utils import PredictionOutput
+
+from ..cards.results import CardResults, results_from_sweep, role_of
+from ..data.collator import ImageCollator
+from ..data.readable import readable_rows
+from ..data.rows import LabelledImages, LabelledStream, labelled_images
+from ..errors import ConfigError, NonFiniteError
+from ..interpolation.sweep import AlphaSweep, alpha_sweep
+from .preflight import check_rows
+from .saving import SavingTrainer
+
+TENTHS = tuple(step / 10 for step in range(11))
+SPEEDS = ("_runtime", "_per_second", "epoch", "_preparation_time")  # what Trainer adds to the metrics
+Metrics = dict[str, float]
+Rows = LabelledImages | LabelledStream
+
+
+class EvaluatingTrainer(SavingTrainer):
+    """Evaluation, prediction and α-sweeps of a `ZeroShotClassifier`; the base of `RobustTrainer`.
+
+    Every set comes in through `_rows`, and is answered by the head that `ZeroShotClassifier.classes` makes for it.
+    """
+
+    eval_dataset: Any
+    data_collator: Any
+    zero_shot: dict[str, Tensor] | None
+    sweep: AlphaSweep | None = None
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Metrics:
+        """Evaluates one or several sets, each among its own classes, see `ZeroShotClassifier.classes`.
+
+        Args:
+            eval_dataset: a set, or sets by name, or a name among those given at construction (default: all of these).
+            ignore_keys: outputs of the classifier to leave out; by default all but the logits.
+            metric_key_prefix: first part of every metric's name.
+
+        Returns:
+            Metrics by name, `eval_<name>_accuracy` among them.
+
+        Raises:
+            ConfigError: there is no set.
+            DataError: a set is empty, lacks a column, or has a label outside its class names.
+            NonFiniteError: a logit is NaN or infinite.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None:
+            remedy = "Pass eval_dataset, here or to RobustTrainer."
+            raise ConfigError("no set to evaluate on", where="eval_dataset", remedy=remedy)
+        if isinstance(given, Mapping):
+            sets: Any = None if eval_dataset is None else self._sets(given)
+            return super().evaluate(sets, ignore_keys, metric_key_prefix)  # calls this method for each
+        rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, metric_key_prefix)
+        with self._head_for(rows):
+            metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
+        if rows.skipped:
+            metrics[f"{metric_key_prefix}_skipped_images"] = len(rows.skipped)
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise NonFiniteError("logits are not finite", where=metric_key_prefix)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Returns the logits for a set, with labels or without, and metrics where it has labels.
+
+        Args:
+            test_dataset: the set.
+            ignore_keys: as in `evaluate`.
+            metric_key_prefix: as in `evaluate`.
+
+        Returns:
+            `predictions` `(images, classes)`: the set's classes in the order of its labels, then those of the training
+            set that it lacks, if all of its classes are among these; the set's alone otherwise. `label_ids`
+            `(images,)`, and `metrics`, the same as `evaluate` gives.
+
+        Raises:
+            DataError: a set is empty, lacks images, or has a label outside its class names.
+            NonFiniteError: a logit is NaN or infinite.
+        """
+        rows: Any = self._rows(test_dataset, metric_key_prefix, labels=False)
+        with self._head_for(rows):
+            output = super().predict(rows, ignore_keys, metric_key_prefix)
+        if not np.isfinite(output.predictions).all():
+            raise NonFiniteError("logits are not finite", where=metric_key_prefix)
+        return output
+
+    def wise_ft_sweep(
+        self,
+        validation_dataset: Any = None,
+        alphas: Sequence[float] = TENTHS,
+        metric: str = "accuracy",
+        greater_is_better: bool = True,
+    ) -> AlphaSweep:
+        """Evaluates the trained model at θ₀ + α Δ, and leaves it at the α that is best on validation data.
+
+        Args:
+            validation_dataset: what α is chosen on; by default the evaluation set named `validation`. The other
+                evaluation sets are evaluated beside it and have no say.
+            alphas: the α to evaluate, fractions in [0, 1].
+            metric: what to choose by, `"accuracy"` or what `compute_metrics` returns.
+            greater_is_better: False where that is a loss.
+
+        Returns:
+            For every α the metrics `<set>_accuracy`, `<set>_loss`, …, and the chosen α. `wise_ft(trainer.model, alpha,
+            trainer.zero_shot)` sets another.
+
+        Raises:
+            ConfigError: there is no validation set, or what `alpha_sweep` raises.
+        """
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        sets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        if validation_dataset is not None:
+            sets = {"validation": validation_dataset, **{n: d for n, d in sets.items() if n != "validation"}}
+        if "validation" not in sets:
+            raise ConfigError("alpha is chosen on validation data", where="validation_dataset", got=sorted(sets))
+        sets = self._sets(sets)
+        bar = tqdm(total=len(alphas), desc="Evaluating over alpha", disable=self._is_silent())
+
+        def evaluate(model: nn.Module) -> Metrics:
+            found = self.evaluate(sets)
+            bar.update()
+            return {key.removeprefix("eval_"): found[key] for key in found if not key.endswith(SPEEDS)}
+
+        bars_of_sets = self.pop_callback(ProgressCallback)
+        try:
+            how = f"validation_{metric}", self.zero_shot, greater_is_better
+            self.sweep = alpha_sweep(self.model, alphas, evaluate, *how)
+            return self.sweep
+        finally:
+            bar.close()
+            if bars_of_sets is not None:
+                self.add_callback(bars_of_sets)
+
+    def card_results(self) -> CardResults | None:
+        """Returns what `wise_ft_sweep` found on the evaluation sets that α was not chosen on; None without a sweep."""
+        sets = self._sets(self.eval_dataset) if isinstance(self.eval_dataset, dict) else {}
+        sets.pop("validation", None)
+        shown = {name: rows for name, rows in sets.items() if isinstance(rows, LabelledImages)}
+        if self.sweep is None or not shown:
+            return None
+        roles = {name: role_of(name, self._has_other_classes(rows)) for name, rows in shown.items()}
+        return results_from_sweep(self.sweep, {name: (role, len(shown[name])) for name, role in roles.items()})
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns loss, logits and labels of a batch."""
+        ignore_keys = ["image_embeds", "class_embeds"] if ignore_keys is None else ignore_keys
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Returns batches of images as they are, without the collator's augmentation.
+
+        Args:
+            eval_dataset: as in `Trainer`.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, "eval")
+        vars(self).pop("_eval_dataloaders", None)  # with persistent workers the loader of one set was kept for others
+        with self._without_augmentation():
+            return super().get_eval_dataloader(rows)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Returns batches of images as they are, without the collator's augmentation.
+
+        Args:
+            test_dataset: as in `Trainer`.
+        """
+        rows: Any = self._rows(test_dataset, "test", labels=False)
+        with self._without_augmentation():
+            return super().get_test_dataloader(rows)
+
+    # --- what comes in ---
+
+    def _rows(self, dataset: Any, name: str, labels: bool = True) -> Rows:
+        """What every entrance makes of a set before anything is computed with it."""
+        rows = labelled_images(dataset, name)
+        check_rows(rows, self.model, labels)
+        if self.args.on_bad_image == "skip":
+            return readable_rows(rows, self.args.dataloader_num_workers, self._is_silent())
+        return rows
+
+    def _sets(self, given: Mapping[str, Any]) -> dict[str, Rows]:
+        return {name: self._rows(dataset, name) for name, dataset in given.items()}
+
+    def _named(self, name: str) -> Any:
+        if not isinstance(self.eval_dataset, dict) or name not in self.eval_dataset:
+            known = sorted(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            raise ConfigError("no evaluation set of this name", got=name, allowed=", ".join(known) or "none")
+        return self.eval_dataset[name]
+
+    def _head_for(self, rows: Rows) -> AbstractContextManager:
+        return nullcontext() if rows.class_names is None else self.model.classes(rows.class_names)
+
+    def _has_other_classes(self, rows: Rows) -> bool:
+        names = rows.class_names
+        return names is not None and self.model.class_space.relate(names).kind == "foreign"
+
+    def _plain_collator(self) -> Any:
+        """The collator without augmentation."""
+        collator = self.data_collator
+        return collator.without_transform() if isinstance(collator, ImageCollator) else collator
+
+    @contextmanager
+    def _without_augmentation(self) -> Iterator[None]:
+        collator = self.data_collator
+        self.data_collator = self._plain_collator()
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def _is_silent(self) -> bool:
+        return self.args.disable_tqdm or not self.is_local_process_zero()
