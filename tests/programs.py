@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 900.0  # seconds: only what is stuck takes as long, on a busy machine too
@@ -55,19 +56,22 @@ def run_programs(*commands: list[str], cwd: Path = ROOT, **environment: str) -> 
     return outputs
 
 
-def run_on_ranks(ranks: int, script: str, folder: Path, port: int) -> list[tuple[str, str]]:
+def run_on_ranks(ranks: int, script: str, folder: Path) -> list[tuple[str, str]]:
     """Runs a script on several ranks, as `accelerate launch` does; returns what each wrote to stdout and to stderr.
+
+    The ranks meet at a store that listens here before they start: no one else can take its port meanwhile.
 
     Args:
         ranks: how many.
         script: Python code that defines `main(folder)`, which leaves a process group behind.
         folder: the cache of datasets is put there.
-        port: a free one.
     """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (folder / "script.py").write_text(script + SCRIPT_END)
     command = [sys.executable, str(folder / "script.py"), str(folder)]
     common = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / "datasets"), "WORLD_SIZE": str(ranks)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "LOCAL_WORLD_SIZE": str(ranks)}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # else rank 0 opens another
     of_each = [["env", f"RANK={rank}", f"LOCAL_RANK={rank}", *command] for rank in range(ranks)]
     return run_programs(*of_each, **common)
 
