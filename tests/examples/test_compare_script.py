@@ -166,7 +166,7 @@ def test_the_search_ends_where_both_neighbours_are_worse(script, accuracies, cho
     assert asked == tried
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 6), st.lists(st.floats(0.01, 0.1), min_size=7, max_size=7))
 def test_the_search_finds_a_single_peak(peak, steps):
     monkeypatch = pytest.MonkeyPatch()

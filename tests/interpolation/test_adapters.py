@@ -115,7 +115,7 @@ def shared(request) -> tuple[PeftModel, dict[str, Tensor]]:
 
 
 @given(alphas=st.lists(ALPHAS, min_size=1, max_size=3))
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_only_the_last_alpha_counts(shared, alphas):
     model, fine_tuned = shared
     expected = at(model, alphas[-1])

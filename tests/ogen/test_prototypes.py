@@ -56,7 +56,7 @@ def test_they_cannot_be_changed_by_accident() -> None:
         found.mean = found.std
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(order=st.permutations(range(len(LABELS))), cuts=st.sets(st.integers(1, len(LABELS) - 1)))
 def test_neither_the_order_nor_the_batches_matter(order: list[int], cuts: set[int]) -> None:
     rows = embeds()
