@@ -22,6 +22,13 @@ def deterministic() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """So does what several tests share, whichever of them asks for it first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read from, or left in, the user's own cache."""

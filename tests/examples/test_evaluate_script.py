@@ -37,7 +37,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     tiny_model("clip").save_pretrained(folder / "base")
     tiny_processor("clip").save_pretrained(folder / "base")
-    torch.manual_seed(0)
     save_adapter(folder / "saft", SAFTConfig(density=0.3, score="random"))
     save_adapter(folder / "dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     save_adapter(folder / "orphan", LoraConfig(r=2, target_modules=["q_proj"]), base=None)

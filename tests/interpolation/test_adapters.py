@@ -109,7 +109,6 @@ ALPHAS = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
 @pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
 def shared(request) -> tuple[PeftModel, dict[str, Tensor]]:
     """A trained model that is set to many α, and its own tensors when fine-tuned."""
-    torch.manual_seed(0)
     model = tuned(request.param)
     return model, at(model, 1)
 
