@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-import socket
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
 
 from .fake_hub import hub as hub
 from .methods import METHODS, Method
+
+# The same examples in every run, and as much time as a busy machine takes for them
+settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)
@@ -18,18 +22,17 @@ def deterministic() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """So does what several tests share, whichever of them asks for it first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read from, or left in, the user's own cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port for the rendezvous of two ranks on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)

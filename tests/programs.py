@@ -12,9 +12,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[1]
-TIME_LIMIT = 240.0  # seconds
+TIME_LIMIT = 900.0  # seconds: only what is stuck takes as long, on a busy machine too
+ABORT_LIMIT = 60.0
 
 # A model in DDP that outlives its process group may wait for the group's threads for ever (pytorch issue 56297).
 SCRIPT_END = """
@@ -54,19 +56,22 @@ def run_programs(*commands: list[str], cwd: Path = ROOT, **environment: str) -> 
     return outputs
 
 
-def run_on_ranks(ranks: int, script: str, folder: Path, port: int) -> list[tuple[str, str]]:
+def run_on_ranks(ranks: int, script: str, folder: Path) -> list[tuple[str, str]]:
     """Runs a script on several ranks, as `accelerate launch` does; returns what each wrote to stdout and to stderr.
+
+    The ranks meet at a store that listens here before they start: no one else can take its port meanwhile.
 
     Args:
         ranks: how many.
         script: Python code that defines `main(folder)`, which leaves a process group behind.
         folder: the cache of datasets is put there.
-        port: a free one.
     """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (folder / "script.py").write_text(script + SCRIPT_END)
     command = [sys.executable, str(folder / "script.py"), str(folder)]
     common = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / "datasets"), "WORLD_SIZE": str(ranks)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "LOCAL_WORLD_SIZE": str(ranks)}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # else rank 0 opens another
     of_each = [["env", f"RANK={rank}", f"LOCAL_RANK={rank}", *command] for rank in range(ranks)]
     return run_programs(*of_each, **common)
 
@@ -80,12 +85,36 @@ def _wait(processes: list[psutil.Popen]) -> None:
 
 
 def _abort(processes: list[psutil.Popen]) -> None:
-    """Python's fault handler answers this signal with the stacks of all threads."""
-    started = [child for process in processes if process.poll() is None for child in process.children(recursive=True)]
-    for process in started + processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGABRT)
-    psutil.wait_procs(started + processes, timeout=10)
+    """Python's fault handler answers this signal with the stacks of all threads.
+
+    One process after the other, since those of one program write to one file; meanwhile the others stand still, since
+    they would go on, or fail, as soon as one that they wait for has ended.
+    """
+    running = [process for process in processes if process.poll() is None]
+    _signal(running, signal.SIGSTOP)
+    started = [child for process in running for child in process.children(recursive=True)]
+    _signal(started, signal.SIGSTOP)
+    for process in started + running:
+        _signal([process], signal.SIGABRT, signal.SIGCONT)
+        _wait_for_end(process)
+    for process in running:
+        process.wait()
+
+
+def _signal(processes: list[psutil.Process], *signals: signal.Signals) -> None:
+    for process in processes:
+        for one in signals:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(one)
+
+
+def _wait_for_end(process: psutil.Process) -> None:
+    end = time.monotonic() + ABORT_LIMIT
+    with suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:  # as the child of a parent that stands still
+            if time.monotonic() > end:
+                process.kill()
+            time.sleep(0.01)
 
 
 def _written(file) -> str:

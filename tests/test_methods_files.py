@@ -63,7 +63,6 @@ def saved(request: pytest.FixtureRequest, method: Method, tmp_path_factory: pyte
     base = tiny_model(family)
     base.save_pretrained(folder / "base")
     base_logits = outputs(base, family)
-    torch.manual_seed(0)
     model = prepared(method, type(base).from_pretrained(folder / "base"), family)
     train(model, batch(family))
     model.save_pretrained(folder / "adapter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -342,9 +343,11 @@ def test_offline(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not hub.requests
 
 
-def test_nobody_listens(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port}")
-    fails(folder, "connection to the Hub failed")
+def test_nobody_listens(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as bound:  # a port that no one else can take meanwhile
+        bound.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{bound.getsockname()[1]}")
+        fails(folder, "connection to the Hub failed")
 
 
 MESSAGES = {

@@ -141,7 +141,7 @@ TASKS = {"n": st.integers(8, 30), "n_classes": st.integers(2, 6), "seed": st.int
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**TASKS, noise=st.sampled_from([0.0, 0.1, 1.0, 10.0]))
 def test_bounds(kind, n, n_classes, seed, noise):
     found = embedding_difficulty(*made(n, n_classes, seed, noise=noise), silhouette=kind)
@@ -150,7 +150,7 @@ def test_bounds(kind, n, n_classes, seed, noise):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**TASKS)
 def test_order_of_images_and_of_classes_and_lengths_do_not_matter(kind, n, n_classes, seed):
     images, labels, texts = made(n, n_classes, seed)
@@ -166,7 +166,7 @@ def test_order_of_images_and_of_classes_and_lengths_do_not_matter(kind, n, n_cla
         assert of_classes(after, name) == pytest.approx([of_classes(before, name)[c] for c in classes], abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**TASKS)
 def test_centroid_silhouette_is_above_0_where_the_prediction_is_right(n, n_classes, seed):
     images, labels, texts = made(n, n_classes, seed)

@@ -24,7 +24,7 @@ from hf_robust.evaluation.metrics import (
     expected_calibration_error,
 )
 
-few_examples = settings(deadline=None, max_examples=30)
+few_examples = settings(max_examples=30)
 SETS = {
     "predictions": [0, 1, 2, 0, 1, 1, 1, 0],
     "references": [0, 1, 2, 1, 1, 1, 0, 1],

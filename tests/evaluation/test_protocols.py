@@ -15,7 +15,7 @@ from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, one_stand
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
-few_examples = settings(deadline=None, max_examples=30)
+few_examples = settings(max_examples=30)
 
 
 def rows(labels, n_classes):
@@ -220,7 +220,6 @@ def test_shots_are_positive_integers(shots):
 fractions = st.integers(0, 1000).map(lambda right: right / 1000)
 
 
-@settings(deadline=None)
 @given(fractions, fractions)
 def test_harmonic_mean_lies_between_and_is_symmetric(base, new):
     found = harmonic_mean(base, new)

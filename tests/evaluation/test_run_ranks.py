@@ -47,15 +47,15 @@ def main(folder):
 """
 
 
-def results_on_ranks(n, folder, port):
+def results_on_ranks(n, folder):
     """Runs the script; returns reports, errors, and what went to stderr."""
     folder.mkdir()
-    outputs = run_on_ranks(n, RANKS, folder, port)
+    outputs = run_on_ranks(n, RANKS, folder)
     reports = [SuiteReport.from_dict(json.loads((folder / f"rank{rank}.json").read_text())) for rank in range(n)]
     return reports, [(folder / f"error{rank}.txt").read_text() for rank in range(n)], [err for _, err in outputs]
 
 
-def test_37_images_count_once_on_1_2_and_3_ranks(tmp_path, free_port):
+def test_37_images_count_once_on_1_2_and_3_ranks(tmp_path):
     """Ten batches of four and one of one image: never the same number on every rank; of `few` one rank has a batch."""
     photos = image_dataset(37, NAMES)
     noisy = SuiteSet("noisy", "ood", photos, corruption=("gaussian_noise", 2))
@@ -63,7 +63,7 @@ def test_37_images_count_once_on_1_2_and_3_ranks(tmp_path, free_port):
     suite = RobustnessSuite([SuiteSet("photos", "id", photos), noisy, few])
     one = evaluate_suite(tiny_model("clip"), tiny_processor("clip"), suite, batch_size=4, silent=True)
     for n in (2, 3):
-        reports, errors, outputs = results_on_ranks(n, tmp_path / str(n), free_port)
+        reports, errors, outputs = results_on_ranks(n, tmp_path / str(n))
         for report in reports:
             assert report.config["ranks"] == n and str(report) == str(one)
             for name, expected in one.sets.items():

@@ -20,7 +20,7 @@ from hf_robust.evaluation.statistics import (
     standard_error,
 )
 
-few_examples = settings(deadline=None, max_examples=30)
+few_examples = settings(max_examples=30)
 fractions = st.integers(0, 1000).map(lambda right: right / 1000)
 inside = st.integers(1, 999).map(lambda right: right / 1000)
 results = st.lists(st.booleans(), min_size=1, max_size=40)

@@ -46,19 +46,21 @@ def load_training_script(name: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     return module
 
 
-def launch_on_two(name: str, folder: Path, port: int, *flags: str, cwd: Path = ROOT) -> str:
+def launch_on_two(name: str, folder: Path, *flags: str, cwd: Path = ROOT) -> str:
     """Runs `examples/<name>.py` on two processes; returns what it printed.
+
+    They meet as with `torchrun --standalone`, whose store asks the system for a port: one chosen here, or by
+    accelerate, could be taken before the store opens it.
 
     Args:
         name: as in `load_script`.
         folder: the cache of datasets is put there.
-        port: a free one.
         flags: of the script.
         cwd: where it is started.
     """
     config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     command += [str(ROOT / "examples" / f"{name}.py"), *flags]
-    ((out, _),) = run_programs(command, cwd=cwd, HF_DATASETS_CACHE=str(folder / "cache"))
+    standalone = {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}  # flags of torchrun, not of accelerate
+    ((out, _),) = run_programs(command, cwd=cwd, HF_DATASETS_CACHE=str(folder / "cache"), **standalone)
     return out

@@ -218,12 +218,12 @@ def test_the_shipped_config_is_understood(script, monkeypatch, tmp_path):
     assert args.context_init + " {}." == training_args.templates
 
 
-def test_two_processes_write_one_result(folder, script, tmp_path, free_port):
+def test_two_processes_write_one_result(folder, script, tmp_path):
     script.run(tmp_path / "one", "--methods", "zero_shot")
     methods = ["zero_shot", "coop", "saft+ogen"]
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
     flags += ["--seeds", "1", "--num_train_epochs", "1", "--methods", *methods]
-    printed = launch_on_two("base_to_new", folder, free_port, *flags)
+    printed = launch_on_two("base_to_new", folder, *flags)
     assert printed.count("Accuracy in %") == 1
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert [one["method"] for one in results["runs"]] == methods

@@ -166,7 +166,7 @@ def test_the_search_ends_where_both_neighbours_are_worse(script, accuracies, cho
     assert asked == tried
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 6), st.lists(st.floats(0.01, 0.1), min_size=7, max_size=7))
 def test_the_search_finds_a_single_peak(peak, steps):
     monkeypatch = pytest.MonkeyPatch()
@@ -284,10 +284,10 @@ def test_the_shipped_config_is_understood(script, monkeypatch):
     assert {one.templates for one in suite.sets} == {training_args.templates}
 
 
-def test_two_processes_write_one_result(folder, script, tmp_path, free_port):
+def test_two_processes_write_one_result(folder, script, tmp_path):
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path)]
     flags += ["--seeds", "1", "--learning_rates", "1e-2", "--alphas", "1", "--per_device_train_batch_size", "3"]
-    printed = launch_on_two(SCRIPT, folder, free_port, *flags, "--methods", "linear-probe", "saft")
+    printed = launch_on_two(SCRIPT, folder, *flags, "--methods", "linear-probe", "saft")
     assert printed.count("rank: the place") == 1
     one = script.run(tmp_path / "one", "--methods", "linear-probe", "--learning_rates", "1e-2", "--seeds", "1")
     two = json.loads((tmp_path / "results.json").read_text())["runs"]

@@ -37,7 +37,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     tiny_model("clip").save_pretrained(folder / "base")
     tiny_processor("clip").save_pretrained(folder / "base")
-    torch.manual_seed(0)
     save_adapter(folder / "saft", SAFTConfig(density=0.3, score="random"))
     save_adapter(folder / "dora", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     save_adapter(folder / "orphan", LoraConfig(r=2, target_modules=["q_proj"]), base=None)
@@ -135,11 +134,11 @@ def test_wrong_flags_are_refused(run, flags, message):
         run(*flags)
 
 
-def test_two_processes_print_one_table_with_the_same_answers(run, folder, free_port):
+def test_two_processes_print_one_table_with_the_same_answers(run, folder):
     one, _ = run("--adapter", "saft", "--use_cpu")
     flags = ["--suite", "suite.yaml", "--adapter", "saft", "--use_cpu"]
     flags += ["--batch_size", "2", "--output", "out/two.json", "--silent"]
-    printed = launch_on_two("evaluate_suite", folder, free_port, *flags, cwd=folder)
+    printed = launch_on_two("evaluate_suite", folder, *flags, cwd=folder)
     assert printed.count("Accuracy in %") == 1
     two = json.loads((folder / "out" / "two.json").read_text())
     for name, content in two["models"].items():

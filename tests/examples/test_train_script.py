@@ -223,10 +223,10 @@ def test_shipped_configs_are_understood(script, config, monkeypatch, tmp_path):
     assert args.eval_data and training_args.learning_rate > 0
 
 
-def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path, free_port):
+def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path):
     script.run(tmp_path / "one")
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
-    printed = launch_on_two("train", folder, free_port, *flags)
+    printed = launch_on_two("train", folder, *flags)
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert printed.count("Accuracy in %") == printed.count("SAFT selected") == 1
     assert results["zero_shot"] == json.loads((tmp_path / "one" / "results.json").read_text())["zero_shot"]

@@ -61,7 +61,7 @@ def test_shards_are_those_of_the_fine_tuned_side(tmp_path, first, second):
     assert same(AutoModel.from_pretrained(tmp_path / "out").state_dict(), expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.floats(0, 1), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9))
 def test_layout_and_slices_do_not_matter(seed, alpha, first_shards, second_shards, values):
     first, second = pair(seed)

@@ -69,7 +69,7 @@ def test_the_inputs_stay_as_they_were():
 
 
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_laws(alpha, seed):
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
     generator = torch.Generator().manual_seed(seed)

@@ -45,7 +45,7 @@ def test_it_is_the_mean_of_the_distance_as_defined(distance):
 
 
 @all_distances
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(tuned=vectors, reference=vectors)
 def test_it_is_symmetric_and_not_negative(distance, tuned, reference):
     tuned, reference = torch.from_numpy(tuned), torch.from_numpy(reference)
@@ -54,7 +54,7 @@ def test_it_is_symmetric_and_not_negative(distance, tuned, reference):
 
 
 @all_distances
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(embeds=vectors)
 def test_equal_embeddings_give_exactly_zero_and_a_gradient_of_zero(distance, embeds):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):

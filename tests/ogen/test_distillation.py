@@ -70,7 +70,7 @@ def test_a_window_that_is_a_whole_number_does_not_lose_one_to_rounding() -> None
     assert [window_size(t, 6, largest=10, smallest=2) for t in (2, 3, 4)] == [4, 6, 8]  # cos 60 degrees is 1 / 2
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(epochs=st.integers(1, 300), window=windows)
 def test_the_window_grows_from_the_smallest_to_the_largest(epochs: int, window: tuple[int, int]) -> None:
     largest, smallest = window

@@ -84,7 +84,7 @@ def test_all_equal_new_classes_come_in_order() -> None:
     assert nearest_new_classes(torch.tensor([[1.0, 0.0]]), new, 5).tolist() == [[1, 3, 5, 7, 9]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(small_integers, small_integers, small_integers), min_size=2, max_size=30), data=st.data()
 )

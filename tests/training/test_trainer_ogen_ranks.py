@@ -38,8 +38,8 @@ def main(folder):
 """
 
 
-def test_two_ranks_stay_bit_identical(tmp_path, free_port):
-    ranks = run_on_two_ranks(TWO_RANKS, tmp_path, free_port)
+def test_two_ranks_stay_bit_identical(tmp_path):
+    ranks = run_on_two_ranks(TWO_RANKS, tmp_path)
     one = trainer(tmp_path, train_dataset=image_dataset(13, KNOWN), max_steps=1)
     one.train()
     for method in ("context", "saft", "lora"):

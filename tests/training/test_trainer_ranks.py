@@ -56,14 +56,14 @@ def main(folder):
 """
 
 
-def run_on_two_ranks(script, folder, port):
+def run_on_two_ranks(script, folder):
     """Runs a script, and returns what each rank saved."""
-    run_on_ranks(2, script, folder, port)
+    run_on_ranks(2, script, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path, free_port):
-    first, second = run_on_two_ranks(TWO_RANKS, tmp_path, free_port)
+def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path):
+    first, second = run_on_two_ranks(TWO_RANKS, tmp_path)
     for method in ("saft", "full"):
         assert same(first[method]["weights"], second[method]["weights"])
         assert same(first[method]["entries"], second[method]["entries"])

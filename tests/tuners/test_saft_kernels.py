@@ -16,7 +16,7 @@ def some_positions(numel: int, count: int) -> torch.Tensor:
 
 
 @given(rows=st.integers(1, 7), columns=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_entries_are_a_csr_layout_of_the_positions(rows: int, columns: int, share: float, seed: int) -> None:
     torch.manual_seed(seed)
     dense = torch.zeros(rows, columns)

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
@@ -158,7 +158,6 @@ def test_rounding_noise_is_not_selected() -> None:
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
-@settings(deadline=None)
 def test_ties_go_to_the_lowest_positions(values: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(values)))
     expected = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:count])
