@@ -25,6 +25,13 @@ class RobustTrainingArguments(TrainingArguments):
         head: `"live"` encodes the class prompts in every training step, `"frozen"` once before training,
             `"trainable"` starts a linear layer from them.
 
+    > Parameters that control the images
+
+    Args:
+        image_size: height and width of the model's input in pixels, a multiple of the patch size; None as in
+            pre-training. The trainer then uses, and saves, its own copy of the processor, see `with_image_size`. Image
+            embeddings that stand in the place of images must have been made with such a processor.
+
     > Parameters that control SAFT
 
     Args:
@@ -67,6 +74,9 @@ class RobustTrainingArguments(TrainingArguments):
     )
     head: Literal["live", "frozen", "trainable"] = field(
         default="live", metadata={"help": "How the class names become a classifier head: live, frozen or trainable."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of the input in pixels; None as in pre-training."}
     )
     selection_batch_size: int = field(
         default=32, metadata={"help": "Images per batch while SAFT's entries are selected."}

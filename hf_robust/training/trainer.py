@@ -40,6 +40,7 @@ from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.selection import scores_single_images
 from .accuracy import accuracy_and_loss
 from .arguments import RobustTrainingArguments
+from .image_size import processor_of_size
 from .saving import SavingTrainer
 
 TENTHS = tuple(step / 10 for step in range(11))
@@ -70,7 +71,7 @@ class RobustTrainer(SavingTrainer):
         args: the training arguments.
         train_dataset: rows of `{"image", "label"}`; see `ImageCollator` for what an image may be.
         eval_dataset: one evaluation set, or several by name.
-        processing_class: the model's processor.
+        processing_class: the model's processor; with `args.image_size` a copy of it is used.
         class_names: names in label order; by default those of the training set's `label` feature.
         ogen: settings of OGEN, see `OGENConfig`; None for training without it.
         data_collator: by default an `ImageCollator`.
@@ -119,6 +120,7 @@ class RobustTrainer(SavingTrainer):
     ) -> None:
         if processing_class is None:
             raise ConfigError("RobustTrainer needs the model's processor", where="processing_class")
+        processing_class = processor_of_size(args.image_size, processing_class, model, data_collator)
         if not isinstance(model, ZeroShotClassifier):
             class_names = class_names or feature_class_names(train_dataset)
             if class_names is None:
@@ -128,6 +130,7 @@ class RobustTrainer(SavingTrainer):
         elif ogen is not None:
             remedy = "Pass the dual encoder itself, or an OGENClassifier."
             raise ConfigError("a classifier brings its own settings", where="ogen", got=ogen, remedy=remedy)
+        model.processor = processing_class  # its card shows how images are prepared
         super().__init__(
             model=model,
             args=args,
