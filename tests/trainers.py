@@ -38,14 +38,15 @@ def build(folder, method="full", family="clip", model=None, **settings):
     }
     datasets["eval_dataset"] = settings.pop("eval_dataset", datasets["eval_dataset"])
     class_names, ogen = settings.pop("class_names", None), settings.pop("ogen", None)
+    processor = settings.pop("processing_class", None) or tiny_processor(family)
+    collator = settings.pop("data_collator", None)
     defaults = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     quiet = {"use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
     args = RobustTrainingArguments(str(folder), **{**defaults, **quiet, **settings})
     torch.manual_seed(0)  # LoRA's first weights
     model = METHODS[method](tiny_model(family) if model is None else model)
-    processor = tiny_processor(family)
-    names = {"class_names": class_names, "ogen": ogen}
-    return cls(model, args, **datasets, processing_class=processor, **names, callbacks=callbacks)
+    given = {"class_names": class_names, "ogen": ogen, "data_collator": collator, "callbacks": callbacks}
+    return cls(model, args, **datasets, processing_class=processor, **given)
 
 
 def weights(trainer):

@@ -69,7 +69,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # Vision towers by what they do with images of another size than in pre-training: they interpolate their positions when
-# asked to, or need not be asked. Other towers take no other size, or nobody has tried.
+# asked to, or need not be asked. Other towers take one size alone, or have not been tried.
 INTERPOLATING = ("clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model", "vit", "deit")
 SIZE_FREE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 

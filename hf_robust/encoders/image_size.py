@@ -28,9 +28,10 @@ def with_image_size(processor: ProcessorMixin, image_size: int | None, model: nn
         model: a dual encoder, plain or wrapped by PEFT.
 
     Raises:
-        ConfigError: the size is no positive multiple of the patch size; the vision tower takes no other size than in
-            pre-training; the image processor makes no squares (SigLIP 2's keeps the shape of an image and limits the
-            number of patches); or an adapter of PEFT on the positions would have no part in interpolated ones.
+        ConfigError: the size is no positive multiple of the patch size; the vision tower is not known to take another
+            size than in pre-training; the image processor does not resize, or makes no squares (SigLIP 2's keeps the
+            shape of an image and limits the number of patches); or PEFT's adapter on the positions would have no part
+            in interpolated ones.
 
     Example:
         >>> larger = with_image_size(processor, 448, clip)
@@ -46,9 +47,6 @@ def with_image_size(processor: ProcessorMixin, image_size: int | None, model: nn
     check_image_size(model, image_size, image_size)
     sized = copy.copy(processor)
     sized.image_processor = _resized(processor.image_processor, image_size, now=_side(images))
-    if _side(pixels_of(sized)) != image_size:
-        got = {name: sized.image_processor.to_dict().get(name) for name in ("do_resize", "size", "crop_size")}
-        raise ConfigError("the image processor cannot be set to this size", where=f"image_size={image_size}", got=got)
     return sized
 
 
@@ -72,6 +70,8 @@ def _side(images: Tensor) -> int:
 
 def _resized(image_processor: BaseImageProcessor, image_size: int, now: int) -> BaseImageProcessor:
     settings: dict[str, Any] = image_processor.to_dict()
+    if not settings.get("do_resize"):
+        raise ConfigError("the image processor does not resize", where="do_resize", got=settings.get("do_resize"))
     settings["size"] = {edge: round(pixels * image_size / now) for edge, pixels in settings["size"].items()}
     if settings.get("crop_size") is not None:
         settings["crop_size"] = {"height": image_size, "width": image_size}
@@ -87,9 +87,10 @@ def _check_tower(model: nn.Module, images: Tensor) -> None:
     tower = base.config.vision_config.model_type
     if tower not in INTERPOLATING + SIZE_FREE:
         allowed = ", ".join(INTERPOLATING + SIZE_FREE)
-        raise ConfigError("this vision tower takes images of one size", where="image_size", got=tower, allowed=allowed)
+        what = "the vision tower is not known to take images of another size"
+        raise ConfigError(what, where="image_size", got=tower, allowed=allowed)
     for name, module in base.vision_model.named_modules():
         peft_layer = isinstance(module, BaseTunerLayer) and type(module).__module__.startswith("peft.")
         if peft_layer and isinstance(module.get_base_layer(), nn.Embedding):
-            remedy = "Leave it out of target_modules."
-            raise ConfigError("an adapter of PEFT has no part in interpolated positions", where=name, remedy=remedy)
+            what, where = "an adapter of PEFT has no part in interpolated positions", f"vision_model.{name}"
+            raise ConfigError(what, where=where, remedy="Leave the module out of target_modules.")
