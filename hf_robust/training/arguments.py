@@ -30,7 +30,9 @@ class RobustTrainingArguments(TrainingArguments):
     Args:
         image_size: height and width of the model's input in pixels, a multiple of the patch size; None as in
             pre-training. The trainer then uses, and saves, its own copy of the processor, see `with_image_size`. Image
-            embeddings that stand in the place of images must have been made with such a processor.
+            embeddings that stand in the place of images must have been made with such a processor. On a GPU the
+            gradient of interpolated positions is not the same bits every time; where positions are trained (not by
+            A-CLIP or LoRA), `full_determinism=True` stops there.
 
     > Parameters that control SAFT
 
