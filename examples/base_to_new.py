@@ -54,7 +54,15 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_robust import OGENConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, context_prompt, with_image_embeds
+from hf_robust import (
+    OGENConfig,
+    RobustTrainer,
+    RobustTrainingArguments,
+    SAFTConfig,
+    context_prompt,
+    with_image_embeds,
+    with_image_size,
+)
 from hf_robust.data.collator import feature_class_names
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
@@ -144,6 +152,7 @@ def embedded(
 ) -> Dataset:
     """The dataset with embeddings in place of its images."""
     model = load_model(args).to(training_args.device)
+    processor = with_image_size(processor, training_args.image_size, model)
     size, workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     return with_image_embeds(dataset, model, processor, size, workers, is_silent(training_args))
 

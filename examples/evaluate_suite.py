@@ -26,6 +26,7 @@ from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers.utils import PROCESSOR_NAME
 
 from hf_robust import wise_ft
 from hf_robust.errors import ConfigError
@@ -65,10 +66,14 @@ def title(alpha: float) -> str:
     return f"alpha {alpha:.3g}"
 
 
+def has_file(adapter: str, name: str) -> bool:
+    """Whether an adapter on the Hub or in a folder has a file."""
+    return (Path(adapter) / name).exists() if Path(adapter).is_dir() else file_exists(adapter, name)
+
+
 def check_head(adapter: str) -> None:
     """Refuses an adapter whose head was trained: heads made of class names would be evaluated in its place."""
-    found = (Path(adapter) / WEIGHTS_FILE).exists() if Path(adapter).is_dir() else file_exists(adapter, WEIGHTS_FILE)
-    if found:
+    if has_file(adapter, WEIGHTS_FILE):
         what = "the adapter has a trained head, which has no part in zero-shot classification"
         raise ConfigError(what, where=adapter, remedy="Train with head='live' or 'frozen' to compare all sets.")
 
@@ -93,6 +98,8 @@ def evaluate(args: ScriptArguments, suite: RobustnessSuite) -> dict[str, SuiteRe
     reports = {"base": evaluate_suite(model, processor, suite, **how)}
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)
+        if has_file(args.adapter, PROCESSOR_NAME):  # it may have been trained with images of another size
+            processor = AutoProcessor.from_pretrained(args.adapter)
         for alpha in args.alphas:
             if args.alphas != [1.0]:  # not every method can go part of the way
                 wise_ft(model, alpha)

@@ -10,6 +10,7 @@ from .cards.results import results_from_sweep as results_from_sweep
 from .data.collator import ImageCollator as ImageCollator
 from .data.embeds_cache import with_image_embeds as with_image_embeds
 from .encoders.context import context_prompt as context_prompt
+from .encoders.image_size import with_image_size as with_image_size
 from .interpolation import AlphaSweep as AlphaSweep
 from .interpolation import WiSEFTCallback as WiSEFTCallback
 from .interpolation import alpha_sweep as alpha_sweep

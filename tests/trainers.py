@@ -37,14 +37,15 @@ def build(folder, method="full", family="clip", model=None, **settings):
         "eval_dataset": {"id": image_dataset(7, NAMES, seed=50), "new": image_dataset(9, OTHER_NAMES, seed=90)},
     }
     datasets["eval_dataset"] = settings.pop("eval_dataset", datasets["eval_dataset"])
-    names = {name: settings.pop(name, None) for name in ("class_names", "ogen", "compute_metrics", "data_collator")}
+    names = ("class_names", "ogen", "compute_metrics", "data_collator")
+    given = {"callbacks": callbacks, **{name: settings.pop(name, None) for name in names}}
+    processor = settings.pop("processing_class", None) or tiny_processor(family)
     defaults = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     quiet = {"use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
     args = RobustTrainingArguments(str(folder), **{**defaults, **quiet, **settings})
     torch.manual_seed(0)  # LoRA's first weights
     model = METHODS[method](tiny_model(family) if model is None else model)
-    processor = tiny_processor(family)
-    return cls(model, args, **datasets, processing_class=processor, **names, callbacks=callbacks)
+    return cls(model, args, **datasets, processing_class=processor, **given)
 
 
 def weights(trainer):

@@ -52,7 +52,14 @@ from train import (
 )
 from transformers import AutoModel, AutoProcessor, ProcessorMixin, set_seed
 
-from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, with_image_embeds
+from hf_robust import (
+    ACLIPConfig,
+    RobustTrainer,
+    RobustTrainingArguments,
+    SAFTConfig,
+    with_image_embeds,
+    with_image_size,
+)
 from hf_robust.cards.results import TITLES
 from hf_robust.data.collator import feature_class_names
 from hf_robust.errors import ConfigError, NonFiniteError
@@ -211,8 +218,9 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
         model.requires_grad_(False).to(settings.device)
         settings.head = "trainable"
         how = settings.per_device_eval_batch_size, settings.dataloader_num_workers, is_silent(settings)
+        processor = with_image_size(task.processor, settings.image_size, model)
         with settings.main_process_first(desc="embedding the training images"):
-            train = with_image_embeds(train, model, task.processor, *how)
+            train = with_image_embeds(train, model, processor, *how)
     return RobustTrainer(model, settings, train, {"validation": task.validation}, task.processor)
 
 
@@ -301,7 +309,7 @@ def evaluate(task: Task, model: Any) -> dict[str, Any]:
     """Mean accuracy by role, and the figures of every set."""
     how = task.training_args
     size, workers = how.per_device_eval_batch_size, how.dataloader_num_workers
-    report: SuiteReport = evaluate_suite(model, task.processor, task.suite, size, workers, silent=is_silent(how))
+    report: SuiteReport = evaluate_suite(model, model.processor, task.suite, size, workers, silent=is_silent(how))
     sets = {name: {"role": one.role, "images": len(one.rows), **one.metrics} for name, one in report.sets.items()}
     return {"means": report.means, "sets": sets}
 

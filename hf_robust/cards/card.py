@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
-from ..encoders.dual_encoder import base_model, family
+from ..encoders.dual_encoder import base_model, family, needs_interpolation
+from ..encoders.image_size import pixels_of
 from ..errors import ConfigError
 from ..ogen import OGENClassifier
 from ..tasks.class_names import ZeroShotClassifier
@@ -32,7 +33,7 @@ OURS = {"SAFT", "ACLIP"}  # those that PEFT alone cannot load
 
 # Allow-lists: paths, tokens, user names and names of runs are in other settings.
 TRAINING_SETTINGS = (
-    "head similarity_weight similarity_distance similarity_towers similarity_schedule "
+    "head image_size similarity_weight similarity_distance similarity_towers similarity_schedule "
     "cache_reference_embeddings learning_rate num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps lr_scheduler_type warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm bf16 fp16 tf32 seed data_seed full_determinism dataloader_drop_last"
@@ -117,6 +118,7 @@ def model_card(
         architecture=type(encoder).__name__,
         repository=REPOSITORY,
         plain_peft=_needs_peft_alone(classifier, configs),
+        interpolates=_interpolates(classifier),
         head=classifier.head,
         alpha=None if results is None else results.chosen_alpha,
         table=None if results is None else results_table(results),
@@ -143,7 +145,13 @@ def _needs_peft_alone(classifier: ZeroShotClassifier, configs: list[Any]) -> boo
     """Returns whether the model gives the same predictions without this package, by its processor's defaults."""
     stock = bool(configs) and not OURS & {_type(config) for config in configs}
     plain = classifier.head != "trainable" and len(classifier.templates) == 1
+    two_towers = base_model(classifier.model).config.model_type == "vision-text-dual-encoder"
+    plain = plain and not (two_towers and _interpolates(classifier))  # its forward cannot be asked to
     return stock and plain and family(classifier.model).padding == "longest"
+
+
+def _interpolates(classifier: ZeroShotClassifier) -> bool:
+    return needs_interpolation(classifier.model, pixels_of(classifier.processor))
 
 
 def _type(config: Any) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +68,11 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# Vision towers by what they do with images of another size than in pre-training: they interpolate their positions when
+# asked to, or need not be asked. Other towers take one size alone, or have not been tried.
+INTERPOLATING = ("clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model", "vit", "deit")
+SIZE_FREE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+
 
 def base_model(model: nn.Module) -> Any:  # a PreTrainedModel; mypy cannot know its towers
     """Returns the transformers model inside a `PeftModel`, or `model` itself; its layers keep their adapters.
@@ -126,7 +132,7 @@ def image_embeds(
     pixel_attention_mask: Tensor | None = None,
     spatial_shapes: Tensor | None = None,
 ) -> Tensor:
-    """Embeds images.
+    """Embeds images; of another size than in pre-training with interpolated positions.
 
     Args:
         model: a dual encoder, plain or wrapped by PEFT.
@@ -137,14 +143,60 @@ def image_embeds(
     Returns:
         `(batch, dim)`, L2-normalised, in float32 or better.
 
+    Raises:
+        ConfigError: the images are of another size than in pre-training, which is no multiple of the patch size.
+
     Example:
         >>> image_embeds(clip, processor(images=[picture], return_tensors="pt")["pixel_values"]).shape
         torch.Size([1, 512])
     """
     base = base_model(model)
-    extras = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+    extras: dict[str, Any] = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
     extras = {name: tensor for name, tensor in extras.items() if tensor is not None}
+    if needs_interpolation(model, pixel_values):
+        check_image_size(model, *pixel_values.shape[-2:])  # else the tower would drop what is left beside the patches
+        extras["interpolate_pos_encoding"] = True
     return _normalise(base.get_image_features(pixel_values=pixel_values, **extras).pooler_output)
+
+
+def needs_interpolation(model: nn.Module, pixel_values: Tensor) -> bool:
+    """Returns whether transformers must be asked for `interpolate_pos_encoding` to embed these images.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        pixel_values: `(batch, channels, height, width)`, for SigLIP 2 `(batch, patches, patch pixels)`.
+
+    Example:
+        >>> [needs_interpolation(clip, torch.zeros(1, 3, side, side)) for side in (224, 448)]
+        [False, True]
+    """
+    config, size = base_model(model).config.vision_config, tuple(pixel_values.shape[-2:])
+    return config.model_type in INTERPOLATING and size != _height_and_width(config.image_size)
+
+
+def check_image_size(model: nn.Module, height: int, width: int) -> None:
+    """Refuses images that cannot be divided into patches, unless they are of the size of pre-training.
+
+    Args:
+        model: a dual encoder with a vision tower of `INTERPOLATING` or `SIZE_FREE`, plain or wrapped by PEFT.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+
+    Raises:
+        ConfigError: height or width is no positive multiple of the patch size.
+    """
+    config = base_model(model).config.vision_config
+    if (height, width) == _height_and_width(config.image_size):  # SigLIP has 384 pixels and patches of 14
+        return
+    for side, patch in zip((height, width), _height_and_width(config.patch_size), strict=True):
+        if side <= 0 or side % patch:
+            nearest = sorted({max(count, 1) * patch for count in (side // patch, side // patch + 1)})
+            allowed = f"multiples of {patch}, the nearest: {', '.join(map(str, nearest))}"
+            raise ConfigError("image size is no multiple of the patch size", got=side, allowed=allowed)
+
+
+def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -28,6 +28,11 @@ class RobustTrainingArguments(TrainingArguments):
     > Parameters that control the data
 
     Args:
+        image_size: height and width of the model's input in pixels, a multiple of the patch size; None as in
+            pre-training. The trainer then uses, and saves, its own copy of the processor, see `with_image_size`. Image
+            embeddings that stand in the place of images must have been made with such a processor. On a GPU the
+            gradient of interpolated positions is not the same bits every time; where positions are trained (not by
+            A-CLIP or LoRA), `full_determinism=True` stops there.
         on_bad_image: `"raise"` stops at an image that cannot be used. `"skip"` opens every image of a set once, before
             anything is computed with it, and leaves out those that cannot be used; they are logged, counted in the
             metrics as `skipped_images`, and listed in `trainer.train_dataset.skipped`.
@@ -74,6 +79,9 @@ class RobustTrainingArguments(TrainingArguments):
     )
     head: Literal["live", "frozen", "trainable"] = field(
         default="live", metadata={"help": "How the class names become a classifier head: live, frozen or trainable."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height and width of the input in pixels; None as in pre-training."}
     )
     on_bad_image: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "Images that cannot be used: raise an error, or skip them."}

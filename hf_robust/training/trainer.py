@@ -30,6 +30,7 @@ from ..tuners.saft.selection import scores_single_images
 from .accuracy import accuracy_and_loss
 from .arguments import RobustTrainingArguments
 from .evaluating import EvaluatingTrainer, Metrics, Rows
+from .image_size import processor_of_size
 from .preflight import check_arguments, check_best_metric, check_training
 
 ClassNames = Sequence[str] | Mapping[str | int, str]
@@ -58,7 +59,7 @@ class RobustTrainer(EvaluatingTrainer):
         args: the training arguments.
         train_dataset: rows of `{"image", "label"}`; see `ImageCollator` for what an image may be.
         eval_dataset: one evaluation set, or several by name.
-        processing_class: the model's processor.
+        processing_class: the model's processor; with `args.image_size` a copy of it is used.
         class_names: names in label order; by default those of the training set's `label` feature.
         ogen: settings of OGEN, see `OGENConfig`; None for training without it.
         data_collator: by default an `ImageCollator`.
@@ -103,12 +104,14 @@ class RobustTrainer(EvaluatingTrainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         check_arguments(args, processing_class)
+        processing_class = processor_of_size(args.image_size, processing_class, model, data_collator)
         order = class_names if isinstance(class_names, Sequence) else None
         train_rows = None if train_dataset is None else labelled_images(train_dataset, "train_dataset", order=order)
         if not isinstance(model, ZeroShotClassifier):
             model = _classifier(model, processing_class, train_rows, class_names, args, ogen)
         else:
             _check_brings_its_own(model, train_rows, ogen=ogen, class_names=class_names)
+        model.processor = processing_class  # its card shows how images are prepared
         super().__init__(
             model=model,
             args=args,

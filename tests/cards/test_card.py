@@ -387,6 +387,24 @@ def test_the_snippet_of_a_stock_adapter_works_in_every_family(
     card = model_card(trainer.model, base_model_id=BASE)
     names = run_snippet(card, folder, tmp_path / "base", monkeypatch)
     torch.testing.assert_close(names["probabilities"], expected(trainer), rtol=1e-4, atol=1e-5)
+    assert "interpolate_pos_encoding" not in card.text and "image_size" not in card.text
+
+
+@pytest.mark.parametrize("family", ["clip", "metaclip_2", "siglip", "vision-text-dual-encoder"])
+def test_the_snippet_takes_larger_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    trainer = build(tmp_path / "run", model=tiny_lora(tiny_model(family)), family=family, image_size=64)
+    folder = tmp_path / "saved"
+    trainer.save_model(str(folder))
+    card = model_card(trainer.model, trainer.args, base_model_id=BASE)
+    assert "- `image_size`: `64`" in section(card, "Training")
+    use = section(card, "Use")
+    assert "model.get_image_features(**inputs, interpolate_pos_encoding=True)" in use
+    stock = family in ("clip", "metaclip_2")  # the forward of two towers has no such option, SigLIP pads otherwise
+    assert ("model(**inputs, interpolate_pos_encoding=True)" in use) == stock != ("import hf_robust" in use)
+    names = run_snippet(card, folder, tmp_path / "base", monkeypatch)
+    assert names["inputs"]["pixel_values"].shape[-2:] == (64, 64)
+    torch.testing.assert_close(names["probabilities"], expected(trainer), rtol=1e-4, atol=1e-5)
 
 
 # --- results ---

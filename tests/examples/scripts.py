@@ -12,6 +12,8 @@ from typing import Any
 
 import datasets
 import pytest
+from torch import Tensor
+from transformers import CLIPModel
 
 from tests.programs import ROOT, run_programs
 
@@ -44,6 +46,18 @@ def load_training_script(name: str, folder: Path, monkeypatch: pytest.MonkeyPatc
 
     module.run = run
     return module
+
+
+def image_sizes_seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """Height and width of the images that CLIP models embed from now on."""
+    sizes, embed = set(), CLIPModel.get_image_features
+
+    def noting(model: CLIPModel, pixel_values: Tensor, **options: Any) -> Any:
+        sizes.add(tuple(pixel_values.shape[-2:]))
+        return embed(model, pixel_values=pixel_values, **options)
+
+    monkeypatch.setattr(CLIPModel, "get_image_features", noting)
+    return sizes
 
 
 def launch_on_two(name: str, folder: Path, *flags: str, cwd: Path = ROOT) -> str:

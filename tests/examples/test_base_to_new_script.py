@@ -11,7 +11,7 @@ import yaml
 
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation import harmonic_mean
-from tests.examples.scripts import launch_on_two, load_training_script
+from tests.examples.scripts import image_sizes_seen, launch_on_two, load_training_script
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -170,6 +170,12 @@ def test_images_are_embedded_once(script, folder, tmp_path):
     files = {file: file.stat().st_mtime_ns for file in (folder / "cache" / "hf_robust").glob("*.arrow")}
     script.run(tmp_path / "second", *flags)
     assert files == {file: file.stat().st_mtime_ns for file in (folder / "cache" / "hf_robust").glob("*.arrow")}
+
+
+def test_all_images_have_the_size_that_is_asked_for(script, tmp_path, monkeypatch):
+    sizes = image_sizes_seen(monkeypatch)
+    script.run(tmp_path, "--methods", "zero_shot", "saft", "--seeds", "1", "--image_size", "64")
+    assert sizes == {(64, 64)}
 
 
 def write(folder, dataset):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
-from tests.examples.scripts import launch_on_two, load_script, load_training_script
+from tests.examples.scripts import image_sizes_seen, launch_on_two, load_script, load_training_script
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -121,6 +121,13 @@ def test_a_probe_learns_a_head_and_forgets_nothing(script, tmp_path):
     assert probe["means"]["id"] > zero_shot["means"]["id"]
     assert probe["sets"]["pets"] == zero_shot["sets"]["pets"]
     assert runs["linear-probe_seed_1"]["trained_parameters"] == 3 * 24 + 3
+
+
+def test_all_images_have_the_size_that_is_asked_for(script, tmp_path, monkeypatch):
+    sizes = image_sizes_seen(monkeypatch)
+    flags = ["--learning_rates", "1e-2", "--seeds", "1", "--image_size", "64"]
+    script.run(tmp_path, "--methods", "linear-probe", "full", *flags)
+    assert sizes == {(64, 64)}
 
 
 def test_all_methods_run_and_differ(script, tmp_path):

@@ -10,10 +10,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser
 
-from hf_robust import SAFTConfig, select_saft
+from hf_robust import SAFTConfig, select_saft, with_image_size
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.report import SuiteReport
-from tests.examples.scripts import launch_on_two, load_script
+from tests.examples.scripts import image_sizes_seen, launch_on_two, load_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES, OTHER_NAMES = ["red", "green", "blue"], ["cat", "dog"]
@@ -108,6 +108,16 @@ def test_the_base_can_be_given(run):
         run("--adapter", "orphan")
     results, _ = run("--adapter", "orphan", "--base", "base")
     assert results["models"]["base"]["sets"] != results["models"]["alpha 1"]["sets"]
+
+
+def test_an_adapter_is_evaluated_with_images_of_its_own_size(run, folder, monkeypatch):
+    with_image_size(tiny_processor("clip"), 64, tiny_model("clip")).save_pretrained(folder / "larger")
+    save_adapter(folder / "larger", SAFTConfig(density=0.3, score="random"))
+    sizes = image_sizes_seen(monkeypatch)
+    run("--base", "base")
+    assert sizes == {(32, 32)}
+    run("--adapter", "larger")
+    assert sizes == {(32, 32), (64, 64)}
 
 
 def test_an_adapter_with_a_trained_head_is_refused(run, folder):

@@ -83,6 +83,7 @@ ZOO_UNITS = (
     "tower.block.twice",
     "tower.block.attention",
     "tower.head",
+    "tower.positions",
 )
 
 

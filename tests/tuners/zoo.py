@@ -49,9 +49,10 @@ class Tower(nn.Module):
         self.alias = self.block.twice  # the same module at a second path
         self.head = nn.Linear(DIM, 3, bias=False)
         self.checkpointing: bool | None = None  # None: off; else the value of use_reentrant
+        self.positions = nn.Embedding(10, DIM)  # read, not called, as where a vision tower interpolates them
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        hidden = torch.cat([self.patches(images), self.tokens(ids)], dim=1)
+        hidden = torch.cat([self.patches(images), self.tokens(ids)], dim=1) + self.positions.weight
         if self.checkpointing is None or not torch.is_grad_enabled():
             hidden = self.block(hidden)
         else:

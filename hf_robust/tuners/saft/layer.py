@@ -173,19 +173,33 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             self._check_forward()
             return self.base_layer(*args, **kwargs)
         plan = self._plan_for(adapters)
-        trains = torch.is_grad_enabled() and any(self.saft_values[name].requires_grad for name in adapters)
-        if in_place and not trains:
+        if in_place and not self._trains(adapters):
             return self.base_layer(*args, **kwargs)
         delta = self._delta(plan)  # (entries,)
-        if not in_place:
-            return torch.func.functional_call(self.base_layer, self._replaced(plan, delta), args, kwargs)
-        if not kwargs and _is_plain(self.base_layer, nn.Linear):
+        if in_place and not kwargs and _is_plain(self.base_layer, nn.Linear):
             return self._linear(plan, delta, *args)
-        if not kwargs and _is_plain(self.base_layer, nn.Embedding):
+        if in_place and not kwargs and _is_plain(self.base_layer, nn.Embedding):
             weight, padding_idx = self.base_layer.weight, self.base_layer.padding_idx
             return SampledEmbedding.apply(delta, *args, weight, padding_idx, plan.tensors[0].entries)
-        aliases = {t.name: ResidentAlias.apply(t.parameter, delta[t.part], t.entries.positions) for t in plan.tensors}
-        return torch.func.functional_call(self.base_layer, aliases, args, kwargs)
+        return torch.func.functional_call(self.base_layer, self._tensors(plan, delta, in_place), args, kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as `forward` uses it, with its gradient, for code that reads it instead of calling the unit."""
+        adapters = self._shown()
+        in_place = self._write(adapters)
+        if self.merged or not adapters or (in_place and not self._trains(adapters)):
+            return self.base_layer.weight
+        plan = self._plan_for(adapters)
+        return self._tensors(plan, self._delta(plan), in_place).get("weight", self.base_layer.weight)
+
+    def _trains(self, adapters: tuple[str, ...]) -> bool:
+        return torch.is_grad_enabled() and any(self.saft_values[name].requires_grad for name in adapters)
+
+    def _tensors(self, plan: Plan, delta: Tensor, in_place: bool) -> dict[str, Tensor]:
+        if not in_place:
+            return self._replaced(plan, delta)
+        return {t.name: ResidentAlias.apply(t.parameter, delta[t.part], t.entries.positions) for t in plan.tensors}
 
     def _linear(self, plan: Plan, delta: Tensor, inputs: Tensor) -> Tensor:
         weight, bias = self.base_layer.weight, self.base_layer.bias
