@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import datasets
 import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -205,6 +206,8 @@ class EvaluatingTrainer(SavingTrainer):
         return rows
 
     def _sets(self, given: Mapping[str, Any]) -> dict[str, Rows]:
+        if isinstance(given, datasets.DatasetDict | datasets.IterableDatasetDict):
+            labelled_images(given, "eval_dataset")  # refuses it: the training images would be among the sets
         return {name: self._rows(dataset, name) for name, dataset in given.items()}
 
     def _named(self, name: str) -> Any:
