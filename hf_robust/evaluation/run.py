@@ -127,7 +127,7 @@ def _load_passes(suite: RobustnessSuite) -> list[_Pass]:
     for one in suite.sets:
         source = _source_key(one)
         if source not in sources:
-            sources[source] = load_source(one.source) if isinstance(one.source, str) else one.source
+            sources[source] = load_source(one.source, one.name)
         key = (source, one.image_column, None if one.corruption is None else tuple(one.corruption))
         if key not in passes:
             passes[key] = _Pass(images_of(sources[source], one.image_column, one.name), [])
