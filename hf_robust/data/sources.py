@@ -60,7 +60,10 @@ def load_source(
         raise DataError("dataset with splits", where=where, got=got, allowed=allowed, remedy=remedy)
     if isinstance(source, str):
         with _silent_datasets():
-            return _undecoded(_load(source, where))
+            dataset = _load(source, where)
+            if len(dataset) == 0:
+                raise DataError("dataset is empty", where=where, got=source, allowed="at least one row")
+            return _undecoded(dataset)
     if not isinstance(source, Dataset | IterableDataset):
         allowed = "text, a datasets.Dataset or a datasets.IterableDataset"
         raise DataError("no source of data", where=where, got=type(source).__name__, allowed=allowed)
@@ -96,10 +99,10 @@ def _load_files(name: str, split: str | None, where: str) -> Dataset:
 
 
 def _load_parquet(files: Sequence[str], where: str) -> Dataset:
-    expected = None
+    expected, rows = None, 0
     for file in files:
-        with reading(file, where):
-            found = Features.from_arrow_schema(pyarrow.parquet.read_schema(os.path.abspath(file)))
+        with reading(file, where), pyarrow.parquet.ParquetFile(os.path.abspath(file)) as content:
+            found, rows = Features.from_arrow_schema(content.schema_arrow), rows + content.metadata.num_rows
         expected = expected or found
         check_same_columns(files[0], [*expected], file, [*found])
         for name in found:
@@ -107,6 +110,8 @@ def _load_parquet(files: Sequence[str], where: str) -> Dataset:
                 what = f"files have different types or class names in {name!r}"
                 allowed = str(expected[name])
                 raise DataError(what, where=f"{files[0]}, {file}", got=found[name], allowed=allowed)
+    if rows == 0:  # datasets would have no split
+        return Dataset(found.arrow_schema.empty_table())
     return load_dataset("parquet", data_files=[escape(os.path.abspath(file)) for file in files], split="train")
 
 

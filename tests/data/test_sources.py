@@ -54,6 +54,15 @@ def test_shards_that_do_not_fit_are_refused(second, message):
         load_source("d")
 
 
+def test_files_without_rows_are_refused():
+    for index in range(2):
+        image_dataset(2, NAMES).select([]).to_parquet(f"d/{index}.parquet")
+    with pytest.raises(DataError, match="dataset is empty .at data.: got 'd'; allowed at least one row"):
+        load_source("d", "data")
+    image_dataset(2, NAMES).to_parquet("d/2.parquet")
+    assert len(load_source("d")) == 2
+
+
 def test_a_broken_file_is_named():
     write("d/a.parquet")
     with pytest.raises(DataError, match="source cannot be read .ArrowInvalid.*Parquet.* .at data.: got 'd/a.parquet'"):

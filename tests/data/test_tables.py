@@ -87,7 +87,6 @@ def test_tables_beside_their_images():
         ("a\n12345678901234567890\n", ["12345678901234567890"]),
         ('a\n"x, ""y""\nz"\n\nlast', ['x, "y"\nz', "last"]),
         ("a,b\r\n1,2\r\n", [1]),
-        ("a\n", []),
     ],
 )
 def test_values_of_csv(content, expected):
@@ -196,6 +195,7 @@ def test_tables_that_do_not_fit_are_refused(contents, message):
         ("d/a.csv", 'a,b\n1,"2\n3,4\n', "read .Error: unexpected end of data. .at data.: got 'd/a.csv'"),
         ("d/a.csv", "a,b,a\n1,2,3\n", "column 'a' occurs twice"),
         ("d/a.csv", "", "file is empty"),
+        ("d/a.csv", "image,label\n", "dataset is empty .at data.: got 'd/a.csv'; allowed at least one row"),
         ("d/a.csv", "größe\n1\n".encode("latin-1"), "UnicodeDecodeError"),
         ("d/a.tsv", "a\tb\n1,2\n", "line 2 has 1 fields"),
         ("d/a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is no JSON object: "),
