@@ -83,8 +83,7 @@ def files_of(path: str) -> tuple[str, list[str]]:
     if os.path.isdir(path):
         return path, sorted(_walk(path))
     folder = str(Path(*takewhile(lambda part: not has_magic(part), Path(path).parts)))
-    matches = [file for file in glob(path, recursive=True) if os.path.isfile(file)]
-    files = [Path(os.path.relpath(file, folder)).as_posix() for file in matches]
+    files = [Path(os.path.relpath(file, folder)).as_posix() for file in glob(path, recursive=True)]
     return folder, sorted(file for file in files if all(map(is_visible, file.split("/"))))
 
 

@@ -55,7 +55,7 @@ def classes(dataset):
         (["p [2]*/train/cat/0.jpg", "p [2]*/test/dog/0.jpg"], "p [2]*:train", ["p [2]*/train/cat/0.jpg"]),
         (["p:train/cat/0.jpg", "p/train/dog/0.jpg"], "p:train", ["p:train/cat/0.jpg"]),  # it exists
         (["p:a/train/cat/0.jpg", "p/a/dog/0.jpg"], "p:a:train", ["p:a/train/cat/0.jpg"]),
-        (["p/cat/0.jpg", "p/README.md", "p/cat/Thumbs.db", "p/dataset_info.json"], "p", ["p/cat/0.jpg"]),
+        (["p/cat/0.jpg", "p/README.md", "p/cat/cats.pdf", "p/dataset_info.json"], "p", ["p/cat/0.jpg"]),
     ],
 )  # fmt: skip
 def test_classes_and_splits(files, source, expected):
@@ -122,7 +122,7 @@ def test_metadata_beside_images(suffix, content, source):
     folder = source.replace(":", "/")
     write(f"{folder}/b.jpg", f"{folder}/a/0.jpg", f"{folder}/a/not_listed.jpg")
     if source != "p":
-        write("p/test/cat/0.jpg")
+        write("p/other/cat/0.jpg")
     Path(folder, f"metadata.{suffix}").write_text(content)
     dataset = load_source(source)
     assert paths(dataset) == [f"{folder}/b.jpg", f"{folder}/a/0.jpg"] and dataset["label"][:] == ["NA", "None"]

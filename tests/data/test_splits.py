@@ -86,6 +86,8 @@ def test_splits_of_files(files, source, expected):
         ("d/a d/a.csv", "d", "files of several kinds"),
         ("d/a.csv d/a.tsv", "d", "files of several kinds"),
         ("d/cat/0.jpg d/dog/0.jpg d/labels.csv", "d", "files of several kinds"),
+        ("d/0.jpg d/metadata.csv d/labels.tsv", "d", "files of several kinds"),
+        ("d/x.parquet/0 d/a", "d/*", "source cannot be read .*got 'd/x.parquet'"),
         ("d/train/cat/0.jpg d/test/cat/0.jpg d/labels.csv", "d:train", "files of several kinds"),
         ("e/a", "d", "no such file, folder of images or dataset of the Hub .at data.: got 'd'"),
         ("e/a", "d/*.parquet", "no such file"),
