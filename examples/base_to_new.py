@@ -136,8 +136,8 @@ def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> 
     """Loads and splits the data, and embeds the test images."""
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     with training_args.main_process_first(desc="loading data"):
-        train = load_images(args.train_data, "train", args, None)
-        test = load_images(args.test_data, "test", args, feature_class_names(train))
+        train = load_images(args.train_data, "train_data", args, None)
+        test = load_images(args.test_data, "test_data", args, feature_class_names(train))
         names, others = feature_class_names(train), feature_class_names(test)
         if names != others:
             allowed = f"those of {args.train_data}, in the same order"

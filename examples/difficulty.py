@@ -108,7 +108,7 @@ def write_outputs(difficulty: TaskDifficulty, suggestion: dict[str, str], args: 
 def main(args: ScriptArguments) -> None:
     """Loads, embeds, measures, prints."""
     names = Path(args.class_names_file).read_text().splitlines() if args.class_names_file else None
-    dataset = load_images(args.data, "train", args, names, only_these=True)
+    dataset = load_images(args.data, "data", args, names, only_these=True)
     model = AutoModel.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     family(model)  # refuses what is no dual encoder
     difficulty = task_difficulty(

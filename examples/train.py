@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -52,8 +52,9 @@ VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "data
 class ScriptArguments:
     """Model, data and method; what concerns the training itself is in `RobustTrainingArguments`.
 
-    Data is a parquet file or glob, a folder of parquet files, a folder with one subfolder of images per class, or a
-    dataset of the Hub, `owner/name` or `owner/name:split`. Underscores in class names are read as spaces.
+    Data is a folder with one subfolder of images per class; parquet, CSV, TSV or JSON lines (with a column of paths),
+    as a file, a pattern or a folder; or a dataset of the Hub, `owner/name`. Where there are several splits, one is
+    chosen by `:split`, as in `photos:train`. Underscores in class names are read as spaces.
     """
 
     model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
@@ -204,15 +205,13 @@ def percent(value: float, by_seed: Sequence[float]) -> str:
 
 
 def load_images(
-    source: str, split: str, args: ScriptArguments, class_names: list[str] | None, only_these: bool = False
+    source: str, where: str, args: ScriptArguments, class_names: list[str] | None, only_these: bool = False
 ) -> Dataset:
-    """Loads a dataset and gives it the columns `image`, not yet decoded, and `label`."""
-    dataset = load_source(source, split)
+    """Loads a dataset and gives it the columns `image`, not yet decoded, and `label`; `where` names it in messages."""
+    dataset = load_source(source, where)
     for ours, theirs in (("image", args.image_column), ("label", args.label_column)):
         if ours not in dataset.column_names and theirs in dataset.column_names:
             dataset = dataset.rename_column(theirs, ours)
-    if isinstance(dataset.features.get("image"), Image):
-        dataset = dataset.cast_column("image", Image(decode=False))  # the collator decodes, with limits
     label = dataset.features.get("label")
     if isinstance(label, ClassLabel):
         return dataset.cast_column("label", ClassLabel(names=[name.replace("_", " ") for name in label.names]))
@@ -270,10 +269,10 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     names = Path(args.class_names_file).read_text().splitlines() if args.class_names_file else None
     validation = {"validation": args.validation_data} if args.validation_data else {}
     with training_args.main_process_first(desc="loading data"):
-        train = load_images(args.train_data, "train", args, names, only_these=True)
+        train = load_images(args.train_data, "train_data", args, names, only_these=True)
         known = names or feature_class_names(train)
         sources = {**validation, **(args.eval_data or {})}
-        sets = {name: load_images(source, "test", args, known) for name, source in sources.items()}
+        sets = {name: load_images(source, name, args, known) for name, source in sources.items()}
     model = AutoModel.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     family(model)  # refuses what is no dual encoder
     trainer = RobustTrainer(

@@ -197,9 +197,9 @@ def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> 
     """Loads processor, data and suite."""
     processor, suite = AutoProcessor.from_pretrained(args.model_name_or_path), RobustnessSuite.from_yaml(args.suite)
     with training_args.main_process_first(desc="loading data"):
-        train = load_images(args.train_data, "train", args, None)
+        train = load_images(args.train_data, "train_data", args, None)
         names = feature_class_names(train)
-        validation = load_images(args.validation_data, "validation", args, names, only_these=True)
+        validation = load_images(args.validation_data, "validation_data", args, names, only_these=True)
     return Task(args, training_args, processor, train, validation, suite)
 
 

@@ -140,7 +140,7 @@ def _load_passes(suite: RobustnessSuite, look_through: Callable[[Any], LabelledI
     for one in suite.sets:
         source = _source_key(one)
         if source not in sources:
-            sources[source] = load_source(one.source) if isinstance(one.source, str) else one.source
+            sources[source] = load_source(one.source, one.name)
         images = labelled_images(sources[source], one.name, one.image_column, one.label_column)
         if not isinstance(images, LabelledImages):
             raise DataError("a stream has no numbered rows", where=one.name, got=type(images.rows).__name__)

@@ -36,9 +36,10 @@ class SuiteSet:
         name: names the set in reports.
         role: `"id"`: the distribution of the training set; `"ood"`: its classes in other circumstances; `"new"`:
             classes that were not trained on; `"other"`: other tasks, to see what is forgotten.
-        source: a dataset of the Hub, `owner/name` (its split `test`) or `owner/name:split`; a parquet file, a pattern
-            of such (`data/*.parquet`) or a folder of them; a folder with one subfolder of images per class; or a
-            `datasets.Dataset`. Paths are relative to the working directory.
+        source: a folder with one subfolder of images per class; parquet, CSV, TSV or JSON lines, as a file, a pattern
+            (`data/*.parquet`) or a folder; a dataset of the Hub, `owner/name`; or a `datasets.Dataset`. Where there
+            are several splits, one is chosen by `:split`, as in `photos:test`. Paths are relative to the working
+            directory.
         class_names: one per class, in the order of the labels, which is checked against the dataset's own names; or a
             mapping from these names to words. None: the dataset's own (its `ClassLabel`, or its labels where these are
             text), with underscores read as spaces.

@@ -11,7 +11,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_robust.data.class_spaces import ClassSpace
-from hf_robust.data.sources import images_of, load_source
+from hf_robust.data.sources import load_source
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation.answers import among_known, load_labels, with_rows
 from hf_robust.evaluation.suite import RobustnessSuite, SuiteSet, shipped_suites
@@ -195,42 +195,13 @@ def test_classes_that_a_classifier_knows_and_a_set_lacks_stay_possible():
 # --- sources ---
 
 
-def test_parquet_files_and_folders_of_images_are_loaded(tmp_path):
-    image_dataset(4, NAMES).to_parquet(tmp_path / "parts" / "a.parquet")
-    image_dataset(3, NAMES).to_parquet(tmp_path / "parts" / "b.parquet")
+def test_labels_of_a_folder_of_images(tmp_path):
     for index, row in enumerate(image_dataset(4, ["sea_lion", "owl"])):
         file = tmp_path / "photos" / ["sea_lion", "owl"][row["label"]] / f"{index}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         row["image"].save(file)
-    sizes = {pattern: len(load_source(str(tmp_path / pattern))) for pattern in ("parts", "parts/*", "parts/a.parquet")}
-    assert sizes == {"parts": 7, "parts/*": 7, "parts/a.parquet": 4}
-    photos = load_source(str(tmp_path / "photos"))
-    found = load_labels(SuiteSet("photos", "id", "photos"), photos)
+    found = load_labels(SuiteSet("photos", "id", "photos"), load_source(str(tmp_path / "photos")))
     assert found.class_names == ["owl", "sea lion"] and sorted(found.targets.tolist()) == [0, 0, 1, 1]
-    images = images_of(photos, "image", "photos")
-    assert images.column_names == ["image"] and set(images[0]["image"]) == {"bytes", "path"}
-
-
-def test_a_dataset_of_the_hub_is_loaded_with_its_split(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "hf_robust.data.sources.load_dataset", lambda name, split: asked.append((name, split)) or labelled([0])
-    )
-    load_source("owner/name:validation")
-    load_source("owner/name")
-    assert asked == [("owner/name", "validation"), ("owner/name", "test")]
-
-
-def test_a_missing_source_is_reported(tmp_path):
-    with pytest.raises(DataError, match="no such file, folder of images or dataset of the Hub: got 'owner/name'"):
-        load_source("owner/name")
-
-
-def test_images_are_found_by_column():
-    images = images_of(image_dataset(2, NAMES).rename_column("image", "jpg"), "jpg", "a")
-    assert images.column_names == ["image"]
-    with pytest.raises(DataError, match="no column 'png' .at a.: allowed image, label. Set image_column"):
-        images_of(image_dataset(2, NAMES), "png", "a")
 
 
 # --- YAML ---
