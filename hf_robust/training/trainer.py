@@ -39,9 +39,10 @@ ClassNames = Sequence[str] | Mapping[str | int, str]
 class RobustTrainer(EvaluatingTrainer):
     """Fine-tunes a dual encoder as a zero-shot classifier, whole or through any PEFT method.
 
-    Datasets have the columns `image` and `label`. An evaluation set whose `label` feature has other class names than
-    the training set is classified among its own, by a zero-shot head from the current text tower. Every evaluation
-    set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction and nats). A SAFT adapter without entries gets
+    Datasets are what `labelled_images` takes. An evaluation set with the classes of the training set, or some of them,
+    is answered by the same head, one with any other class by a zero-shot head from the current text tower, see
+    `ZeroShotClassifier.classes`. Every evaluation set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction
+    and nats). A SAFT adapter without entries gets
     them, from the training set, when training starts. With a `similarity_weight` the embeddings are held near those of
     the pre-trained model: the one given here, without its adapters. Every term of the loss is logged as `loss_<term>`.
 
@@ -60,9 +61,11 @@ class RobustTrainer(EvaluatingTrainer):
         train_dataset: rows of `{"image", "label"}`; see `ImageCollator` for what an image may be.
         eval_dataset: one evaluation set, or several by name.
         processing_class: the model's processor; with `args.image_size` a copy of it is used.
-        class_names: names in label order; by default those of the training set's `label` feature.
+        class_names: words for the prompts, in label order, or by the names that the training set has for its classes,
+            see `class_space`; by default these names, with underscores read as blanks.
         ogen: settings of OGEN, see `OGENConfig`; None for training without it.
-        data_collator: by default an `ImageCollator`.
+        data_collator: by default an `ImageCollator`; its `transform` is used in training alone. Another collator gets
+            rows whose images are opened.
         compute_metrics: as in `Trainer`, gets logits and labels; by default accuracy and cross-entropy.
         callbacks: as in `Trainer`.
         optimizers: as in `Trainer`.
