@@ -75,7 +75,12 @@ def load_rgb(image: Any, where: str | None = None) -> Image.Image:
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise DataError("image is too elongated", where=where, got=(width, height), allowed="sides within 20:1")
     try:
-        return _eight_bit(ImageOps.exif_transpose(opened), where).convert("RGB")
+        if isinstance(image, Image.Image):
+            return _eight_bit(ImageOps.exif_transpose(opened), where).convert("RGB")
+        ImageOps.exif_transpose(opened, in_place=True)  # no copy of an image that is ours
+        opened.load()
+        upright = _eight_bit(opened, where)
+        return upright if upright.mode == "RGB" else upright.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise for truncated or broken data
         raise DataError(f"image cannot be decoded ({error})", where=where) from error
 

@@ -42,9 +42,9 @@ class RobustTrainer(EvaluatingTrainer):
     Datasets are what `labelled_images` takes. An evaluation set with the classes of the training set, or some of them,
     is answered by the same head, one with any other class by a zero-shot head from the current text tower, see
     `ZeroShotClassifier.classes`. Every evaluation set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction
-    and nats). A SAFT adapter without entries gets
-    them, from the training set, when training starts. With a `similarity_weight` the embeddings are held near those of
-    the pre-trained model: the one given here, without its adapters. Every term of the loss is logged as `loss_<term>`.
+    and nats). A SAFT adapter without entries gets them, from the training set, when training starts. With a
+    `similarity_weight` the embeddings are held near those of the pre-trained model: the one given here, without its
+    adapters. Every term of the loss is logged as `loss_<term>`.
 
     With `ogen`, features of classes without images are generated in training, see `OGENConfig`. The vision tower is
     not trained then, so the training images are embedded once, unless they may look different every time.
@@ -58,7 +58,7 @@ class RobustTrainer(EvaluatingTrainer):
         model: a `ZeroShotClassifier`, or a dual encoder, plain or `PeftModel`, that one is then built around with
             `args.templates` and `args.head`.
         args: the training arguments.
-        train_dataset: rows of `{"image", "label"}`; see `ImageCollator` for what an image may be.
+        train_dataset: images with labels.
         eval_dataset: one evaluation set, or several by name.
         processing_class: the model's processor; with `args.image_size` a copy of it is used.
         class_names: words for the prompts, in label order, or by the names that the training set has for its classes,
