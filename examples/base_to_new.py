@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf_robust", "pyyaml", "rich"]
+# dependencies = ["hf_robust"]
 # ///
 """Base-to-new: train on a few images of half of the classes, test on both halves, each among its own names.
 
@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -33,26 +31,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from tqdm.auto import tqdm
-from train import (
-    VERSIONS_OF,
-    check_same_settings,
-    check_training,
-    check_values,
-    end_processes,
-    is_silent,
-    load_images,
-    parse_arguments,
-    percent,
-)
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    PrinterCallback,
-    ProcessorMixin,
-    ProgressCallback,
-    TrainerCallback,
-)
+from transformers import ProcessorMixin
 
 from hf_robust import (
     OGENConfig,
@@ -64,15 +43,20 @@ from hf_robust import (
     with_image_size,
 )
 from hf_robust.data.collator import feature_class_names
-from hf_robust.errors import ConfigError, DataError
+from hf_robust.errors import DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
 from hf_robust.evaluation.report import write_json
+from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
+from hf_robust.scripting.loading import load_images, load_model, load_processor, loading_data
+from hf_robust.scripting.progress import is_silent, show_progress
+from hf_robust.scripting.results import package_versions, percent
+from hf_robust.scripting.run import run
 
 METHODS = ("zero_shot", "coop", "coop+ogen", "saft", "saft+ogen")
 HALVES = ("base", "new")
 FIXED = {"eval_strategy": "epoch", "eval_on_start": False, "eval_delay": 0, "save_strategy": "no", "head": "live"}
 OWN = {"learning_rate": "context_learning_rate and saft_learning_rate", "seed": "seeds"}
-DEFAULTS = {**FIXED, "logging_strategy": "no"}
+DEFAULTS = {**FIXED, "logging_steps": 10}  # the progress bar shows the loss
 
 
 @dataclass
@@ -83,7 +67,7 @@ class ScriptArguments:
     """
 
     model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
-    dtype: str = field(default="float32", metadata={"help": "Precision the weights are loaded in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     train_data: str | None = field(default=None, metadata={"help": "Labelled images of all classes to train on."})
     test_data: str | None = field(default=None, metadata={"help": "Labelled images of all classes to test on."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
@@ -98,9 +82,7 @@ class ScriptArguments:
     saft_learning_rate: float = field(default=1e-3, metadata={"help": "saft: learning rate."})
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "test_data"):
-            if not getattr(self, name):
-                raise ConfigError("no data", where=name)
+        check_given(self, "train_data", "test_data")
         check_values(self.methods, METHODS, seeds=self.seeds)
 
 
@@ -121,28 +103,18 @@ class Task:
     class_names: dict[str, list[str]]
 
 
-class EpochBar(TrainerCallback):
-    """Moves a progress bar by one at the end of every epoch."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        self.bar.update()
-
-
 def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> Task:
     """Loads and splits the data, and embeds the test images."""
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
-    with training_args.main_process_first(desc="loading data"):
+    processor = load_processor(args.model_name_or_path)
+    with loading_data(training_args):
         train = load_images(args.train_data, "train_data", args, None)
         test = load_images(args.test_data, "test_data", args, feature_class_names(train))
-        names, others = feature_class_names(train), feature_class_names(test)
-        if names != others:
-            allowed = f"those of {args.train_data}, in the same order"
-            raise DataError("classes of train and test data differ", where=args.test_data, got=others, allowed=allowed)
-        train_base, _ = base_to_new(train)
+    names, others = feature_class_names(train), feature_class_names(test)
+    if names != others:
+        allowed = f"those of {args.train_data}, in the same order"
+        raise DataError("classes of train and test data differ", where=args.test_data, got=others, allowed=allowed)
+    train_base, _ = base_to_new(train)
+    with training_args.main_process_first(desc="embedding the test images"):
         sets = dict(zip(HALVES, base_to_new(embedded(test, args, training_args, processor)), strict=True))
     return Task(processor, train_base, sets, {half: feature_class_names(sets[half]) for half in HALVES})
 
@@ -151,22 +123,22 @@ def embedded(
     dataset: Dataset, args: ScriptArguments, training_args: RobustTrainingArguments, processor: ProcessorMixin
 ) -> Dataset:
     """The dataset with embeddings in place of its images."""
-    model = load_model(args).to(training_args.device)
+    model = pretrained(args).to(training_args.device)
     processor = with_image_size(processor, training_args.image_size, model)
     size, workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
     return with_image_embeds(dataset, model, processor, size, workers, is_silent(training_args))
 
 
-def load_model(args: ScriptArguments) -> nn.Module:
+def pretrained(args: ScriptArguments) -> nn.Module:
     """The pre-trained model; nothing of it is trained."""
-    return AutoModel.from_pretrained(args.model_name_or_path, dtype=args.dtype).requires_grad_(False)
+    return load_model(args.model_name_or_path, args.dtype).requires_grad_(False)
 
 
 def make_trainer(
     method: str, seed: int, train: Dataset, task: Task, args: ScriptArguments, training_args: RobustTrainingArguments
 ) -> RobustTrainer:
     """A trainer of one method on a fresh model."""
-    model, family = load_model(args), method.removesuffix("+ogen")
+    model, family = pretrained(args), method.removesuffix("+ogen")
     settings = copy.copy(training_args)
     settings.seed = seed
     if family == "coop":
@@ -178,10 +150,7 @@ def make_trainer(
         config = SAFTConfig(density=args.density, towers="text")
         model, settings.learning_rate = get_peft_model(model, config), args.saft_learning_rate
     ogen = OGENConfig(task.class_names["new"], seed=seed) if method.endswith("+ogen") else None
-    trainer = RobustTrainer(model, settings, train, task.sets, task.processor, ogen=ogen)
-    trainer.pop_callback(ProgressCallback)
-    trainer.pop_callback(PrinterCallback)
-    return trainer
+    return RobustTrainer(model, settings, train, task.sets, task.processor, ogen=ogen)
 
 
 def accuracies_over_epochs(trainer: RobustTrainer, method: str, seed: int) -> dict[str, Any]:
@@ -207,7 +176,7 @@ def start_results(task: Task, args: ScriptArguments, training_args: RobustTraini
         "names_given_to_ogen": task.class_names["new"] if with_ogen else [],
         "images": {"train": len(task.class_names["base"]) * args.shots, **{h: len(task.sets[h]) for h in HALVES}},
         "config": {**asdict(args), **training_args.to_dict()},
-        "versions": {package: version(package) for package in VERSIONS_OF},
+        "versions": package_versions(),
         "runs": [],
     }
     results = json.loads(json.dumps(results))
@@ -277,25 +246,21 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     task = load_task(args, training_args)
     results, is_main = start_results(task, args, training_args), training_args.process_index == 0
     todo = pending(results)
-    trained = sum(method != "zero_shot" for methods in todo.values() for method in methods)
-    epochs = trained * math.ceil(training_args.num_train_epochs)
-    bar = tqdm(total=epochs, unit="epoch", disable=is_silent(training_args))
+    done, runs = len(results["runs"]), len(results["runs"]) + sum(map(len, todo.values()))
     for seed, methods in todo.items():
         with training_args.main_process_first(desc="embedding the training images"):
             train = embedded(few_shot(task.train, args.shots, seed), args, training_args, task.processor)
         for method in methods:
-            bar.set_description(f"{method}, seed {seed}")
             trainer = make_trainer(method, seed, train, task, args, training_args)
-            trainer.add_callback(EpochBar(bar))
+            done += 1
+            show_progress(trainer, f"Run {done} of {runs}: {method}, seed {seed}", lines=False)
             results["runs"].append(accuracies_over_epochs(trainer, method, seed))
             if is_main:
                 write_json(results, results_file(training_args))
-    bar.close()
     if is_main:
         show(results)
         draw(results, Path(training_args.output_dir) / "over_epochs.png")
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ScriptArguments, DEFAULTS))
-    end_processes()
+    run(main, ScriptArguments, RobustTrainingArguments, defaults=DEFAULTS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf_robust", "pyyaml", "rich"]
+# dependencies = ["hf_robust"]
 # ///
 """How hard is a task for a dual encoder, and which method to start with: known before anything is trained.
 
@@ -16,21 +16,20 @@ Look at training or validation images; a choice made on test images flatters the
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from train import VERSIONS_OF, load_images
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
-from hf_robust.encoders.dual_encoder import family
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.difficulty_plot import plot_difficulty
 from hf_robust.evaluation.difficulty_report import Silhouette, TaskDifficulty
 from hf_robust.evaluation.report import write_json
+from hf_robust.scripting.loading import load_images, load_model, load_processor, read_class_names
+from hf_robust.scripting.results import package_versions
+from hf_robust.scripting.run import run
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_MODEL, DEMO_DATA = str(DEMO / "clip-tiny-drawings"), str(DEMO / "data" / "train.parquet")
@@ -60,7 +59,7 @@ class ScriptArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder."})
     data: str | None = field(default=None, metadata={"help": "Labelled images: files, a folder, or a Hub dataset."})
-    dtype: str = field(default="float32", metadata={"help": "Precision the weights are loaded in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     class_names_file: str | None = field(default=None, metadata={"help": "One name per line, in label order."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the labels."})
@@ -101,21 +100,20 @@ def write_outputs(difficulty: TaskDifficulty, suggestion: dict[str, str], args: 
         plot_difficulty(difficulty).figure.savefig(args.picture, dpi=150)
     if args.output:
         results: dict[str, Any] = {"difficulty": asdict(difficulty), "suggestion": suggestion, "config": asdict(args)}
-        results["versions"] = {package: version(package) for package in VERSIONS_OF}
+        results["versions"] = package_versions()
         write_json(results, Path(args.output))
 
 
 def main(args: ScriptArguments) -> None:
     """Loads, embeds, measures, prints."""
-    names = Path(args.class_names_file).read_text().splitlines() if args.class_names_file else None
+    names = read_class_names(args.class_names_file)
     dataset = load_images(args.data, "data", args, names, only_these=True)
-    model = AutoModel.from_pretrained(args.model_name_or_path, dtype=args.dtype)
-    family(model)  # refuses what is no dual encoder
+    model = load_model(args.model_name_or_path, args.dtype)
     difficulty = task_difficulty(
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
         dataset,
         names,
-        processor=AutoProcessor.from_pretrained(args.model_name_or_path),
+        processor=load_processor(args.model_name_or_path),
         templates=args.templates,
         silhouette=args.silhouette,
         sample_size=args.sample_size,
@@ -131,4 +129,4 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(ScriptArguments).parse_args_into_dataclasses())
+    run(main, ScriptArguments)

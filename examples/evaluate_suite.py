@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf_robust", "rich"]
+# dependencies = ["hf_robust"]
 # ///
 """What did fine-tuning cost? A base model and an adapter of it, on all sets of a suite, at several shares of the way.
 
@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import file_exists
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
 from transformers.utils import PROCESSOR_NAME
 
 from hf_robust import wise_ft
@@ -34,6 +34,10 @@ from hf_robust.evaluation.report import SuiteReport, write_json
 from hf_robust.evaluation.run import evaluate_suite
 from hf_robust.evaluation.suite import RobustnessSuite
 from hf_robust.interpolation.arithmetic import check_alpha
+from hf_robust.scripting.checks import check_given
+from hf_robust.scripting.loading import load_adapter_config, load_model, load_processor
+from hf_robust.scripting.results import percent
+from hf_robust.scripting.run import run
 from hf_robust.tasks.class_names import WEIGHTS_FILE
 
 
@@ -41,12 +45,12 @@ from hf_robust.tasks.class_names import WEIGHTS_FILE
 class ScriptArguments:
     """Model, suite, and where the results go."""
 
-    suite: str = field(metadata={"help": "YAML file, or a suite that comes with the package: imagenet, cifar10, …"})
+    suite: str | None = field(default=None, metadata={"help": "YAML file, or one of imagenet, cifar10 and others."})
     base: str | None = field(default=None, metadata={"help": "Hub id or folder; default: the adapter's."})
     adapter: str | None = field(default=None, metadata={"help": "Hub id or folder of an adapter."})
     alphas: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "WiSE-FT: shares of the way."})
     output: str | None = field(default=None, metadata={"help": "JSON file to write."})
-    dtype: str = field(default="float32", metadata={"help": "Precision the weights are loaded in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     batch_size: int = field(default=64, metadata={"help": "Images encoded at once, per process."})
     workers: int = field(default=0, metadata={"help": "Processes that open images, per process."})
     seed: int = field(default=0, metadata={"help": "Of the noise in corrupted images."})
@@ -54,6 +58,7 @@ class ScriptArguments:
     silent: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:
+        check_given(self, "suite")
         self.alphas = [check_alpha(alpha) for alpha in self.alphas]
         if len({title(alpha) for alpha in self.alphas}) < len(self.alphas):
             raise ConfigError("two alphas are the same in three digits", where="alphas", got=self.alphas)
@@ -80,7 +85,7 @@ def check_head(adapter: str) -> None:
 
 def base_of(args: ScriptArguments) -> str:
     """Hub id or folder of the base model."""
-    name = args.base or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+    name = args.base or load_adapter_config(args.adapter).base_model_name_or_path
     if not name:
         raise ConfigError("the adapter does not name its base model", where=args.adapter, remedy="Give --base.")
     return name
@@ -92,14 +97,14 @@ def evaluate(args: ScriptArguments, suite: RobustnessSuite) -> dict[str, SuiteRe
     if args.adapter:
         check_head(args.adapter)
     how = {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "silent": args.silent}
-    processor = AutoProcessor.from_pretrained(name)
+    processor = load_processor(name)
     device = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available()).device
-    model = AutoModel.from_pretrained(name, dtype=args.dtype).to(device)
+    model = load_model(name, args.dtype).to(device)
     reports = {"base": evaluate_suite(model, processor, suite, **how)}
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)
         if has_file(args.adapter, PROCESSOR_NAME):  # it may have been trained with images of another size
-            processor = AutoProcessor.from_pretrained(args.adapter)
+            processor = load_processor(args.adapter)
         for alpha in args.alphas:
             if args.alphas != [1.0]:  # not every method can go part of the way
                 wise_ft(model, alpha)
@@ -114,10 +119,10 @@ def show(reports: dict[str, SuiteReport]) -> None:
     for role in first.means:
         names = [name for name, result in first.sets.items() if result.role == role]
         for name in names:
-            cells = [f"{100 * report.sets[name].accuracy:.1f}" for report in reports.values()]
+            cells = [percent(report.sets[name].accuracy) for report in reports.values()]
             table.add_row(role, name, str(len(first.sets[name].targets)), *cells)
         if len(names) > 1:
-            cells = [f"{100 * report.means[role]:.1f}" for report in reports.values()]
+            cells = [percent(report.means[role]) for report in reports.values()]
             table.add_row(role, "mean", "", *cells, style="bold")
         table.add_section()
     Console().print(table)
@@ -131,8 +136,7 @@ def main(args: ScriptArguments) -> None:
         if args.output:
             models = {name: report.to_dict() for name, report in reports.items()}
             write_json({"models": models, "config": asdict(args)}, Path(args.output))
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(ScriptArguments).parse_args_into_dataclasses())
+    run(main, ScriptArguments)

@@ -57,6 +57,7 @@ FLOORS = [
     {"interpolation", "evaluation"},
     {"cards"},
     {"training"},
+    {"scripting"},
 ]
 PACKAGE = Path(hf_robust.__file__).parent
 
@@ -77,6 +78,20 @@ def test_imports_run_downwards(path: Path) -> None:
     floor = next(index for index, rooms in enumerate(FLOORS) if room in rooms)
     below = set().union(*FLOORS[:floor])
     assert imported_rooms(ast.parse(path.read_text(encoding="utf-8")), package) <= below | {room}
+
+
+EXAMPLES = PACKAGE.parent / "examples"
+SCRIPTS = sorted(path for path in EXAMPLES.glob("**/*.py") if path.parent.name != "demo")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_scripts_share_code_through_the_library_alone(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    froms = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    plain = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    stems = {script.stem for script in EXAMPLES.glob("**/*.py")}
+    assert not {module.split(".")[0] for module in froms | plain} & (stems | {"examples"})
+    assert "sys.path" not in path.read_text(encoding="utf-8")
 
 
 def test_few_files_lie_at_the_top() -> None:

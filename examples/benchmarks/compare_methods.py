@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["hf_robust", "pyyaml", "rich"]
+# dependencies = ["hf_robust"]
 # ///
 """Which method keeps most of what the model knew? All of them on one task, over several seeds, also with WiSE-FT.
 
@@ -22,16 +22,12 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Any
-
-sys.path.append(str(Path(__file__).parents[1]))  # for train.py
+from typing import Any, Literal
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -39,18 +35,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from scipy.stats import rankdata
-from train import (
-    VERSIONS_OF,
-    check_same_settings,
-    check_training,
-    check_values,
-    end_processes,
-    is_silent,
-    load_images,
-    parse_arguments,
-    percent,
-)
-from transformers import AutoModel, AutoProcessor, ProcessorMixin, set_seed
+from transformers import ProcessorMixin, set_seed
 
 from hf_robust import (
     ACLIPConfig,
@@ -73,13 +58,18 @@ from hf_robust.evaluation import (
     standard_error,
 )
 from hf_robust.evaluation.report import write_json
+from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
+from hf_robust.scripting.loading import load_images, load_model, load_processor, loading_data
+from hf_robust.scripting.progress import is_silent, show_progress
+from hf_robust.scripting.results import package_versions, percent
+from hf_robust.scripting.run import run
 
 SEARCH_SEED = 0  # of the trainings that choose the learning rate
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live"}
 OWN = {"learning_rate": "learning_rates", "seed": "seeds"}
-DEFAULTS = {**FIXED, "logging_strategy": "no", "similarity_weight": 10.0}
+DEFAULTS = {**FIXED, "logging_steps": 10, "similarity_weight": 10.0}  # the progress bar shows the loss
 MAY_CHANGE = ("methods", "seeds", "search_only", "output_dir")  # between calls that share a folder
 NOTE = """Accuracy in %, mean ± standard deviation over seeds. trained: number of trained parameters. α: of WiSE-FT,
 chosen on validation data for each seed. rank: the place by mean accuracy, averaged over the columns; 1 is the best."""
@@ -132,7 +122,7 @@ class ScriptArguments:
     """
 
     model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
-    dtype: str = field(default="float32", metadata={"help": "Precision the weights are loaded in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     train_data: str | None = field(default=None, metadata={"help": "Labelled images to train on."})
     validation_data: str | None = field(default=None, metadata={"help": "Learning rates and α are chosen on these."})
     suite: str | None = field(default=None, metadata={"help": "What to evaluate on: a YAML file or a suite's name."})
@@ -146,11 +136,8 @@ class ScriptArguments:
     search_only: bool = field(default=False, metadata={"help": "Choose the learning rates and stop."})
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "validation_data", "suite"):
-            if not getattr(self, name):
-                raise ConfigError("not given", where=name)
-        self.learning_rates = sorted(map(float, self.learning_rates))  # YAML reads 1e-3 as text
-        self.alphas = [*map(float, self.alphas)]
+        check_given(self, "train_data", "validation_data", "suite")
+        self.learning_rates = sorted(self.learning_rates)
         lists = {"seeds": self.seeds, "learning_rates": self.learning_rates, "alphas": self.alphas}
         check_values(self.methods, ALL_METHODS, **lists)
         if 1 not in self.alphas:
@@ -195,8 +182,8 @@ class Runs:
 
 def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> Task:
     """Loads processor, data and suite."""
-    processor, suite = AutoProcessor.from_pretrained(args.model_name_or_path), RobustnessSuite.from_yaml(args.suite)
-    with training_args.main_process_first(desc="loading data"):
+    processor, suite = load_processor(args.model_name_or_path), RobustnessSuite.from_yaml(args.suite)
+    with loading_data(training_args):
         train = load_images(args.train_data, "train_data", args, None)
         names = feature_class_names(train)
         validation = load_images(args.validation_data, "validation_data", args, names, only_these=True)
@@ -210,7 +197,7 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
     if not method.similarity:
         settings.similarity_weight, settings.cache_reference_embeddings = 0.0, False
     set_seed(seed)  # LoRA's matrices are drawn from the global generator
-    model = AutoModel.from_pretrained(task.args.model_name_or_path, dtype=task.args.dtype)
+    model = load_model(task.args.model_name_or_path, task.args.dtype)
     train = task.train if task.args.shots is None else few_shot(task.train, task.args.shots, seed)
     if method.config is not None:
         model = get_peft_model(model, replace(method.config))
@@ -221,7 +208,9 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
         processor = with_image_size(task.processor, settings.image_size, model)
         with settings.main_process_first(desc="embedding the training images"):
             train = with_image_embeds(train, model, processor, *how)
-    return RobustTrainer(model, settings, train, {"validation": task.validation}, task.processor)
+    trainer = RobustTrainer(model, settings, train, {"validation": task.validation}, task.processor)
+    show_progress(trainer)
+    return trainer
 
 
 def validate(task: Task, name: str, learning_rate: float) -> dict[str, Any]:
@@ -434,9 +423,7 @@ def shared_settings(args: ScriptArguments, training_args: RobustTrainingArgument
     """What all calls that share a folder have in common."""
     config = {**asdict(args), **training_args.to_dict()}
     config = {name: value for name, value in config.items() if name not in MAY_CHANGE}
-    return json.loads(
-        json.dumps({"config": config, "versions": {package: version(package) for package in VERSIONS_OF}})
-    )
+    return json.loads(json.dumps({"config": config, "versions": package_versions()}))
 
 
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
@@ -464,5 +451,4 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ScriptArguments, DEFAULTS))
-    end_processes()
+    run(main, ScriptArguments, RobustTrainingArguments, defaults=DEFAULTS)

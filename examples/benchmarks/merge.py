@@ -10,7 +10,6 @@ take turns in every round. Memory is what the merge alone holds at most, without
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import shutil
 import statistics
@@ -20,12 +19,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from hf_robust.interpolation.checkpoints import interpolate_checkpoints
+from hf_robust.scripting.run import run
 
 N_TENSORS, ALPHA = 16, 0.5
 Measurement = tuple[float, float]  # seconds, megabytes
@@ -99,13 +100,19 @@ def report(measurements: dict[str, list[Measurement]]) -> None:
         print(f"{name:<20} {took:>8.2f} {took / copy:>10.2f} {took / durable:>16.2f} {peak:>8.0f}")
 
 
-def main() -> None:
+@dataclass
+class ScriptArguments:
+    """How long a merge takes."""
+
+    gigabytes: float = field(default=1.0, metadata={"help": "Size of each checkpoint."})
+    rounds: int = 5
+    folder: str | None = field(
+        default=None, metadata={"help": "On the disk to measure; by default the one of temporary files."}
+    )
+
+
+def main(arguments: ScriptArguments) -> None:
     """Makes the checkpoints and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="Size of each checkpoint.")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="On the disk to measure; by default the one of temporary files.")
-    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         for seed, side in enumerate("ab"):
@@ -120,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, ScriptArguments)

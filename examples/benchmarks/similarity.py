@@ -10,20 +10,23 @@ meets them alike.
 
 from __future__ import annotations
 
-import argparse
 import copy
+from dataclasses import dataclass, field
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from train_step import Step, interleaved_medians, report, saft_model
 from transformers import CLIPConfig, CLIPModel
 
+from hf_robust import SAFTConfig, select_saft
 from hf_robust.data.collator import REFERENCE_EMBEDS
 from hf_robust.data.embeds_cache import pretrained_image_embeds
 from hf_robust.encoders.dual_encoder import image_embeds, logit_scale, text_embeds
 from hf_robust.losses import SimilarityLoss
 from hf_robust.losses.reference import Reference, pretrained_vision
+from hf_robust.scripting.run import run
+from hf_robust.scripting.timing import Step, interleaved_medians, print_medians
 from hf_robust.tasks.class_names import ZeroShotClassifierOutput
 
 CLASSES, TOKENS = 10, 8  # "a photo of a cat."
@@ -69,21 +72,27 @@ def training_steps(model: nn.Module, batch: dict[str, torch.Tensor], prompts: to
     }
 
 
-def main() -> None:
+@dataclass
+class ScriptArguments:
+    """What the similarity loss adds to a training step."""
+
+    rounds: int = 15
+    batch_size: int = 16
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def main(arguments: ScriptArguments) -> None:
     """Times the steps of full fine-tuning and of SAFT."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     base = CLIPModel(CLIPConfig())  # its defaults are ViT-B/32
     batch, prompts = make_batch(arguments.batch_size), make_prompts()
-    for title, model in {"full fine-tuning": copy.deepcopy(base), "SAFT 0.1 %": saft_model(base)}.items():
+    adapted = get_peft_model(copy.deepcopy(base), SAFTConfig(density=0.001, score="random"))
+    select_saft(adapted)
+    for title, model in {"full fine-tuning": base, "SAFT 0.1 %": adapted}.items():
         medians = interleaved_medians(training_steps(model, batch, prompts), arguments.rounds)
-        report(title, medians, "without")
+        print_medians(title, medians, "without")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, ScriptArguments)

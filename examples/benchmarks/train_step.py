@@ -10,11 +10,8 @@ must do: forward, and the gradients of the activations.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
@@ -22,9 +19,10 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from hf_robust import ACLIPConfig, SAFTConfig, select_saft
+from hf_robust.scripting.run import run
+from hf_robust.scripting.timing import Step, interleaved_medians, print_medians
 
 DENSITY = 0.001
-Step = Callable[[], None]
 
 
 def contrastive_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -101,32 +99,17 @@ def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Step:
     return run
 
 
-def interleaved_medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """The median seconds of each step, all taking turns in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):  # the first round warms up
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+@dataclass
+class ScriptArguments:
+    """How long a training step takes."""
+
+    rounds: int = 15
+    batch_size: int = 16
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
-def report(title: str, medians: dict[str, float], reference: str) -> None:
-    """Prints the seconds of each step, and how many times those of the reference they are."""
-    print(f"\n{title:<24} {'seconds':>8} {f'x {reference}':>10}")
-    for name, seconds in medians.items():
-        print(f"{name:<24} {seconds:>8.3f} {seconds / medians[reference]:>10.3f}")
-
-
-def main() -> None:
+def main(arguments: ScriptArguments) -> None:
     """Times training steps and forwards."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     base = CLIPModel(CLIPConfig())  # its defaults are ViT-B/32
@@ -141,11 +124,11 @@ def main() -> None:
         "gradient masking": gradient_masking(base, batch),
         "full fine-tuning": optimizer_step(copy.deepcopy(base), batch),
     }
-    report("training step", interleaved_medians(steps, arguments.rounds), "floor")
+    print_medians("training step", interleaved_medians(steps, arguments.rounds), "floor")
     adapted = saft_model(base)
     evaluations = {"base": forward(base, batch), "SAFT 0.1 %": forward(adapted, batch)}
-    report("forward in eval", interleaved_medians(evaluations, 3 * arguments.rounds), "base")
+    print_medians("forward in eval", interleaved_medians(evaluations, 3 * arguments.rounds), "base")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, ScriptArguments)

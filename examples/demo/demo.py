@@ -14,11 +14,10 @@ accuracy. α is chosen on it in every run, by accuracy.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -43,6 +42,8 @@ from hf_robust import (
     results_from_reports,
 )
 from hf_robust.evaluation import RobustnessSuite, SuiteReport, SuiteSet, evaluate_suite, one_standard_error_rule
+from hf_robust.scripting.progress import show_progress
+from hf_robust.scripting.run import run
 
 OUTPUT = Path("runs/demo")
 TITLES = {
@@ -117,7 +118,7 @@ def make_trainer(name: str, method: Method, sets: dict[str, Dataset]) -> RobustT
         names = [*data.KINDS, *data.NEW_KINDS]
         model, arguments.templates = context_prompt(model, processor, init="a drawing of a", class_names=names)
         ogen = OGENConfig(new_class_names=data.NEW_KINDS, warmup=1 / EPOCHS)  # a fifth of 3 epochs would be none
-    return RobustTrainer(
+    trainer = RobustTrainer(
         model=model,
         args=arguments,
         train_dataset=sets["train"],
@@ -125,6 +126,8 @@ def make_trainer(name: str, method: Method, sets: dict[str, Dataset]) -> RobustT
         processing_class=processor,
         ogen=ogen,
     )
+    show_progress(trainer, f"Training: {name}")
+    return trainer
 
 
 def evaluate(trainer: RobustTrainer, sets: dict[str, Dataset]) -> SuiteReport:
@@ -239,26 +242,31 @@ def describe(name: str, method: Method) -> str:
     return f"{name}, learning rate {method.learning_rate}, similarity weight {method.similarity_weight}"
 
 
-def main() -> None:
+@dataclass
+class ScriptArguments:
+    """Fine-tunes a tiny CLIP on colour drawings in several ways."""
+
+    validate: bool = field(default=False, metadata={"help": "Compare settings on the validation set instead."})
+    cards: str | None = field(default=None, metadata={"help": "Write a card for every method into this folder."})
+
+
+def main(arguments: ScriptArguments) -> None:
     """Loads the drawings, compares the methods, and writes the table and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--validate", action="store_true", help="compare settings on the validation set instead")
-    parser.add_argument("--cards", type=Path, help="write a model card for every method into this folder")
-    arguments = parser.parse_args()
+    cards = Path(arguments.cards) if arguments.cards else None
     sets = {name: dataset.cast_column("image", Image(decode=False)) for name, dataset in data.load().items()}
     if arguments.validate:
         validate(sets)
         return
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    results, curves = compare(sets, arguments.cards)
+    results, curves = compare(sets, cards)
     show(results)
     (OUTPUT / "results.json").write_text(json.dumps({"results": results, "curves": curves}, indent=2))
     draw_comparison(results, TITLES, OUTPUT / "comparison.png")
     draw_curves(curves, OUTPUT / "wise_ft.png")
-    if arguments.cards:
-        shutil.copy(OUTPUT / "wise_ft.png", arguments.cards)
+    if cards:
+        shutil.copy(OUTPUT / "wise_ft.png", cards)
     print(f"Wrote results.json, comparison.png, wise_ft.png and the models of WiSE-FT to {OUTPUT}.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, ScriptArguments)

@@ -10,15 +10,17 @@ equally frequent pairs in no fixed order.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import time
+from dataclasses import dataclass, field
 
 import data
 import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from hf_robust.scripting.run import run
 
 MAX_TOKENS = 32
 VOCABULARY = 2500
@@ -143,7 +145,7 @@ def contrastive_loss(logits: torch.Tensor, matches: torch.Tensor) -> torch.Tenso
     return (image_to_text + text_to_image) / 2
 
 
-def train(model: CLIPModel, processor: CLIPProcessor, pictures: list[dict], args: argparse.Namespace) -> None:
+def train(model: CLIPModel, processor: CLIPProcessor, pictures: list[dict], args: ScriptArguments) -> None:
     """AdamW with warm-up and cosine decay over `args.steps` batches; saves every 250 steps and at the end."""
     rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     pixels = torch.stack([torch.frombuffer(bytearray(p["image"].tobytes()), dtype=torch.uint8) for p in pictures])
@@ -195,18 +197,22 @@ def save(model: CLIPModel, processor: CLIPProcessor, folder: str) -> None:
     processor.save_pretrained(folder)
 
 
-def main() -> None:
-    """Read the arguments, draw the pictures, train and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default=str(data.MODEL))
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--warm_up", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learn_tokenizer", action="store_true")
-    args = parser.parse_args()
+@dataclass
+class ScriptArguments:
+    """Pre-trains the demo's tiny CLIP."""
+
+    output: str = str(data.MODEL)
+    steps: int = 2200
+    batch_size: int = 128
+    learning_rate: float = 1.5e-3
+    warm_up: int = 100
+    threads: int = 2
+    seed: int = 0
+    learn_tokenizer: bool = field(default=False, metadata={"help": "Another tokenizer; not repeatable."})
+
+
+def main(args: ScriptArguments) -> None:
+    """Draw the pictures, train and save."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     pictures = data.pretraining()
@@ -221,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, ScriptArguments)

@@ -121,7 +121,7 @@ def model_card(
         interpolates=_interpolates(classifier),
         head=classifier.head,
         alpha=None if results is None else results.chosen_alpha,
-        table=None if results is None else results_table(results),
+        table=results_table(results) if results is not None and results.sets else None,
         picture=picture,
         settings=_settings(args, configs, classifier),
         class_names=_listed(classifier.class_names, MOST_CLASSES),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -162,14 +162,39 @@ def results_from_sweep(sweep: AlphaSweep, sets: Mapping[str, tuple[Role, int]]) 
     """
     alphas: dict[Column, float] = {"zero-shot": 0.0, "fine-tuned": 1.0, "chosen alpha": sweep.best_alpha}
     rows = {row["alpha"]: row for row in sweep.rows}
-    found = []
-    for name, (role, images) in sets.items():
+    for name in sets:
         if f"{name}_accuracy" not in sweep.rows[0]:
             raise DataError("sweep has no accuracy of the set", got=name, allowed=", ".join(sweep.rows[0]))
-        shares = {column: rows[alpha][f"{name}_accuracy"] for column, alpha in alphas.items() if alpha in rows}
-        accuracies = {column: _with_interval(share, images) for column, share in shares.items()}
-        found.append(EvaluationSet(name, role, images, accuracies))
-    return CardResults(found, sweep.best_alpha, _curve(sweep, {name: role for name, (role, _) in sets.items()}))
+    accuracies = {
+        column: {name: rows[alpha][f"{name}_accuracy"] for name in sets}
+        for column, alpha in alphas.items()
+        if alpha in rows
+    }
+    curve = _curve(sweep, {name: role for name, (role, _) in sets.items()})
+    return replace(results_from_accuracies(accuracies, sets, sweep.best_alpha), curve=curve)
+
+
+def results_from_accuracies(
+    accuracies: Mapping[Column, Mapping[str, float]],
+    sets: Mapping[str, tuple[Role, int]],
+    chosen_alpha: float | None = None,
+) -> CardResults:
+    """Returns accuracies with 95 % intervals after Wilson (1927).
+
+    Args:
+        accuracies: by column and set, fractions; sets that are not to be shown may be among them.
+        sets: role and number of images of the sets to show.
+        chosen_alpha: as in `CardResults`.
+
+    Example:
+        >>> results_from_accuracies({"zero-shot": {"id": 0.5}, "fine-tuned": {"id": 0.75}}, {"id": ("id", 500)}).saved
+        'fine-tuned'
+    """
+    found = []
+    for name, (role, images) in sets.items():
+        of_set = {column: _with_interval(shares[name], images) for column, shares in accuracies.items()}
+        found.append(EvaluationSet(name, role, images, of_set))
+    return CardResults(found, chosen_alpha)
 
 
 def _curve(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, float]]:

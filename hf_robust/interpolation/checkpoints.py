@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,9 +18,11 @@ from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
 from .arithmetic import check_alpha, interpolate_, is_finite
 from .files import (
     COMPANION_FILES,
+    INDEX_FILE,
     Checkpoint,
     Stamp,
     StoredTensor,
+    header_of,
     read_checkpoint,
     read_header,
     read_json,
@@ -42,6 +45,7 @@ def interpolate_checkpoints(
     *,
     overwrite: bool = False,
     fishers: tuple[str | Path, str | Path] | None = None,
+    cast_up: bool = False,
 ) -> None:
     """Writes the model on the way from one checkpoint to another: (1 - α) θ₀ + α θ₁.
 
@@ -54,13 +58,15 @@ def interpolate_checkpoints(
 
     Args:
         zero_shot_dir: θ₀, a folder in transformers' format with safetensors weights, in one file or in shards.
-        fine_tuned_dir: θ₁, likewise; names, shapes and dtypes of the tensors must be the same. `position_ids`, which
-            older transformers saved and newer ones compute, may be in one of them alone.
+        fine_tuned_dir: θ₁, likewise; names, shapes and dtypes (unless `cast_up`) of the tensors must be the same.
+            `position_ids`, which older transformers saved and newer ones compute, may be in one of them alone.
         out_dir: a folder that is empty or does not exist.
         alpha: the share of the way, a fraction in [0, 1].
         overwrite: whether `out_dir`, as a whole, may be replaced; on Linux only.
         fishers: safetensors files with the diagonal Fisher information of both, as `diagonal_fisher` gives it, to
             weight the mean by. Tensors that they lack are interpolated without.
+        cast_up: whether a tensor may have two floating-point dtypes; the output then has the one that holds both,
+            float32 for float16 and float32, and for float16 and bfloat16. The configuration names the widest.
 
     Raises:
         ConfigError: alpha is no fraction.
@@ -78,28 +84,33 @@ def interpolate_checkpoints(
     check_output(out_dir, folders, overwrite)
     zero_shot, fine_tuned = (read_checkpoint(folder) for folder in folders)
     fisher_stamps, weights = _read_fishers(fishers, fine_tuned)
-    check_same_head(*folders)
-    check_same_tensors(zero_shot.tensors, fine_tuned.tensors)
-    layout = zero_shot if alpha == 0 else fine_tuned
+    check_same_head(zero_shot.folder, fine_tuned.folder, cast_up)
+    check_same_tensors(zero_shot.tensors, fine_tuned.tensors, cast_up)
+    dtypes = _wider_dtypes(zero_shot.tensors, fine_tuned.tensors)
+    layout = zero_shot if alpha == 0 and not dtypes else fine_tuned
     companions = [path for path in fine_tuned.stamps if path.name in COMPANION_FILES]
-    needed = sum(path.stat().st_size for path in [*layout.data_starts, *companions])
+    growth = sum(_growth(layout.tensors[name], dtype) for name, dtype in dtypes.items())
+    needed = sum(path.stat().st_size for path in [*layout.data_starts, *companions]) + growth
     with publish_folder(out_dir, overwrite, needed) as folder:
-        if alpha in (0, 1):
+        if alpha in (0, 1) and not dtypes:
             for path in layout.data_starts:
                 shutil.copyfile(path, folder / path.name)
         else:
-            _merge_weights([zero_shot.tensors, fine_tuned.tensors, *weights], fine_tuned, alpha, folder)
+            _merge_weights([zero_shot.tensors, fine_tuned.tensors, *weights], fine_tuned, dtypes, alpha, folder)
         for path in [*([layout.index] if layout.index else []), *companions]:
             shutil.copyfile(path, folder / path.name)
+        if dtypes:
+            _describe_cast(folder, set(dtypes.values()), growth)
         _check_unchanged({**zero_shot.stamps, **fine_tuned.stamps, **fisher_stamps})
 
 
-def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path) -> None:
+def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path, cast_up: bool = False) -> None:
     """Refuses two folders of which only one has a trained head, or whose heads are of other classes or shapes.
 
     Args:
         zero_shot_dir: as `RobustTrainer.save_model` writes it.
         fine_tuned_dir: likewise.
+        cast_up: as in `interpolate_checkpoints`.
 
     Raises:
         MergeError: the heads do not fit each other.
@@ -117,19 +128,23 @@ def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path) -> None:
             where=f"missing in {without[0]}",
             remedy="Save the zero-shot classifier before training, RobustTrainer.save_model(), and merge with it.",
         )
-    check_same_tensors(*(read_header(folder / WEIGHTS_FILE)[1] for folder in folders))
+    first, second = (read_header(folder / WEIGHTS_FILE)[1] for folder in folders)
+    check_same_tensors(first, second, cast_up)
     configs = [folder / CONFIG_FILE for folder in folders if (folder / CONFIG_FILE).exists()]
     names = [read_json(config).get("class_names") for config in configs]
     if len(names) == 2 and names[0] != names[1]:
         raise MergeError("heads are of other classes", where=str(zero_shot_dir), got=f"{names[0]} and {names[1]}")
 
 
-def check_same_tensors(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, StoredTensor]) -> None:
+def check_same_tensors(
+    zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, StoredTensor], cast_up: bool = False
+) -> None:
     """Refuses tensors of other names, dtypes or shapes.
 
     Args:
         zero_shot: tensors by name.
         fine_tuned: likewise; integers named `position_ids` may be in one alone.
+        cast_up: as in `interpolate_checkpoints`.
 
     Raises:
         MergeError: they differ.
@@ -139,11 +154,43 @@ def check_same_tensors(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str,
     """
     _check_same_names(zero_shot, fine_tuned)
     common = [name for name in fine_tuned if name in zero_shot]
-    kinds = {name: (_kind(zero_shot[name]), _kind(fine_tuned[name])) for name in common}
-    different = [f"{name}: {first} and {second}" for name, (first, second) in kinds.items() if first != second]
+    different = [
+        f"{name}: {_kind(zero_shot[name])} and {_kind(fine_tuned[name])}"
+        for name in common
+        if not _fit(zero_shot[name], fine_tuned[name], cast_up)
+    ]
     if different:
-        remedy = "If it is the dtype: load one side with from_pretrained(folder, dtype=...), and save it."
+        remedy = "If it is the precision: pass cast_up=True, or save one side in the other's dtype."
         raise MergeError(f"{len(different)} tensors differ in dtype or shape", got=some(different), remedy=remedy)
+
+
+def _fit(first: StoredTensor, second: StoredTensor, cast_up: bool) -> bool:
+    both_floats = first.dtype.is_floating_point and second.dtype.is_floating_point
+    return first.shape == second.shape and (first.dtype == second.dtype or (cast_up and both_floats))
+
+
+def _wider_dtypes(first: dict[str, StoredTensor], second: dict[str, StoredTensor]) -> dict[str, torch.dtype]:
+    """The dtype that holds both, for every tensor that has two."""
+    pairs = {name: (first[name].dtype, tensor.dtype) for name, tensor in second.items() if name in first}
+    return {name: torch.promote_types(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _growth(tensor: StoredTensor, dtype: torch.dtype) -> int:
+    return _values(tensor) * (dtype.itemsize - tensor.dtype.itemsize)
+
+
+def _describe_cast(folder: Path, dtypes: set[torch.dtype], growth: int) -> None:
+    """Corrects size and dtype in what was copied; else a model would be loaded in fewer bits than it has."""
+    index, config = folder / INDEX_FILE, folder / "config.json"
+    if index.exists():
+        found = read_json(index)
+        found["metadata"]["total_size"] += growth
+        index.write_text(json.dumps(found, indent=2))
+    widest = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+    settings = read_json(config)
+    for part in [settings, *(one for one in settings.values() if isinstance(one, dict))]:
+        part |= {key: widest for key in ("dtype", "torch_dtype") if part.get(key) is not None}
+    config.write_text(json.dumps(settings, indent=2))
 
 
 def _read_fishers(
@@ -194,32 +241,43 @@ def _kind(tensor: StoredTensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tensor.shape}"
 
 
-def _merge_weights(sides: list[dict[str, StoredTensor]], layout: Checkpoint, alpha: float, folder: Path) -> None:
-    """Writes behind the header of each file of `layout` what belongs there."""
+def _merge_weights(
+    sides: list[dict[str, StoredTensor]],
+    layout: Checkpoint,
+    dtypes: Mapping[str, torch.dtype],
+    alpha: float,
+    folder: Path,
+) -> None:
+    """Writes behind the header of each file of `layout` what belongs there; `dtypes` are other ones than there."""
     paths = {tensor.path for tensors in sides for tensor in tensors.values()}
     with ExitStack() as stack:
         sources = {path: stack.enter_context(path.open("rb")) for path in paths | layout.data_starts.keys()}
         buffers = [(bytearray(8 * SLICE), torch.empty(SLICE, dtype=torch.float64)) for _ in sides]
         for path, data_start in layout.data_starts.items():
             output = stack.enter_context((folder / path.name).open("xb"))
-            output.write(_read(sources[path], 0, memoryview(bytearray(data_start))))
-            for name in (name for name, tensor in layout.tensors.items() if tensor.path == path):
+            held = {name: tensor for name, tensor in layout.tensors.items() if tensor.path == path}
+            if dtypes.keys() & held.keys():
+                output.write(header_of(path, held, dtypes))
+            else:
+                output.write(_read(sources[path], 0, memoryview(bytearray(data_start))))
+            for name, tensor in held.items():
                 tensors = [tensors[name] for tensors in sides if name in tensors]
-                if layout.tensors[name].dtype.is_floating_point:
-                    _merge_tensor(name, tensors, alpha, sources, buffers, output)
+                if tensor.dtype.is_floating_point:
+                    dtype = dtypes.get(name, tensor.dtype)
+                    _merge_tensor(name, tensors, dtype, alpha, sources, buffers, output)
                 else:
-                    _copy_tensor(layout.tensors[name], sources, buffers[0][0], output)
+                    _copy_tensor(tensor, sources, buffers[0][0], output)
 
 
 def _merge_tensor(
     name: str,
     tensors: list[StoredTensor],
+    dtype: torch.dtype,
     alpha: float,
     sources: Files,
     buffers: list[tuple[bytearray, Tensor]],
     output: BufferedWriter,
 ) -> None:
-    dtype = tensors[0].dtype
     for start in range(0, _values(tensors[0]), SLICE):
         count = min(SLICE, _values(tensors[0]) - start)
         doubles = [
@@ -227,7 +285,7 @@ def _merge_tensor(
             for tensor, buffer in zip(tensors, buffers, strict=False)
         ]
         finite = all(is_finite(fisher) for fisher in doubles[2:])  # an infinite one may leave no trace in the mean
-        merged = interpolate_(doubles[0], doubles[1], alpha, *doubles[2:])
+        merged = doubles[int(alpha)] if alpha in (0, 1) else interpolate_(doubles[0], doubles[1], alpha, *doubles[2:])
         if not finite or not is_finite(merged):
             raise _non_finite(name, tensors, sources, buffers[0])
         torch.frombuffer(buffers[0][0], dtype=dtype, count=count).copy_(merged)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,35 @@ def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
     if position != size:
         raise _damaged(path, f"{size} bytes where the header describes {position}")
     return start, tensors
+
+
+def header_of(path: Path, tensors: Mapping[str, StoredTensor], dtypes: Mapping[str, torch.dtype]) -> bytes:
+    """Makes the header of a safetensors file with the tensors of another one, some of them in other dtypes.
+
+    Args:
+        path: the other file, whose metadata is kept.
+        tensors: its tensors by name, in their order.
+        dtypes: of those that are to have another one, by name.
+
+    Returns:
+        All that comes before the values.
+
+    Example:
+        >>> _, tensors = read_header(Path("model.safetensors"))
+        >>> header_of(Path("model.safetensors"), tensors, {"logit_scale": torch.float32})[8:9]
+        b'{'
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    entries = {"__metadata__": header["__metadata__"]} if "__metadata__" in header else {}
+    end, names = 0, {dtype: name for name, dtype in DTYPES.items()}
+    for name, tensor in tensors.items():
+        dtype = dtypes.get(name, tensor.dtype)
+        begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        entries[name] = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_json(path: Path) -> dict[str, Any]:

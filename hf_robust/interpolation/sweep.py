@@ -58,7 +58,9 @@ def alpha_sweep(
 ) -> AlphaSweep:
     """Evaluates a fine-tuned model at every α, and leaves it at the one that is best on validation data.
 
-    Of equally good ones that is the smallest, which is nearest to what the model knew.
+    Of equally good ones that is the one with the lowest loss on the same set, if `evaluate` returns it beside the
+    metric (`validation_loss` beside `validation_accuracy`), and then the smallest, which is nearest to what the model
+    knew.
 
     WiSE-FT (Wortsman et al., CVPR 2022, https://huggingface.co/papers/2109.01903).
 
@@ -99,9 +101,21 @@ def alpha_sweep(
             wise_ft(model, 1.0, zero_shot)
             raise
     sign = 1 if greater_is_better else -1
-    best = max(rows, key=lambda row: (sign * row[metric], -row["alpha"]))
+    loss = _loss_beside(metric, rows[0])
+    best = max(rows, key=lambda row: (sign * row[metric], -_loss(row, loss), -row["alpha"]))
     wise_ft(model, best["alpha"], zero_shot)
     return AlphaSweep(rows, metric, best["alpha"])
+
+
+def _loss_beside(metric: str, names: Mapping[str, float]) -> str | None:
+    """The loss of the metric's set."""
+    losses = [name for name in names if name.endswith("_loss") and metric.startswith(name.removesuffix("loss"))]
+    return max(losses, key=len, default=None)
+
+
+def _loss(row: Metrics, name: str | None) -> float:
+    loss = 0.0 if name is None else row[name]
+    return math.inf if math.isnan(loss) else loss
 
 
 def _check_alphas(alphas: Sequence[float]) -> list[float]:

@@ -15,12 +15,13 @@ import pytest
 from torch import Tensor
 from transformers import CLIPModel
 
+from hf_robust import RobustTrainingArguments
+from hf_robust.scripting.arguments import parse_arguments
 from tests.programs import ROOT, run_programs
 
 
 def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Imports `examples/<name>.py`, with `examples/` on the path."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    """Imports `examples/<name>.py`."""
     spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, f"{name}_script", module)
@@ -40,8 +41,8 @@ def load_training_script(name: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     module = load_script(name, monkeypatch)
 
     def run(output: Path, *flags: str, config: Path = folder / "config.yaml") -> Any:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--config", str(config), "--output_dir", str(output), *flags])
-        module.main(*module.parse_arguments(module.ScriptArguments, module.DEFAULTS))
+        flags = ["--config", str(config), "--output_dir", str(output), *flags]
+        module.main(*parse_arguments((module.ScriptArguments, RobustTrainingArguments), module.DEFAULTS, flags))
         return json.loads((output / "results.json").read_text())
 
     module.run = run

@@ -9,11 +9,12 @@ import datasets
 import pytest
 import torch
 from datasets import Value
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers import AutoModel, AutoProcessor
 
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.difficulty_report import TaskDifficulty
+from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import load_script
 from tests.programs import ROOT, run_programs
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -39,7 +40,7 @@ def script(folder, monkeypatch, tmp_path):
 
     def run(*flags):
         command = ["--model_name_or_path", str(folder / "model"), "--data", str(folder / "train.parquet"), *flags]
-        module.main(*HfArgumentParser(module.ScriptArguments).parse_args_into_dataclasses(command))
+        module.main(*parse_arguments([module.ScriptArguments], flags=command))
 
     module.run = run
     return module
@@ -100,11 +101,9 @@ def test_class_names_come_from_a_file_where_labels_are_bare_numbers(script, fold
 
 
 @pytest.mark.parametrize(("silhouette", "method"), [(0.001, "lora"), (0.0, "aclip"), (-0.3, "aclip")])
-def test_suggestion_goes_by_the_sign_and_says_so(script, silhouette, method):
-    import train  # beside the script
-
+def test_suggestion_goes_by_the_sign_and_says_so(script, monkeypatch, silhouette, method):
     suggestion = script.suggest(with_silhouette(silhouette))
-    assert suggestion["method"] == method and method in train.METHODS
+    assert suggestion["method"] == method and method in load_script("train", monkeypatch).METHODS
     assert "2402.09613" in suggestion["how"] and "Thresholds are not known" in suggestion["how"]
     assert "sign of the silhouette alone" in suggestion["how"] and "validation" in suggestion["how"]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import HfArgumentParser
 
 from hf_robust import SAFTConfig, select_saft, with_image_size
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.report import SuiteReport
+from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import image_sizes_seen, launch_on_two, load_script
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -62,7 +62,7 @@ def run(folder, monkeypatch, capsys):
 
     def call(*flags):
         flags = ["--suite", "suite.yaml", "--output", "out/results.json", "--silent", *flags]
-        module.main(*HfArgumentParser(module.ScriptArguments).parse_args_into_dataclasses(list(flags)))
+        module.main(*parse_arguments([module.ScriptArguments], flags=flags))
         return json.loads((folder / "out" / "results.json").read_text()), capsys.readouterr().out
 
     return call
@@ -136,6 +136,8 @@ def test_an_adapter_with_a_trained_head_is_refused(run, folder):
         ([], "no model .at base, adapter."),
         (["--base", "base", "--alphas", "1.5"], "alpha"),
         (["--adapter", "saft", "--alphas", "0.5", "0.5001"], "two alphas are the same in three digits"),
+        (["--adapter", "nowhere"], "no adapter can be loaded.*nowhere"),
+        (["--base", "base", "--suite", ""], "not given.*suite"),
         (["--base", "base", "--suite", "nothing"], "no such suite: got 'nothing'"),
     ],
 )

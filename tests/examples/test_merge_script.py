@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from transformers import AutoModel, AutoProcessor
 from hf_robust import ACLIPConfig, SAFTConfig, select_saft
 from hf_robust.errors import ConfigError, MergeError
 from hf_robust.interpolation.arithmetic import interpolate_tensor
+from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import load_script
 from tests.tiny_models import tiny_model, tiny_processor
 
@@ -30,8 +30,7 @@ def merge(monkeypatch, tmp_path):
 
     def run(*flags, zero_shot="base", output="merged"):
         flags = ["--zero_shot", zero_shot, "--output", output, *flags]
-        monkeypatch.setattr(sys, "argv", ["merge.py", *flags])
-        module.main(module.parse_arguments())
+        module.main(*parse_arguments([module.ScriptArguments], flags=flags))
 
     run.module = module
     return run
@@ -99,11 +98,50 @@ def test_all_files_may_be_read_by_whom_the_folder_may(merge):
     assert modes == {Path("merged").stat().st_mode & 0o666}
 
 
-def test_an_adapter_keeps_the_dtype_of_its_model(merge):
+def dtypes(folder):
+    return {tensor.dtype for tensor in load_file(Path(folder) / "model.safetensors").values()}
+
+
+def halved(adapter):
+    """The adapter with its values in bfloat16, as a user may have saved it."""
+    file = Path(adapter) / "adapter_model.safetensors"
+    tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["aclip", "saft"])
+def test_an_adapter_is_merged_in_the_precision_that_holds_both(merge, capsys, method, adapter):
     tiny_model("clip").bfloat16().save_pretrained("half")
-    save_adapter("adapter", CONFIGS["aclip"], torch.bfloat16)
+    save_adapter("adapter", CONFIGS[method])
+    if adapter == torch.bfloat16:
+        halved("adapter")
     merge("--fine_tuned", "adapter", zero_shot="half")
-    assert {tensor.dtype for tensor in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
+    assert dtypes("merged") == {adapter}
+    said = "zero-shot weights are bfloat16, fine-tuned ones float32: merged in float32\n"
+    assert capsys.readouterr().out == ("" if adapter == torch.bfloat16 else said) + "alpha 0.5: merged\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "merged"),
+    [
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+)
+def test_whole_checkpoints_of_two_precisions_are_cast_up(merge, capsys, first, second, merged):
+    tiny_model("clip").to(first).save_pretrained("zero")
+    tiny_model("clip", seed=1).to(second).save_pretrained("full")
+    merge("--fine_tuned", "full", "--alpha", "0.25", zero_shot="zero")
+    names = [str(one).removeprefix("torch.") for one in (first, second, merged)]
+    said = "zero-shot weights are {}, fine-tuned ones {}: merged in {}\n".format(*names)
+    assert capsys.readouterr().out == said + "alpha 0.25: merged\n"
+    model = AutoModel.from_pretrained("merged", dtype="auto")
+    assert model.dtype == merged and dtypes("merged") == {merged}
+    start, end = (AutoModel.from_pretrained(one, dtype=torch.float64).state_dict() for one in ("zero", "full"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, interpolate_tensor(start[name], end[name], 0.25).to(merged))
 
 
 def test_whole_checkpoints(merge, capsys):
@@ -173,5 +211,9 @@ def test_bad_input_leaves_no_output(merge):
         merge("--fine_tuned", "adapter", output="adapter/merged")
     with pytest.raises(MergeError, match="no such folder"):
         merge("--fine_tuned", "nowhere")
+    with pytest.raises(ConfigError, match="no such folder.*zero_shot.*'no/where'"):
+        merge("--fine_tuned", "adapter", zero_shot="no/where")
+    with pytest.raises(ConfigError, match="not given.*fine_tuned"):
+        merge()
     assert sorted(os.listdir()) == ["adapter", "base"]
     PeftModel.from_pretrained(tiny_model("clip"), "adapter")

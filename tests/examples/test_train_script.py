@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import json
-import sys
-import weakref
-from types import SimpleNamespace
+import re
+import shutil
 
 import pytest
 import torch
@@ -13,7 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
+from hf_robust import RobustTrainingArguments
 from hf_robust.errors import ConfigError, DataError
+from hf_robust.interpolation.sweep import AlphaSweep
+from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import launch_on_two, load_training_script
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -106,43 +108,58 @@ def reloaded(folder, method):
     return ["--model_name_or_path", str(folder / "merged")]
 
 
-def test_names_of_folders_become_class_names(script, folder):
-    args = script.ScriptArguments(train_data="x")
-    images = script.load_images(str(folder / "images"), "test", args, None)
-    assert images.features["label"].names == ["blue car", "sea lion"]
-    assert len(images) == 6 and images.unique("label") == [0, 1]
-    assert "bytes" in images[0]["image"]  # left to the collator to decode
+def card_rows(folder):
+    """Cells of the card's table by set, without intervals."""
+    text = (folder / "README.md").read_text().replace("\\", "")
+    rows = [re.sub(r" \(\d[^)]*\)", "", line).strip("|").split("|") for line in text.splitlines() if line[:1] == "|"]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 
 
-def test_flags_win_over_the_config(script, folder, monkeypatch):
-    flags = ["--method", "lora", "--eval-data", '{"late": "a.parquet"}', "--target_modules", "q_proj", "v_proj"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(folder / "config.yaml"), *flags])
-    args, training_args = script.parse_arguments(script.ScriptArguments, {})
-    assert (args.method, args.density, args.target_modules) == ("lora", 0.01, ["q_proj", "v_proj"])
-    assert args.eval_data == {"late": "a.parquet"}
-    assert training_args.learning_rate == 0.01 and training_args.remove_unused_columns is False
+@pytest.mark.parametrize("flags", [["--method", "full"], ["--method", "saft", "--wise_ft"]], ids=["full", "wise_ft"])
+def test_a_card_shows_what_was_printed(script, tmp_path, flags):
+    results = script.run(tmp_path, *flags)
+    rows = card_rows(tmp_path)
+    columns = [results["zero_shot"], results["fine_tuned"]]
+    columns += [results["wise_ft"]["accuracy"]] if results["wise_ft"] else []
+    for name, images in (("other", "9"), ("photos", "6")):
+        role = "other task"  # their classes are others than those of the training set
+        assert rows[name] == [role, images, *(f"{100 * column[name]:.1f}" for column in columns)]
+    assert "validation" not in rows
+    assert ("WiSE-FT" in (tmp_path / "README.md").read_text()) == bool(results["wise_ft"])
+
+
+def test_a_card_names_wise_ft_where_there_is_nothing_but_validation(script, tmp_path):
+    results = script.run(tmp_path, "--eval_data", "{}", "--wise_ft")
+    card = (tmp_path / "README.md").read_text()
+    assert f"here α = {results['wise_ft']['alpha']:g}." in card and "What it cost" not in card
+
+
+def test_a_training_that_was_undone_is_said(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.RobustTrainer, "wise_ft_sweep", lambda self, data: AlphaSweep([], "validation_x", 0.0))
+    script.run(tmp_path, "--wise_ft")
+    assert "Warning: alpha 0 is best on the validation data, so the training was undone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wish", ["true", "last", "checkpoint-1"])
+@pytest.mark.parametrize("method", ["saft", "full"])
+def test_a_training_goes_on_from_a_checkpoint(script, tmp_path, method, wish):
+    flags = ["--method", method, "--save_strategy", "steps", "--save_steps", "1"]
+    whole = script.run(tmp_path / "run", *flags)
+    name = "adapter_model.safetensors" if method == "saft" else "model.safetensors"
+    weights = load_file(tmp_path / "run" / name)
+    (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")  # as if it had been interrupted
+    wish = wish if wish in ("true", "last") else str(tmp_path / "run" / wish)
+    again = script.run(tmp_path / "run", *flags, "--resume_from_checkpoint", wish)
+    assert again["zero_shot"] == whole["zero_shot"] and again["fine_tuned"] == whole["fine_tuned"]
+    resumed = load_file(tmp_path / "run" / name)
+    assert resumed.keys() == weights.keys() and all(torch.equal(resumed[key], weights[key]) for key in weights)
 
 
 def labels_as_text(folder, labels):
     dataset = image_dataset(len(labels), NAMES).remove_columns("label").add_column("label", labels)
     dataset.to_parquet(folder / "text.parquet")
     return str(folder / "text.parquet")
-
-
-def test_labels_may_be_text_and_columns_have_other_names(script, tmp_path):
-    args = script.ScriptArguments(train_data="x", image_column="img", label_column="kind")
-    source = labels_as_text(tmp_path, ["red", "blue", "red"])
-    assert script.load_images(source, "train", args, None)["label"][:] == [1, 0, 1]
-    assert script.load_images(source, "train", args, NAMES)["label"][:] == [0, 2, 0]
-    assert script.load_images(source, "test", args, ["cat"]).features["label"].names == ["blue", "red"]
-    with pytest.raises(DataError, match="outside the class names.*text.parquet.*'blue'"):
-        script.load_images(source, "train", args, ["red", "bleu"], only_these=True)
-    renamed = image_dataset(3, NAMES).rename_columns({"image": "img", "label": "kind"})
-    renamed.to_parquet(tmp_path / "renamed.parquet")
-    assert script.load_images(str(tmp_path / "renamed.parquet"), "train", args, None).column_names == [
-        "image",
-        "label",
-    ]
 
 
 def test_class_names_come_from_a_file(script, tmp_path):
@@ -163,7 +180,15 @@ def vision_tower(folder):
 
 BAD_INPUT = {
     "unknown method": (lambda _: ["--method", "soft"], ConfigError, "unknown method.*'soft'.*'saft'"),
-    "no training data": (lambda _: ["--train_data", ""], ConfigError, "no training data"),
+    "no training data": (lambda _: ["--train_data", ""], ConfigError, "not given.*train_data"),
+    "no such names": (lambda _: ["--class_names_file", "no.txt"], ConfigError, "class names cannot be read.*no.txt"),
+    "no such model": (lambda _: ["--model_name_or_path", "no/where"], ConfigError, "no model can be.*no/where"),
+    "no JSON": (lambda _: ["--eval_data", "a.parquet"], ConfigError, "no sets by name.*eval_data.*a.parquet"),
+    "no checkpoint": (
+        lambda _: ["--resume_from_checkpoint", "true"],
+        ConfigError,
+        "no checkpoint to resume from.*resume_from_checkpoint.*out",
+    ),
     "wise_ft without validation": (
         lambda _: ["--wise_ft", "--validation_data", ""],
         ConfigError,
@@ -210,16 +235,10 @@ def test_bad_input_is_one_error_before_training(script, tmp_path, name):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_unknown_setting_is_named(script, folder, tmp_path):
-    (tmp_path / "config.yaml").write_text("learning_rat: 1")
-    with pytest.raises(ConfigError, match="unknown setting.*config.yaml.*'learning_rat'.*'learning_rate'"):
-        script.run(tmp_path, config=tmp_path / "config.yaml")
-
-
 @pytest.mark.parametrize("config", [CONFIGS / "demo.yaml", CONFIGS / "own_images.yaml"], ids=lambda path: path.stem)
-def test_shipped_configs_are_understood(script, config, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), "--output_dir", str(tmp_path)])
-    args, training_args = script.parse_arguments(script.ScriptArguments, {})
+def test_shipped_configs_are_understood(script, config, tmp_path):
+    flags = ["--config", str(config), "--output_dir", str(tmp_path)]
+    args, training_args = parse_arguments((script.ScriptArguments, RobustTrainingArguments), {}, flags)
     assert args.eval_data and training_args.learning_rate > 0
 
 
@@ -234,13 +253,3 @@ def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path):
     indices = [name for name in one if "saft_indices" in name]
     assert indices and all(torch.equal(one[name], two[name]) for name in indices)
     assert not all(torch.equal(one[name], two[name]) for name in one)  # values from steps of twice as many images
-
-
-def test_what_is_left_of_a_training_is_freed_before_the_group_of_processes_ends(script, monkeypatch):
-    left = torch.nn.Identity()
-    left.itself, reference, found = left, weakref.ref(left), []
-    del left
-    ends = SimpleNamespace(destroy_process_group=lambda: found.append(reference()))
-    monkeypatch.setattr(script, "PartialState", lambda: ends)
-    script.end_processes()
-    assert found == [None]

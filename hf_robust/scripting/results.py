@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What scripts show and leave of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from statistics import stdev
+from typing import Any
+
+from datasets import Dataset
+
+from ..cards.card import model_card
+from ..cards.results import Column, results_from_accuracies, role_of
+from ..data.collator import feature_class_names
+from ..training.trainer import RobustTrainer
+
+VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of the packages that results depend on, by name."""
+    return {package: version(package) for package in VERSIONS_OF}
+
+
+def percent(value: float, by_seed: Sequence[float] = ()) -> str:
+    """Returns a figure in percent, with its standard deviation over seeds (n - 1) where there are several.
+
+    Args:
+        value: a fraction.
+        by_seed: fractions that it is the mean of.
+
+    Example:
+        >>> percent(0.5, [0.4, 0.6])
+        '50.0 ± 14.1'
+    """
+    return f"{100 * value:.1f}" + (f" ± {100 * stdev(by_seed):.1f}" if len(by_seed) > 1 else "")
+
+
+def save_with_card(
+    trainer: RobustTrainer,
+    sets: Mapping[str, Dataset],
+    accuracies: Mapping[Column, Mapping[str, float]],
+    chosen_alpha: float | None = None,
+) -> None:
+    """Saves a trained model with a card that shows accuracies on all sets but `validation`.
+
+    Args:
+        trainer: after its training.
+        sets: the evaluation sets by name.
+        accuracies: by column and set, fractions.
+        chosen_alpha: the α that the model is at; None where it is as it was trained.
+
+    Example:
+        >>> save_with_card(trainer, {"id": photos}, {"zero-shot": {"id": 0.5}, "fine-tuned": {"id": 0.75}})
+    """
+    known: Any = None, list(trainer.model.class_names), feature_class_names(trainer.train_dataset)
+    roles = {
+        name: (role_of(name, feature_class_names(dataset) not in known), len(dataset))
+        for name, dataset in sets.items()
+        if name != "validation"
+    }
+    results = results_from_accuracies(accuracies, roles, chosen_alpha)
+    images = len(trainer.train_dataset)
+    trainer.create_model_card(model_card(trainer.model, trainer.args, results, train_images=images))
+    trainer.save_model()
