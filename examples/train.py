@@ -233,6 +233,8 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     if trainer.is_world_process_zero():
         show(results, sets)
         write_json(results, Path(training_args.output_dir) / "results.json")
+        written = "results.json" if args.method == "zero_shot" else "the model, its card and results.json"
+        print(f"Wrote {written} to {training_args.output_dir}.")
 
 
 if __name__ == "__main__":

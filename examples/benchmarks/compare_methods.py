@@ -159,11 +159,22 @@ class Task:
 
 
 class Runs:
-    """What has ended so far: one JSON file each, in a folder that other calls may write into as well."""
+    """What has ended so far: one JSON file each, in a folder that other calls with the same settings share.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    Args:
+        output: holds the folder `runs`, and the settings from when the first run has ended.
+        settings: of this call.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings_file, self.settings = output / "runs", output / "settings.json", settings
+        self.check()
+        self.found = {path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))}
+
+    def check(self) -> None:
+        """Refuses a folder with runs of other settings."""
+        if self.settings_file.exists():
+            check_same_settings(json.loads(self.settings_file.read_text()), self.settings, self.settings_file)
 
     def get(self, name: str, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """What `run(*arguments)` returned, now or in an earlier call."""
@@ -173,6 +184,8 @@ class Runs:
                 Console().rule(f"[bold]{name}")
             self.found[name] = run(*arguments)
             if is_main:
+                self.check()  # another call may have come first
+                write_json(self.settings, self.settings_file)
                 write_json(self.found[name], self.folder / f"{name}.json")
         return self.found[name]
 
@@ -432,22 +445,17 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     if training_args.similarity_weight == 0:
         raise ConfigError("methods with the similarity loss need a weight", where="similarity_weight", got=0)
     folder, common = Path(training_args.output_dir), shared_settings(args, training_args)
-    settings_file = folder / "settings.json"
-    if settings_file.exists():
-        check_same_settings(json.loads(settings_file.read_text()), common, settings_file)
-    task, runs = load_task(args, training_args), Runs(folder / "runs")
+    runs = Runs(folder, common)
+    task = load_task(args, training_args)
     training_args.distributed_state.wait_for_everyone()  # all ranks have read what there is
-    is_main = PartialState().is_main_process
-    if is_main:
-        write_json(common, settings_file)
     runs.get("zero-shot", zero_shot, task)
     rates = {name: search(task, runs, name) for name in args.methods}
     if not args.search_only:
         for seed in args.seeds:
             for name in args.methods:
                 runs.get(f"{name}_seed_{seed}", train_and_evaluate, task, name, rates[name], seed)
-    if is_main:
-        report(common, Runs(folder / "runs").found, folder)
+    if PartialState().is_main_process:
+        report(common, Runs(folder, common).found, folder)
 
 
 if __name__ == "__main__":

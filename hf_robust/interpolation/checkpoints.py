@@ -184,7 +184,8 @@ def _describe_cast(folder: Path, dtypes: set[torch.dtype], growth: int) -> None:
     index, config = folder / INDEX_FILE, folder / "config.json"
     if index.exists():
         found = read_json(index)
-        found["metadata"]["total_size"] += growth
+        if "total_size" in found.get("metadata", {}):
+            found["metadata"]["total_size"] += growth
         index.write_text(json.dumps(found, indent=2))
     widest = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     settings = read_json(config)

@@ -20,6 +20,7 @@ from hf_robust.cards.results import (
     Accuracy,
     CardResults,
     EvaluationSet,
+    results_from_accuracies,
     results_from_reports,
     results_from_sweep,
     role_of,
@@ -441,6 +442,17 @@ def test_results_of_a_sweep() -> None:
     np.testing.assert_allclose([low, high], [centre - half, centre + half], atol=1e-6)
     with pytest.raises(DataError, match="no accuracy of the set"):
         results_from_sweep(AlphaSweep(rows, "validation_accuracy", 0.5), {"ood": ("ood", 40)})
+
+
+def test_results_of_accuracies() -> None:
+    accuracies = {"zero-shot": {"id": 0.5, "validation": 1.0}, "chosen alpha": {"id": 0.75, "validation": 1.0}}
+    found = results_from_accuracies(accuracies, {"id": ("id", 40)}, 0.3)
+    assert found.chosen_alpha == 0.3 and [(one.name, one.images) for one in found.sets] == [("id", 40)]
+    assert {column: one.value for column, one in found.sets[0].accuracies.items()} == {
+        "zero-shot": 0.5,
+        "chosen alpha": 0.75,
+    }
+    assert all(one.interval[0] < one.value < one.interval[1] for one in found.sets[0].accuracies.values())
 
 
 def test_a_sweep_without_the_ends_has_only_the_chosen_column() -> None:

@@ -260,6 +260,24 @@ def test_a_folder_with_other_settings_is_refused_and_left_alone(script, tmp_path
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
 
 
+def test_a_call_that_stops_before_its_first_run_ends_claims_no_folder(script, tmp_path):
+    flags = ["--methods", "saft", "--learning_rates", "1e-2", "--search_only", "true"]
+    with pytest.raises(ConfigError, match="without {}"):
+        script.run(tmp_path, *flags, "--templates", "a photo")
+    assert list(tmp_path.iterdir()) == []
+    assert script.run(tmp_path, *flags, "--templates", "a photo of a {}.").keys() > {"zero-shot"}
+
+
+def test_calls_with_other_settings_at_the_same_time_do_not_share_a_folder(script, tmp_path):
+    def other_call():
+        (tmp_path / "settings.json").write_text(json.dumps({"config": {"shots": 2}}))
+        return {}
+
+    with pytest.raises(ConfigError, match="other settings.*'config.shots'"):
+        script.Runs(tmp_path, {"config": {"shots": 4}}).get("zero-shot", other_call)
+    assert not (tmp_path / "runs").exists()
+
+
 BAD_INPUT = {
     "no suite": (["--suite", ""], "not given.*suite"),
     "no validation data": (["--validation_data", ""], "not given.*validation_data"),

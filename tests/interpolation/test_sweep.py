@@ -67,6 +67,35 @@ def test_the_smaller_of_equally_good_alphas_is_picked(model, alphas):
     assert alpha_sweep(model, alphas, losses, METRIC, greater_is_better=False).best_alpha == 0.25
 
 
+LOSSES = {0: 2.0, 0.25: 1.0, 0.5: 1.0, 1: 3.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "losses", "best"),
+    [
+        (METRIC, {"validation_loss": LOSSES}, 0.25),  # the lowest loss, and of two with it the smaller
+        (METRIC, {"validation_loss": {**LOSSES, 0.5: 0.9}}, 0.5),
+        (METRIC, {"validation_loss": {**LOSSES, 0: float("nan")}}, 0.25),
+        (METRIC, {"test_loss": LOSSES}, 0),  # of another set
+        (METRIC, {"validation_loss": {**LOSSES, 0: 0.1}, "validation_b_loss": LOSSES}, 0),
+        ("validation_b_accuracy", {"validation_loss": {**LOSSES, 0: 0.1}, "validation_b_loss": LOSSES}, 0.25),
+        ("validation_worst_class_accuracy", {"validation_loss": LOSSES}, 0.25),
+    ],
+)
+def test_ties_are_broken_by_the_loss_on_the_same_set(model, metric, losses, best):
+    def evaluate(given):
+        return {metric: 0.5, **{name: of_alpha[value(given)] for name, of_alpha in losses.items()}}
+
+    assert alpha_sweep(model, [1, 0.5, 0.25, 0], evaluate, metric).best_alpha == best
+
+
+def test_the_loss_has_no_say_without_a_tie(model):
+    def evaluate(given):
+        return {METRIC: value(given), "validation_loss": value(given)}
+
+    assert alpha_sweep(model, [0, 0.5, 1], evaluate, METRIC).best_alpha == 1
+
+
 def test_the_table():
     rows = [{"alpha": alpha, METRIC: alpha / 2, "loss": 12.5} for alpha in (0.0, 0.25, 1.0)]
     assert str(AlphaSweep(rows, METRIC, 0.25)).splitlines() == [
