@@ -42,12 +42,11 @@ from hf_robust import (
     with_image_embeds,
     with_image_size,
 )
-from hf_robust.data.collator import feature_class_names
 from hf_robust.errors import DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
-from hf_robust.scripting.loading import load_images, load_model, load_processor, loading_data
+from hf_robust.scripting.loading import feature_class_names, load_images, load_model, load_processor, loading_data
 from hf_robust.scripting.progress import is_silent, show_progress
 from hf_robust.scripting.results import package_versions, percent
 from hf_robust.scripting.run import run

@@ -32,12 +32,12 @@ from torch import nn
 from transformers import set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
-from hf_robust.data.collator import feature_class_names
 from hf_robust.errors import ConfigError, close_matches
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.loading import (
     checkpoint_to_resume,
+    feature_class_names,
     load_images,
     load_model,
     load_processor,

@@ -46,7 +46,6 @@ from hf_robust import (
     with_image_size,
 )
 from hf_robust.cards.results import TITLES
-from hf_robust.data.collator import feature_class_names
 from hf_robust.errors import ConfigError, NonFiniteError
 from hf_robust.evaluation import (
     RobustnessSuite,
@@ -59,7 +58,7 @@ from hf_robust.evaluation import (
 )
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
-from hf_robust.scripting.loading import load_images, load_model, load_processor, loading_data
+from hf_robust.scripting.loading import feature_class_names, load_images, load_model, load_processor, loading_data
 from hf_robust.scripting.progress import is_silent, show_progress
 from hf_robust.scripting.results import package_versions, percent
 from hf_robust.scripting.run import run

@@ -21,6 +21,16 @@ from ..errors import ConfigError, DataError, close_matches
 from .progress import is_silent
 
 
+def feature_class_names(dataset: Dataset) -> list[str] | None:
+    """Returns the names of the `label` feature of a dataset; None where there are none.
+
+    Args:
+        dataset: what `load_images` returned.
+    """
+    label = dataset.features.get("label")
+    return list(label.names) if isinstance(label, ClassLabel) else None
+
+
 def load_images(
     source: str, where: str, args: Any, class_names: list[str] | None, only_these: bool = False
 ) -> Dataset:

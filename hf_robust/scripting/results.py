@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from statistics import stdev
-from typing import Any
 
 from datasets import Dataset
 
 from ..cards.card import model_card
 from ..cards.results import Column, results_from_accuracies, role_of
-from ..data.collator import feature_class_names
+from ..data.rows import labelled_images
 from ..training.trainer import RobustTrainer
 
 VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -54,12 +53,12 @@ def save_with_card(
     Example:
         >>> save_with_card(trainer, {"id": photos}, {"zero-shot": {"id": 0.5}, "fine-tuned": {"id": 0.75}})
     """
-    known: Any = None, list(trainer.model.class_names), feature_class_names(trainer.train_dataset)
-    roles = {
-        name: (role_of(name, feature_class_names(dataset) not in known), len(dataset))
-        for name, dataset in sets.items()
-        if name != "validation"
-    }
+    roles = {}
+    for name, dataset in sets.items():
+        if name != "validation":
+            names = labelled_images(dataset, name).class_names
+            foreign = names is not None and trainer.model.class_space.relate(names).kind == "foreign"
+            roles[name] = role_of(name, foreign), len(dataset)
     results = results_from_accuracies(accuracies, roles, chosen_alpha)
     images = len(trainer.train_dataset)
     trainer.create_model_card(model_card(trainer.model, trainer.args, results, train_images=images))

@@ -155,8 +155,8 @@ def test_what_is_left_of_a_training_is_freed_before_the_group_of_processes_ends(
     assert found == [None]
 
 
-def program(*command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def program(*command, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stdout, done.stderr
 
@@ -167,10 +167,9 @@ def test_a_program_ends_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_fails_says_so_and_ends_the_others(tmp_path, free_port, rank):
+def test_a_rank_that_fails_says_so_and_ends_the_others(tmp_path, rank):
     (tmp_path / "my.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    launch += [str(ROOT / "examples" / "accelerate_configs" / "cpu.yaml"), "--main_process_ip", "127.0.0.1"]
-    launch += ["--main_process_port", str(free_port), str(tmp_path / "my.py"), "--rank", rank]
-    status, _, text = program(*launch)
+    launch += [str(ROOT / "examples" / "accelerate_configs" / "cpu.yaml"), str(tmp_path / "my.py"), "--rank", rank]
+    status, _, text = program(*launch, PET_STANDALONE="1", PET_LOCAL_ADDR="127.0.0.1")  # as in `launch_on_two`
     assert status != 0 and text.count(f"my.py: error on rank {rank}: {LINE}") == 1
