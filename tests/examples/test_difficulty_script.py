@@ -91,7 +91,7 @@ def test_settings_reach_the_measure(script, folder, tmp_path):
 
 def test_class_names_come_from_a_file_where_labels_are_bare_numbers(script, folder, tmp_path):
     image_dataset(9, NAMES).cast_column("label", Value("int64")).to_parquet(tmp_path / "bare.parquet")
-    with pytest.raises(DataError, match="no class names"):
+    with pytest.raises(DataError, match="class names are missing"):
         script.run("--data", str(tmp_path / "bare.parquet"))
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     output = ["--output", str(tmp_path / "difficulty.json")]
