@@ -42,11 +42,13 @@ from hf_robust import (
     with_image_embeds,
     with_image_size,
 )
+from hf_robust.data.class_spaces import class_space
+from hf_robust.encoders.templates import readable
 from hf_robust.errors import DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
-from hf_robust.scripting.loading import feature_class_names, load_images, load_model, load_processor, loading_data
+from hf_robust.scripting.loading import load_images, load_model, load_processor, loading_data
 from hf_robust.scripting.progress import is_silent, show_progress
 from hf_robust.scripting.results import package_versions, percent
 from hf_robust.scripting.run import run
@@ -69,8 +71,8 @@ class ScriptArguments:
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     train_data: str | None = field(default=None, metadata={"help": "Labelled images of all classes to train on."})
     test_data: str | None = field(default=None, metadata={"help": "Labelled images of all classes to test on."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
     shots: int = field(default=16, metadata={"help": "Training images per base class."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of the draw and the training."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": ", ".join(METHODS)})
@@ -106,20 +108,21 @@ def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> 
     """Loads and splits the data, and embeds the test images."""
     processor = load_processor(args.model_name_or_path)
     with loading_data(training_args):
-        train = load_images(args.train_data, "train_data", args, None)
-        test = load_images(args.test_data, "test_data", args, feature_class_names(train))
-    names, others = feature_class_names(train), feature_class_names(test)
-    if names != others:
-        allowed = f"those of {args.train_data}, in the same order"
-        raise DataError("classes of train and test data differ", where=args.test_data, got=others, allowed=allowed)
-    train_base, _ = base_to_new(train)
+        train = load_images(args.train_data, "train_data", args)
+        test = load_images(args.test_data, "test_data", args, train.class_names)
+    names = class_space(train.class_names, None, "train_data")
+    if test.class_names is None or names.relate(test.class_names).kind != "same":
+        what, allowed = "classes of train and test data differ", f"those of {args.train_data}, in the same order"
+        raise DataError(what, where=args.test_data, got=test.class_names, allowed=allowed)
+    train_base, _ = base_to_new(train.to_dataset())
     with training_args.main_process_first(desc="embedding the test images"):
         sets = dict(zip(HALVES, base_to_new(embedded(test, args, training_args, processor)), strict=True))
-    return Task(processor, train_base, sets, {half: feature_class_names(sets[half]) for half in HALVES})
+    class_names = {half: [readable(name) for name in sets[half].features["label"].names] for half in HALVES}
+    return Task(processor, train_base, sets, class_names)
 
 
 def embedded(
-    dataset: Dataset, args: ScriptArguments, training_args: RobustTrainingArguments, processor: ProcessorMixin
+    dataset: Any, args: ScriptArguments, training_args: RobustTrainingArguments, processor: ProcessorMixin
 ) -> Dataset:
     """The dataset with embeddings in place of its images."""
     model = pretrained(args).to(training_args.device)

@@ -60,9 +60,9 @@ class ScriptArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder."})
     data: str | None = field(default=None, metadata={"help": "Labelled images: files, a folder, or a Hub dataset."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
-    class_names_file: str | None = field(default=None, metadata={"help": "One name per line, in label order."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    class_names_file: str | None = field(default=None, metadata={"help": "Names by line, or .json by label."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
     templates: str | None = field(default=None, metadata={"help": "Name of a template set, or one template with {}."})
     silhouette: Silhouette = field(default="centroid", metadata={"help": "Distances to class texts, or all to all."})
     sample_size: int = field(default=10_000, metadata={"help": "joint, image_only: images compared with one another."})
@@ -107,7 +107,7 @@ def write_outputs(difficulty: TaskDifficulty, suggestion: dict[str, str], args: 
 def main(args: ScriptArguments) -> None:
     """Loads, embeds, measures, prints."""
     names = read_class_names(args.class_names_file)
-    dataset = load_images(args.data, "data", args, names, only_these=True)
+    dataset = load_images(args.data, "data", args, names)
     model = load_model(args.model_name_or_path, args.dtype)
     difficulty = task_difficulty(
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -32,12 +31,12 @@ from torch import nn
 from transformers import set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
+from hf_robust.data.rows import LabelledImages
 from hf_robust.errors import ConfigError, close_matches
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.loading import (
     checkpoint_to_resume,
-    feature_class_names,
     load_images,
     load_model,
     load_processor,
@@ -48,6 +47,7 @@ from hf_robust.scripting.progress import show_progress
 from hf_robust.scripting.results import package_versions, percent, save_with_card
 from hf_robust.scripting.run import run
 
+Sets = dict[str, LabelledImages]
 DEFAULTS = {"logging_steps": 10}  # the progress bar shows the loss
 
 
@@ -65,9 +65,9 @@ class ScriptArguments:
     train_data: str | None = field(default=None, metadata={"help": "Labelled images to train on."})
     validation_data: str | None = field(default=None, metadata={"help": "Evaluated during training, too."})
     eval_data: dict | str | None = field(default=None, metadata={"help": "Evaluation sets by name; as a flag: JSON."})
-    class_names_file: str | None = field(default=None, metadata={"help": "One name per line, in label order."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    class_names_file: str | None = field(default=None, metadata={"help": "Names by line, or .json by label."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
     method: str = field(default="saft", metadata={"help": "zero_shot, full, saft, aclip, lora, ln_tuning."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "saft, aclip, lora: which modules."})
     density: float = field(default=0.001, metadata={"help": "saft: share of the parameters to train."})
@@ -134,12 +134,12 @@ METHODS = {
 }
 
 
-def accuracies(metrics: dict[str, float], sets: dict[str, Dataset]) -> dict[str, float]:
+def accuracies(metrics: dict[str, float], sets: Sets) -> dict[str, float]:
     """The accuracy of every set, a fraction."""
     return {name: metrics[f"eval_{name}_accuracy"] for name in sets}
 
 
-def show(results: dict[str, Any], sets: dict[str, Dataset]) -> None:
+def show(results: dict[str, Any], sets: Sets) -> None:
     """Prints the accuracies side by side, and what they changed by, in percent."""
     columns = {} if results["method"] == "zero_shot" else {results["method"]: results["fine_tuned"]}
     if results["wise_ft"]:
@@ -159,19 +159,18 @@ def show(results: dict[str, Any], sets: dict[str, Dataset]) -> None:
         print(f"{warning}was saved.", file=sys.stderr)
 
 
-def load_data(args: ScriptArguments, training_args: RobustTrainingArguments) -> tuple[Dataset, dict[str, Dataset]]:
+def load_data(args: ScriptArguments, training_args: RobustTrainingArguments) -> tuple[LabelledImages, Sets]:
     """The training set, and the evaluation sets by name."""
     names = read_class_names(args.class_names_file)
     validation = {"validation": args.validation_data} if args.validation_data else {}
     with loading_data(training_args):
-        train = load_images(args.train_data, "train_data", args, names, only_these=True)
-        known = names or feature_class_names(train)
+        train = load_images(args.train_data, "train_data", args, names, training_args)
         sources = {**validation, **(args.eval_data or {})}
-        return train, {name: load_images(source, name, args, known) for name, source in sources.items()}
+        return train, {name: load_images(source, name, args, None, training_args) for name, source in sources.items()}
 
 
 def make_trainer(
-    args: ScriptArguments, training_args: RobustTrainingArguments, train: Dataset, sets: dict[str, Dataset]
+    args: ScriptArguments, training_args: RobustTrainingArguments, train: LabelledImages, sets: Sets
 ) -> RobustTrainer:
     """A trainer that evaluates on the validation set in training, on all if there is none."""
     validation = {name: dataset for name, dataset in sets.items() if name == "validation"}
@@ -187,9 +186,7 @@ def make_trainer(
     return trainer
 
 
-def train_and_save(
-    trainer: RobustTrainer, sets: dict[str, Dataset], checkpoint: str | None, wise_ft: bool
-) -> dict[str, Any]:
+def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, wise_ft: bool) -> dict[str, Any]:
     """Evaluates, trains, evaluates, goes part of the way back if that is wanted, and saves; returns what was found."""
     zero_shot = accuracies(trainer.evaluate(sets), sets)
     start = time.perf_counter()

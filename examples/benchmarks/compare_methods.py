@@ -46,6 +46,7 @@ from hf_robust import (
     with_image_size,
 )
 from hf_robust.cards.results import TITLES
+from hf_robust.data.rows import LabelledImages
 from hf_robust.errors import ConfigError, NonFiniteError
 from hf_robust.evaluation import (
     RobustnessSuite,
@@ -58,7 +59,7 @@ from hf_robust.evaluation import (
 )
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
-from hf_robust.scripting.loading import feature_class_names, load_images, load_model, load_processor, loading_data
+from hf_robust.scripting.loading import load_images, load_model, load_processor, loading_data
 from hf_robust.scripting.progress import is_silent, show_progress
 from hf_robust.scripting.results import package_versions, percent
 from hf_robust.scripting.run import run
@@ -125,8 +126,8 @@ class ScriptArguments:
     train_data: str | None = field(default=None, metadata={"help": "Labelled images to train on."})
     validation_data: str | None = field(default=None, metadata={"help": "Learning rates and α are chosen on these."})
     suite: str | None = field(default=None, metadata={"help": "What to evaluate on: a YAML file or a suite's name."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
     shots: int | None = field(default=None, metadata={"help": "Training images per class; all if not given."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of the shots and the training."})
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": ", ".join(ALL_METHODS)})
@@ -153,7 +154,7 @@ class Task:
     training_args: RobustTrainingArguments
     processor: ProcessorMixin
     train: Dataset
-    validation: Dataset
+    validation: LabelledImages
     suite: RobustnessSuite
 
 
@@ -196,9 +197,8 @@ def load_task(args: ScriptArguments, training_args: RobustTrainingArguments) -> 
     """Loads processor, data and suite."""
     processor, suite = load_processor(args.model_name_or_path), RobustnessSuite.from_yaml(args.suite)
     with loading_data(training_args):
-        train = load_images(args.train_data, "train_data", args, None)
-        names = feature_class_names(train)
-        validation = load_images(args.validation_data, "validation_data", args, names, only_these=True)
+        train = load_images(args.train_data, "train_data", args).to_dataset()
+        validation = load_images(args.validation_data, "validation_data", args)
     return Task(args, training_args, processor, train, validation, suite)
 
 

@@ -3,59 +3,57 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
 from peft import PeftConfig
 from rich.console import Console
 from transformers import AutoModel, AutoProcessor, ProcessorMixin, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.readable import readable_rows
+from ..data.rows import LabelledImages, labelled_images
 from ..data.sources import load_source
 from ..encoders.dual_encoder import family
-from ..errors import ConfigError, DataError, close_matches
+from ..errors import ConfigError, DataError
+from ..training.arguments import RobustTrainingArguments
 from .progress import is_silent
 
 
-def feature_class_names(dataset: Dataset) -> list[str] | None:
-    """Returns the names of the `label` feature of a dataset; None where there are none.
+def load_images(
+    source: str,
+    where: str,
+    args: Any,
+    class_names: Any = None,
+    training_args: RobustTrainingArguments | None = None,
+) -> LabelledImages:
+    """Loads one split of a dataset.
 
     Args:
-        dataset: what `load_images` returned.
+        source: as in `load_source`.
+        where: the setting or the set's name, for messages.
+        args: a script's arguments, with `image_column` and `label_column`.
+        class_names: what `read_class_names` returned; labels of text take the order of a list that names them all.
+        training_args: with `on_bad_image="skip"` images that cannot be used are left out here already.
+
+    Raises:
+        DataError: it cannot be read, holds several splits, or lacks a column.
+
+    Example:
+        >>> load_images("photos:train", "train_data", args).class_names
+        ['cat', 'dog']
     """
-    label = dataset.features.get("label")
-    return list(label.names) if isinstance(label, ClassLabel) else None
-
-
-def load_images(
-    source: str, where: str, args: Any, class_names: list[str] | None, only_these: bool = False
-) -> Dataset:
-    """Loads a dataset and gives it the columns `image`, not yet decoded, and `label`; `where` names it in messages."""
-    dataset = load_source(source, where)
-    for ours, theirs in (("image", args.image_column), ("label", args.label_column)):
-        if ours not in dataset.column_names and theirs in dataset.column_names:
-            dataset = dataset.rename_column(theirs, ours)
-    label = dataset.features.get("label")
-    if isinstance(label, ClassLabel):
-        return dataset.cast_column("label", ClassLabel(names=[name.replace("_", " ") for name in label.names]))
-    if label is not None and label.dtype == "string":
-        return number_labels(dataset, source, class_names, only_these)
-    return dataset
-
-
-def number_labels(dataset: Dataset, source: str, class_names: list[str] | None, only_these: bool) -> Dataset:
-    """Makes class indices of labels that are text; class names that are known already keep their order."""
-    found = set(dataset.unique("label"))
-    unknown = sorted(found - set(class_names or found))
-    if unknown and only_these:
-        remedy = close_matches(unknown[0], class_names or [])
-        raise DataError("label is outside the class names", where=source, got=unknown[0], remedy=remedy)
-    names = sorted(found) if unknown or class_names is None else class_names
-    return dataset.cast_column("label", ClassLabel(names=names))
+    order = class_names if isinstance(class_names, list) else None
+    rows = labelled_images(load_source(source, where), where, args.image_column, args.label_column, order)
+    if not isinstance(rows, LabelledImages):
+        raise DataError("a stream has no numbered rows", where=where, got=source)
+    if training_args is not None and training_args.on_bad_image == "skip":
+        return readable_rows(rows, training_args.dataloader_num_workers, is_silent(training_args))
+    return rows
 
 
 @contextmanager
@@ -67,31 +65,32 @@ def loading_data(training_args: TrainingArguments) -> Iterator[None]:
 
     Example:
         >>> with loading_data(training_args):
-        ...     train = load_images("photos/train", "train_data", args, None)
+        ...     train = load_images("photos:train", "train_data", args)
     """
     console = Console(stderr=True, quiet=is_silent(training_args))
     with training_args.main_process_first(desc="loading data"), console.status("Loading the data"):
         yield
 
 
-def read_class_names(file: str | None) -> list[str] | None:
-    """Reads class names, one per line, in label order.
+def read_class_names(file: str | None) -> list[str] | dict[str, str] | None:
+    """Reads class names: one per line, in label order, or a JSON object from the data's names to words.
 
     Args:
-        file: where they are; None for none.
+        file: where they are; one that ends in `.json` holds an object. None for none.
 
     Raises:
         ConfigError: it cannot be read.
 
     Example:
-        >>> read_class_names("names.txt")
-        ['cat', 'dog']
+        >>> read_class_names("names.txt"), read_class_names("names.json")
+        (['tench', 'goldfish'], {'n01440764': 'tench', 'n01443537': 'goldfish'})
     """
     if file is None:
         return None
     try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(file).read_text(encoding="utf-8")
+        return dict(json.loads(text)) if file.endswith(".json") else text.splitlines()
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError("file of class names cannot be read", where=file, got=str(error)) from error
 
 

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from statistics import stdev
 
-from datasets import Dataset
-
 from ..cards.card import model_card
 from ..cards.results import Column, results_from_accuracies, role_of
-from ..data.rows import labelled_images
+from ..data.rows import LabelledImages
 from ..training.trainer import RobustTrainer
 
 VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -38,7 +36,7 @@ def percent(value: float, by_seed: Sequence[float] = ()) -> str:
 
 def save_with_card(
     trainer: RobustTrainer,
-    sets: Mapping[str, Dataset],
+    sets: Mapping[str, LabelledImages],
     accuracies: Mapping[Column, Mapping[str, float]],
     chosen_alpha: float | None = None,
 ) -> None:
@@ -51,14 +49,15 @@ def save_with_card(
         chosen_alpha: the α that the model is at; None where it is as it was trained.
 
     Example:
-        >>> save_with_card(trainer, {"id": photos}, {"zero-shot": {"id": 0.5}, "fine-tuned": {"id": 0.75}})
+        >>> sets = {"id": labelled_images(photos, "id")}
+        >>> save_with_card(trainer, sets, {"zero-shot": {"id": 0.5}, "fine-tuned": {"id": 0.75}})
     """
     roles = {}
-    for name, dataset in sets.items():
+    for name, rows in sets.items():
         if name != "validation":
-            names = labelled_images(dataset, name).class_names
+            names = rows.class_names
             foreign = names is not None and trainer.model.class_space.relate(names).kind == "foreign"
-            roles[name] = role_of(name, foreign), len(dataset)
+            roles[name] = role_of(name, foreign), len(rows)
     results = results_from_accuracies(accuracies, roles, chosen_alpha)
     images = len(trainer.train_dataset)
     trainer.create_model_card(model_card(trainer.model, trainer.args, results, train_images=images))

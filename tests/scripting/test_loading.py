@@ -4,6 +4,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
 from hf_robust import RobustTrainingArguments
 from hf_robust.errors import ConfigError, DataError
@@ -11,37 +12,48 @@ from hf_robust.scripting.loading import checkpoint_to_resume, load_images, load_
 from tests.tiny_models import image_dataset, tiny_model
 
 NAMES = ["red", "green", "blue"]
-COLUMNS = SimpleNamespace(image_column="image", label_column="label")
+COLUMNS = SimpleNamespace(image_column=None, label_column=None)
 
 
-def test_names_of_folders_become_class_names(tmp_path):
-    for index, row in enumerate(image_dataset(6, ["sea_lion", "blue car"])):
-        path = tmp_path / "images" / ["sea_lion", "blue car"][row["label"]] / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        row["image"].save(path)
-    images = load_images(str(tmp_path / "images"), "test", COLUMNS, None)
-    assert images.features["label"].names == ["blue car", "sea lion"]
-    assert len(images) == 6 and images.unique("label") == [0, 1]
-    assert "bytes" in images[0]["image"]  # left to the collator to decode
-
-
-def test_labels_may_be_text_and_columns_have_other_names(tmp_path):
-    args = SimpleNamespace(image_column="img", label_column="kind")
+def test_labels_may_be_text_and_take_the_order_of_class_names(tmp_path):
     dataset = image_dataset(3, NAMES).remove_columns("label").add_column("label", ["red", "blue", "red"])
     source = str(tmp_path / "text.parquet")
     dataset.to_parquet(source)
-    assert load_images(source, "train", args, None)["label"][:] == [1, 0, 1]
-    assert load_images(source, "train", args, NAMES)["label"][:] == [0, 2, 0]
-    assert load_images(source, "test", args, ["cat"]).features["label"].names == ["blue", "red"]
-    with pytest.raises(DataError, match="outside the class names.*text.parquet.*'blue'"):
-        load_images(source, "train", args, ["red", "bleu"], only_these=True)
-    image_dataset(3, NAMES).rename_columns({"image": "img", "label": "kind"}).to_parquet(tmp_path / "renamed.parquet")
-    assert load_images(str(tmp_path / "renamed.parquet"), "train", args, None).column_names == ["image", "label"]
+    assert load_images(source, "train_data", COLUMNS).labels.tolist() == [1, 0, 1]
+    assert load_images(source, "train_data", COLUMNS, NAMES).labels.tolist() == [0, 2, 0]
 
 
-def test_class_names_are_lines(tmp_path):
+def test_a_column_that_is_named_is_the_one_and_splits_are_read_one_at_a_time(tmp_path):
+    for split, n in (("train", 6), ("test", 3)):
+        two = image_dataset(n, NAMES).add_column("category", [2] * n)
+        two.to_parquet(tmp_path / f"{split}.parquet")
+    named = SimpleNamespace(image_column=None, label_column="category")
+    assert load_images(f"{tmp_path}:test", "eval", named).labels.tolist() == [2, 2, 2]
+    assert len(load_images(f"{tmp_path}:train", "train_data", COLUMNS)) == 6
+    with pytest.raises(DataError, match="several splits .at train_data.*test, train.*:train"):
+        load_images(str(tmp_path), "train_data", COLUMNS)
+    wrong = SimpleNamespace(image_column="img", label_column=None)
+    with pytest.raises(DataError, match="no column 'img' .at eval.*category, image, label"):
+        load_images(f"{tmp_path}:test", "eval", wrong)
+
+
+def test_images_that_cannot_be_used_are_left_out_if_asked(tmp_path):
+    table = image_dataset(3, NAMES).with_format("arrow")[:].to_pylist()
+    table[1]["image"] = {"bytes": b"no image", "path": "1.png"}
+    Dataset.from_list(table, features=image_dataset(1, NAMES).features).to_parquet(tmp_path / "a.parquet")
+    args = RobustTrainingArguments(str(tmp_path / "out"), on_bad_image="skip", disable_tqdm=True)
+    rows = load_images(str(tmp_path / "a.parquet"), "id", COLUMNS, None, args)
+    assert len(rows) == 2 and "row 1" in rows.skipped[0]
+
+
+def test_class_names_are_lines_or_an_object(tmp_path):
     (tmp_path / "names.txt").write_text("cat\nHüte\n", encoding="utf-8")
     assert read_class_names(str(tmp_path / "names.txt")) == ["cat", "Hüte"] and read_class_names(None) is None
+    (tmp_path / "names.json").write_text('{"n02": "Hüte", "n01": "cat"}', encoding="utf-8")
+    assert read_class_names(str(tmp_path / "names.json")) == {"n02": "Hüte", "n01": "cat"}
+    (tmp_path / "bad.json").write_text("[1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="class names cannot be read.*bad.json"):
+        read_class_names(str(tmp_path / "bad.json"))
     with pytest.raises(ConfigError, match="class names cannot be read.*no.txt"):
         read_class_names(str(tmp_path / "no.txt"))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_robust.data.rows import labelled_images
 from hf_robust.scripting.results import package_versions, percent, save_with_card
 from hf_robust.scripting.timing import interleaved_medians, print_medians
 from tests.tiny_models import image_dataset
@@ -20,7 +21,7 @@ def test_versions_are_those_installed():
 def test_a_card_shows_all_sets_but_the_validation_set(tmp_path):
     trainer = build(tmp_path)
     names = {"photos": NAMES, "pets": OTHER_NAMES, "id_b": NAMES, "validation": NAMES}
-    sets = {name: image_dataset(6, classes) for name, classes in names.items()}
+    sets = {name: labelled_images(image_dataset(6, classes), name) for name, classes in names.items()}
     accuracies = {"zero-shot": dict.fromkeys(sets, 0.5), "fine-tuned": dict.fromkeys(sets, 2 / 3)}
     save_with_card(trainer, sets, accuracies)
     card = (tmp_path / "README.md").read_text().replace("\\", "")
