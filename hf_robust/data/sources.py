@@ -101,7 +101,7 @@ def _load_files(name: str, split: str | None, where: str) -> Dataset:
 def _load_parquet(files: Sequence[str], where: str) -> Dataset:
     expected, rows = None, 0
     for file in files:
-        with reading(file, where), pyarrow.parquet.ParquetFile(os.path.abspath(file)) as content:
+        with reading(file, where), pyarrow.parquet.ParquetFile(file) as content:
             found, rows = Features.from_arrow_schema(content.schema_arrow), rows + content.metadata.num_rows
         expected = expected or found
         check_same_columns(files[0], [*expected], file, [*found])

@@ -89,10 +89,10 @@ def test_splits_share_no_image_and_miss_none(splits, names, n_images):
 
 
 def test_an_empty_folder_is_a_class_without_images():
-    write("p/cat/0.jpg", "p/owl/0.jpg")
+    write("p/cat/0.jpg", "p/owl/0.jpg", "p/cow/.DS_Store")
     Path("p/dog").mkdir()
     dataset = load_source("p")
-    assert classes(dataset) == ["cat", "dog", "owl"] and dataset["label"][:] == [0, 2]
+    assert classes(dataset) == ["cat", "cow", "dog", "owl"] and dataset["label"][:] == [0, 3]
 
 
 def test_linked_folders_are_classes_and_splits():

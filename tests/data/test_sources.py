@@ -63,16 +63,21 @@ def test_files_without_rows_are_refused():
     assert len(load_source("d")) == 2
 
 
+def broken_rows():
+    """A file whose schema can be read, and whose rows cannot."""
+    image_dataset(9, NAMES).to_parquet("broken.parquet")
+    content = bytearray(Path("broken.parquet").read_bytes())
+    content[20:400] = bytes(380)
+    Path("broken.parquet").write_bytes(content)
+    return "broken.parquet"
+
+
 def test_a_broken_file_is_named():
     write("d/a.parquet")
     with pytest.raises(DataError, match="source cannot be read .ArrowInvalid.*Parquet.* .at data.: got 'd/a.parquet'"):
         load_source("d", "data")
-    image_dataset(9, NAMES).to_parquet("b.parquet")
-    content = bytearray(Path("b.parquet").read_bytes())
-    content[20:400] = bytes(380)
-    Path("b.parquet").write_bytes(content)  # its schema is fine, its rows are not
-    with pytest.raises(DataError, match="source cannot be read .(?!DatasetGen).*at data.: got 'b.parquet'"):
-        load_source("b.parquet", "data")
+    with pytest.raises(DataError, match="source cannot be read .(?!DatasetGen).*at data.: got 'broken.parquet'"):
+        load_source(broken_rows(), "data")
 
 
 # --- what save_to_disk writes ---
@@ -197,19 +202,21 @@ def test_anything_else_is_refused_by_its_type(source):
 
 def test_nothing_is_written_on_the_screen_and_no_setting_of_datasets_is_changed(capfd):
     image_dataset(9, NAMES).to_parquet("a.parquet")
-    write("b.parquet", "p/cat/0.jpg")
-    handler = logging.StreamHandler(io.StringIO())
+    write("p/cat/0.jpg")
+    broken, dataset = broken_rows(), image_dataset(2, NAMES)
+    handler, level = logging.StreamHandler(io.StringIO()), datasets.logging.get_verbosity()
     logging.getLogger("datasets").addHandler(handler)
-    before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_info()
     capfd.readouterr()
     try:
-        for source in ("a.parquet", "p", image_dataset(2, NAMES)):
+        for source in ("a.parquet", "p", dataset):
             load_source(source)
         with pytest.raises(DataError):
-            load_source("b.parquet")
+            load_source(broken)
+        assert datasets.logging.get_verbosity() == datasets.logging.INFO and not datasets.are_progress_bars_disabled()
     finally:
+        datasets.logging.set_verbosity(level)
         logging.getLogger("datasets").removeHandler(handler)
-    assert before == (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) and before[1] is False
     assert capfd.readouterr() == ("", "") and handler.stream.getvalue() == ""
 
 

@@ -87,11 +87,17 @@ def test_tables_beside_their_images():
         ("a\n12345678901234567890\n", ["12345678901234567890"]),
         ('a\n"x, ""y""\nz"\n\nlast', ['x, "y"\nz', "last"]),
         ("a,b\r\n1,2\r\n", [1]),
+        ('a\n"x\r\ny"\n', ["x\r\ny"]),
     ],
 )
 def test_values_of_csv(content, expected):
     write("a.csv", content)
     assert load_source("a.csv")["a"][:] == expected
+
+
+def test_values_of_json_lines():
+    write("a.jsonl", '{"b": "1"}\n{"a": 2, "b": "2"}\n')
+    assert load_source("a.jsonl")[:] == {"b": ["1", "2"], "a": [None, 2]}
 
 
 # what a spreadsheet can hold; csv itself cannot tell an empty line from an empty field
@@ -160,6 +166,7 @@ def test_several_tables_are_one_set():
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
+        (["a,b\n1,2\n", "a,b\n1\n"], "line 2 has 1 fields.* .at data.: got 't/1.csv'"),
         (["a,b\n", "a,c\n"], r"files have different columns .at t/0.csv, t/1.csv.: got \['b', 'c'\]"),
         (['{"a": 1}\n', '{"a": "x"}\n'], "files have different columns .*int64.*at t/0.jsonl, t/1.jsonl"),
         (["image\n", "image\n../d/images/0.jpg\n../x.jpg\n"], "no such image .at t/1.csv, row 1.: got '../x.jpg'"),
