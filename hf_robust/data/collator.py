@@ -140,7 +140,7 @@ def batches_in_order(
     """
     generator = torch.Generator()  # a loader without one draws from the global one
     loader: Any = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collator, generator=generator)
-    for batch in tqdm(loader, desc=title, disable=title is None):
+    for batch in tqdm(loader, desc=title, leave=False, disable=title is None):
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -52,7 +52,7 @@ def readable_rows(rows: LabelledImages | LabelledStream, workers: int = 0, silen
     generator = torch.Generator()  # a loader without one draws from the global one
     loader: Any = DataLoader(Subset(rows, share), 16, num_workers=workers, collate_fn=_problems, generator=generator)
     title = f"Looking through {rows.name}"
-    found = [problem for batch in tqdm(loader, desc=title, disable=silent) for problem in batch]
+    found = [problem for batch in tqdm(loader, desc=title, leave=False, disable=silent) for problem in batch]
     parts = gather_object([dict(zip(share, found, strict=True))])
     bad = {row: text for part in parts for row, text in part.items() if text is not None}
     kept = [row for row in range(len(rows)) if row not in bad]

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from logging import INFO, basicConfig, getLogger
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +48,9 @@ def run(main: Callable[..., None], *types: Any, defaults: Mapping[str, Any] | No
     try:
         arguments = parse_arguments(types, defaults, flags)
         trainings = [one for one in arguments if isinstance(one, TrainingArguments)]
-        if not debug and not any(map(is_verbose, trainings)):
+        if debug or any(map(is_verbose, trainings)):
+            talkative()
+        else:
             quiet()
         with no_empty_folders([str(one.output_dir) for one in trainings]):
             main(*arguments)
@@ -76,6 +79,12 @@ def _fail(error: HfRobustError, debug: bool) -> NoReturn:
     if several:  # at an ordinary exit it might wait for ranks that wait for it
         os._exit(FAILED)
     sys.exit(FAILED)
+
+
+def talkative() -> None:
+    """Shows what this package has to say beside results: which entries SAFT selected, for one."""
+    basicConfig(format="%(message)s")
+    getLogger("hf_robust").setLevel(INFO)
 
 
 def quiet() -> None:

@@ -135,7 +135,7 @@ class EvaluatingTrainer(SavingTrainer):
         if "validation" not in sets:
             raise ConfigError("alpha is chosen on validation data", where="validation_dataset", got=sorted(sets))
         sets = self._sets(sets)
-        bar = tqdm(total=len(alphas), desc="Evaluating over alpha", disable=self._is_silent())
+        bar = tqdm(total=len(alphas), desc="Evaluating over alpha", leave=False, disable=self._is_silent())
 
         def evaluate(model: nn.Module) -> Metrics:
             found = self.evaluate(sets)

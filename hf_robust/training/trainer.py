@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from .evaluating import EvaluatingTrainer, Metrics, Rows
 from .image_size import processor_of_size
 from .preflight import check_arguments, check_best_metric, check_training
 
+logger = logging.getLogger(__name__)
 ClassNames = Sequence[str] | Mapping[str | int, str]
 
 
@@ -199,7 +201,7 @@ class RobustTrainer(EvaluatingTrainer):
         self._unprepare()
         select_saft(self.model, self._selection_batches(), lambda model, batch: model(**batch).loss)
         if self.is_world_process_zero():
-            print(mask_summary(self.model))
+            logger.info(mask_summary(self.model))
 
     def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
         size = 1 if scores_single_images(self.model) else self.args.selection_batch_size

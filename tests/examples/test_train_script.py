@@ -80,7 +80,6 @@ def test_every_method_ends_in_results(script, tmp_path, method, capsys):
         assert results["training_seconds"] > 0
     if method == "saft":
         assert results["trained_parameters"] == 344  # without the input embeddings
-        assert "SAFT selected 344 of" in table
         PeftModel.from_pretrained(tiny_model("clip"), tmp_path)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -247,7 +246,7 @@ def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path):
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
     printed = launch_on_two("train", folder, *flags)
     results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert printed.count("Accuracy in %") == printed.count("SAFT selected") == 1
+    assert printed.count("Accuracy in %") == 1
     assert results["zero_shot"] == json.loads((tmp_path / "one" / "results.json").read_text())["zero_shot"]
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     indices = [name for name in one if "saft_indices" in name]

@@ -107,7 +107,8 @@ def test_defaults_that_differ(tmp_path):
 # --- SAFT's entries ---
 
 
-def test_selection_sees_every_image_once_in_order(tmp_path, monkeypatch, capsys):
+def test_selection_sees_every_image_once_in_order(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     seen = []
 
     def spy(model, batches, loss_fn):
@@ -121,7 +122,7 @@ def test_selection_sees_every_image_once_in_order(tmp_path, monkeypatch, capsys)
     rows = list(image_dataset(13, NAMES))
     assert [len(batch) for batch in seen] == [4, 4, 4, 1]
     assert torch.equal(torch.cat(seen), ImageCollator(tiny_processor("clip"))(rows)["pixel_values"])
-    assert "SAFT selected 344 of" in capsys.readouterr().out
+    assert "SAFT selected 344 of" in caplog.text
     trained.train()
     assert len(seen) == 4
 
