@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
+
+import datasets
+from transformers.utils import logging as transformers_logging
 
 from .fake_hub import hub as hub
 from .methods import METHODS, Method
@@ -33,6 +38,20 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read from, or left in, the user's own cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(autouse=True)
+def voices_of_other_packages() -> Iterator[None]:
+    """What a script silences is heard again in the next test."""
+    levels = datasets.logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = not datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    level = logging.getLogger("hf_robust").level
+    yield
+    datasets.logging.set_verbosity(levels[0])
+    transformers_logging.set_verbosity(levels[1])
+    (datasets.enable_progress_bars if bars[0] else datasets.disable_progress_bars)()
+    (transformers_logging.enable_progress_bar if bars[1] else transformers_logging.disable_progress_bar)()
+    logging.getLogger("hf_robust").setLevel(level)
 
 
 @pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
