@@ -152,7 +152,8 @@ def make_trainer(
         config = SAFTConfig(density=args.density, towers="text")
         model, settings.learning_rate = get_peft_model(model, config), args.saft_learning_rate
     ogen = OGENConfig(task.class_names["new"], seed=seed) if method.endswith("+ogen") else None
-    return RobustTrainer(model, settings, train, task.sets, task.processor, ogen=ogen)
+    data = {"train_dataset": train, "eval_dataset": task.sets, "processing_class": task.processor}
+    return RobustTrainer(model, settings, **data, ogen=ogen)
 
 
 def accuracies_over_epochs(trainer: RobustTrainer, method: str, seed: int) -> dict[str, Any]:

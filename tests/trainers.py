@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
@@ -37,14 +39,15 @@ def build(folder, method="full", family="clip", model=None, **settings):
         "eval_dataset": {"id": image_dataset(7, NAMES, seed=50), "new": image_dataset(9, OTHER_NAMES, seed=90)},
     }
     datasets["eval_dataset"] = settings.pop("eval_dataset", datasets["eval_dataset"])
-    names = ("class_names", "ogen", "compute_metrics", "data_collator")
-    given = {"callbacks": callbacks, **{name: settings.pop(name, None) for name in names}}
     processor = settings.pop("processing_class", None) or tiny_processor(family)
+    arguments = inspect.signature(RobustTrainer.__init__).parameters
+    given = {"callbacks": callbacks, **{name: settings.pop(name) for name in [*settings] if name in arguments}}
     defaults = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     quiet = {"use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
     args = RobustTrainingArguments(str(folder), **{**defaults, **quiet, **settings})
     torch.manual_seed(0)  # LoRA's first weights
-    model = METHODS[method](tiny_model(family) if model is None else model)
+    if "model_init" not in given:
+        model = METHODS[method](tiny_model(family) if model is None else model)
     return cls(model, args, **datasets, processing_class=processor, **given)
 
 

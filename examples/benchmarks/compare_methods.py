@@ -220,7 +220,8 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
         processor = with_image_size(task.processor, settings.image_size, model)
         with settings.main_process_first(desc="embedding the training images"):
             train = with_image_embeds(train, model, processor, *how)
-    trainer = RobustTrainer(model, settings, train, {"validation": task.validation}, task.processor)
+    data = {"train_dataset": train, "eval_dataset": {"validation": task.validation}}
+    trainer = RobustTrainer(model, settings, **data, processing_class=task.processor)
     show_progress(trainer)
     return trainer
 

@@ -34,7 +34,8 @@ OURS = {"SAFT", "ACLIP"}  # those that PEFT alone cannot load
 # Allow-lists: paths, tokens, user names and names of runs are in other settings.
 TRAINING_SETTINGS = (
     "head image_size similarity_weight similarity_distance similarity_towers similarity_schedule "
-    "cache_reference_embeddings learning_rate num_train_epochs max_steps per_device_train_batch_size "
+    "cache_reference_embeddings class_weights label_smoothing_factor train_sampling_strategy "
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps lr_scheduler_type warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm bf16 fp16 tf32 seed data_seed full_determinism dataloader_drop_last"
 ).split()

@@ -7,7 +7,11 @@ own names, and reports the harmonic mean. Figures are means over seeds, 1, 2 and
     train_base, _ = base_to_new(train)
     test_base, test_new = base_to_new(test)
     trainer = RobustTrainer(
-        model, args, few_shot(train_base, shots=16, seed=1), {"base": test_base, "new": test_new}, processor
+        model,
+        args,
+        train_dataset=few_shot(train_base, shots=16, seed=1),
+        eval_dataset={"base": test_base, "new": test_new},
+        processing_class=processor,
     )
     trainer.train()
     metrics = trainer.evaluate()
@@ -16,7 +20,8 @@ own names, and reports the harmonic mean. Figures are means over seeds, 1, 2 and
 Transfer to other datasets needs no function: `RobustTrainer` classifies every evaluation set among its own names.
 
     sets = {"pets": pets, "flowers": flowers, "food": food}
-    trainer = RobustTrainer(model, args, few_shot(imagenet, shots=16, seed=1), sets, processor)
+    train = few_shot(imagenet, shots=16, seed=1)
+    trainer = RobustTrainer(model, args, train_dataset=train, eval_dataset=sets, processing_class=processor)
     trainer.train()
     trainer.evaluate()["eval_pets_accuracy"]
 """

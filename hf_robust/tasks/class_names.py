@@ -89,6 +89,7 @@ class ZeroShotClassifier(nn.Module):
         torch.Size([1, 2])
     """
 
+    main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
     prompt_input_ids: Tensor
     prompt_attention_mask: Tensor | None
     class_embeds: Tensor  # of "frozen"

@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 from ..errors import ConfigError
 from ..losses.similarity import SimilarityLoss
+from .task_loss import check_loss_settings
+from .unsupported import check_options
 
 
 @dataclass
@@ -37,6 +39,15 @@ class RobustTrainingArguments(TrainingArguments):
             anything is computed with it, and leaves out those that cannot be used; they are logged, counted in the
             metrics as `skipped_images`, and listed in `trainer.train_dataset.skipped`.
 
+    > Parameters that control the loss
+
+    Args:
+        class_weights: weights of the classes in the cross-entropy of training: `"balanced"`, by how many training
+            images they have, or a list of one number for every class; scaled such that their mean over the training
+            images is 1. See `TaskLoss`. With OGEN they are for real images alone.
+
+    `label_smoothing_factor` is for training, too: evaluation is by the plain cross-entropy.
+
     > Parameters that control SAFT
 
     Args:
@@ -62,11 +73,10 @@ class RobustTrainingArguments(TrainingArguments):
     > `ddp_broadcast_buffers=False` (no buffer changes in training), `report_to="none"`, `logging_nan_inf_filter=False`
     > (`RobustTrainer` stops at a loss that is not finite). On a machine without accelerator `use_cpu=True` (else
     > processes that were started together would each train alone) and `dataloader_pin_memory=False`.
-    > `label_smoothing_factor` must stay 0.
+    > Options that are not served are refused, see `hf_robust.training.unsupported`.
 
     Raises:
-        ConfigError: for a `label_smoothing_factor`, a setting of the similarity loss that is none of the above, or a
-            cache that would hold nothing.
+        ConfigError: for a setting that is none of the above or is not served, or a cache that would hold nothing.
 
     Example:
         >>> args = RobustTrainingArguments("runs/saft", templates="a drawing of a {}.", learning_rate=1e-3)
@@ -85,6 +95,9 @@ class RobustTrainingArguments(TrainingArguments):
     )
     on_bad_image: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "Images that cannot be used: raise an error, or skip them."}
+    )
+    class_weights: None | str | list[float] = field(
+        default=None, metadata={"help": "Weights of the classes in training: balanced, or one number a class."}
     )
     selection_batch_size: int = field(
         default=32, metadata={"help": "Images per batch while SAFT's entries are selected."}
@@ -108,8 +121,8 @@ class RobustTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
 
     def __post_init__(self) -> None:
-        if self.label_smoothing_factor != 0:
-            raise ConfigError("label smoothing is not supported", got=self.label_smoothing_factor, allowed="0")
+        check_options(self)
+        check_loss_settings(self.class_weights, self.label_smoothing_factor)
         self.similarity_loss()
         if self.cache_reference_embeddings and (self.similarity_weight == 0 or self.similarity_towers == "text"):
             got = {"similarity_weight": self.similarity_weight, "similarity_towers": self.similarity_towers}
@@ -119,6 +132,11 @@ class RobustTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """True where `Trainer` would wait for its evaluation to cast the model: here a copy is cast."""
+        return True if self.bf16_full_eval or self.fp16_full_eval else super().place_model_on_device
 
     def similarity_loss(self) -> SimilarityLoss:
         """Returns the similarity loss with these settings.

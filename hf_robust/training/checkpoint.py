@@ -15,6 +15,8 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.class_spaces import ClassSpace
 from ..errors import AdapterFileError
@@ -128,3 +130,30 @@ def load_head(classifier: ZeroShotClassifier, folder: Path) -> None:
 
 def _own_weights(classifier: ZeroShotClassifier) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith(HEAD)}
+
+
+def checkpoint_to_resume(given: str | bool, output_dir: Path) -> str:
+    """Returns the folder of a checkpoint that a training can go on from.
+
+    Args:
+        given: the folder, or True for the last one in `output_dir`; there, one that was not written to its end, as of
+            a run that was killed, is passed over.
+        output_dir: of the training.
+
+    Raises:
+        AdapterFileError: there is none, or it lacks the state of the training.
+    """
+    found = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step) if given is True else [Path(str(given))]
+    complete = [folder for folder in found if (folder / TRAINER_STATE_NAME).is_file()]  # written last
+    if not complete:
+        what, got = "no complete checkpoint to resume from", [folder.name for folder in found]
+        where = str(output_dir if given is True else given)
+        raise AdapterFileError(what, where=where, got=got, remedy="Train without resume_from_checkpoint.")
+    if not any(complete[-1].glob("optimizer*")):
+        remedy = "It was saved with save_only_model=True: load the model from it, and start a new training."
+        raise AdapterFileError("checkpoint has no optimizer state", where=str(complete[-1]), remedy=remedy)
+    return str(complete[-1])
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])

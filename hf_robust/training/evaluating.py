@@ -22,16 +22,16 @@ from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, LabelledStream, labelled_images
 from ..errors import ConfigError, NonFiniteError
 from ..interpolation.sweep import AlphaSweep, alpha_sweep
+from .evaluation_loop import EvaluationLoopTrainer
 from .preflight import check_rows
-from .saving import SavingTrainer
 
 TENTHS = tuple(step / 10 for step in range(11))
-SPEEDS = ("_runtime", "_per_second", "epoch", "_preparation_time")  # what Trainer adds to the metrics
+SPEEDS = ("_runtime", "_per_second", "epoch")  # what Trainer adds to the metrics
 Metrics = dict[str, float]
 Rows = LabelledImages | LabelledStream
 
 
-class EvaluatingTrainer(SavingTrainer):
+class EvaluatingTrainer(EvaluationLoopTrainer):
     """Evaluation, prediction and α-sweeps of a `ZeroShotClassifier`; the base of `RobustTrainer`.
 
     Every set comes in through `_rows`, and is answered by the head that `ZeroShotClassifier.classes` makes for it.
@@ -101,7 +101,8 @@ class EvaluatingTrainer(SavingTrainer):
         rows: Any = self._rows(test_dataset, metric_key_prefix, labels=False)
         with self._head_for(rows):
             output = super().predict(rows, ignore_keys, metric_key_prefix)
-        if not np.isfinite(output.predictions).all():
+        predictions = output.predictions if isinstance(output.predictions, list) else [output.predictions]
+        if not all(np.isfinite(logits).all() for logits in predictions if logits is not None):
             raise NonFiniteError("logits are not finite", where=metric_key_prefix)
         return output
 

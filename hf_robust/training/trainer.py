@@ -6,39 +6,40 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import EvalPrediction, ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..data.class_spaces import class_space
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
 from ..data.columns import REFERENCE_EMBEDS
-from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds, with_reference_embeds
+from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError, NonFiniteError
-from ..interpolation.adapters import zero_shot_copy
 from ..losses.log import LossLog
-from ..losses.reference import Reference
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
-from ..tasks.class_names import ZeroShotClassifier
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.selection import scores_single_images
-from .accuracy import accuracy_and_loss
+from .accuracy import AccuracyAndLoss, check_metrics
 from .arguments import RobustTrainingArguments
-from .evaluating import EvaluatingTrainer, Metrics, Rows
+from .checkpoint import checkpoint_to_resume
+from .evaluating import Metrics
+from .evaluation_loop import replaced
 from .image_size import processor_of_size
+from .model_init import ClassNames, ModelInitTrainer, as_classifier, model_or_first
 from .preflight import check_arguments, check_best_metric, check_training
+from .unsupported import check_accelerator, check_optimizer, check_options
 
 logger = logging.getLogger(__name__)
-ClassNames = Sequence[str] | Mapping[str | int, str]
 
 
-class RobustTrainer(EvaluatingTrainer):
+class RobustTrainer(ModelInitTrainer):
     """Fine-tunes a dual encoder as a zero-shot classifier, whole or through any PEFT method.
 
     Datasets are what `labelled_images` takes. An evaluation set with the classes of the training set, or some of them,
@@ -60,21 +61,26 @@ class RobustTrainer(EvaluatingTrainer):
         model: a `ZeroShotClassifier`, or a dual encoder, plain or `PeftModel`, that one is then built around with
             `args.templates` and `args.head`.
         args: the training arguments.
+        data_collator: by default an `ImageCollator`; its `transform` is used in training alone. Another collator gets
+            rows whose images are opened.
         train_dataset: images with labels.
         eval_dataset: one evaluation set, or several by name.
         processing_class: the model's processor; with `args.image_size` a copy of it is used.
-        class_names: words for the prompts, in label order, or by the names that the training set has for its classes,
-            see `class_space`; by default these names, with underscores read as blanks.
-        ogen: settings of OGEN, see `OGENConfig`; None for training without it.
-        data_collator: by default an `ImageCollator`; its `transform` is used in training alone. Another collator gets
-            rows whose images are opened.
+        model_init: in the place of `model`, a function that returns one, without argument or with the trial of a
+            search. Every training then starts from a new model; for `hyperparameter_search`.
+        compute_loss_func: takes the place of the cross-entropy in training, see `TaskLoss`; the other terms are added.
+            Evaluation is by the plain cross-entropy.
         compute_metrics: as in `Trainer`, gets logits and labels; by default accuracy and cross-entropy.
         callbacks: as in `Trainer`.
         optimizers: as in `Trainer`.
-        preprocess_logits_for_metrics: as in `Trainer`.
+        optimizer_cls_and_kwargs: as in `Trainer`.
+        preprocess_logits_for_metrics: as in `Trainer`, for a `compute_metrics`.
+        class_names: words for the prompts, in label order, or by the names that the training set has for its classes,
+            see `class_space`; by default these names, with underscores read as blanks.
+        ogen: settings of OGEN, see `OGENConfig`; None for training without it.
 
     Raises:
-        ConfigError: the model is no dual encoder, a setting is wrong, or class names are missing.
+        ConfigError: the model is no dual encoder, a setting is wrong or not served, or class names are missing.
         DataError: a dataset is empty, lacks a column, or has a label outside its class names.
 
     Example:
@@ -95,47 +101,57 @@ class RobustTrainer(EvaluatingTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: RobustTrainingArguments,
+        model: nn.Module | None = None,
+        args: RobustTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        class_names: ClassNames | None = None,
-        ogen: OGENConfig | None = None,
-        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
-        compute_metrics: Callable[[EvalPrediction], Metrics] | None = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[..., Metrics] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        class_names: ClassNames | None = None,
+        ogen: OGENConfig | None = None,
     ) -> None:
+        args = RobustTrainingArguments() if args is None else args
         check_arguments(args, processing_class)
-        processing_class = processor_of_size(args.image_size, processing_class, model, data_collator)
+        check_options(args)  # they may have been changed since
+        check_metrics(compute_metrics, preprocess_logits_for_metrics)
+        encoder = model_or_first(model, model_init, args, optimizers)
+        processing_class = processor_of_size(args.image_size, processing_class, encoder, data_collator)
         order = class_names if isinstance(class_names, Sequence) else None
         train_rows = None if train_dataset is None else labelled_images(train_dataset, "train_dataset", order=order)
-        if not isinstance(model, ZeroShotClassifier):
-            model = _classifier(model, processing_class, train_rows, class_names, args, ogen)
-        else:
-            _check_brings_its_own(model, train_rows, ogen=ogen, class_names=class_names)
-        model.processor = processing_class  # its card shows how images are prepared
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=_collator(data_collator, processing_class),
-            train_dataset=train_rows,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics or accuracy_and_loss,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        names = None if train_rows is None else train_rows.class_names
+        self.as_classifier = partial(as_classifier, processing_class, names, class_names, args, ogen)
+        with replaced(args, label_smoothing_factor=0.0):  # `Trainer` would look for the config of a language model
+            super().__init__(
+                model=self.as_classifier(encoder),
+                args=args,
+                data_collator=_collator(data_collator, processing_class),
+                train_dataset=train_rows,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics or AccuracyAndLoss(),
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
+        self.model_init = model_init  # type: ignore[assignment]  # of any module, not of a PreTrainedModel alone
+        check_accelerator(self.accelerator, args)
+        check_optimizer(self.optimizer, self.model)
         self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
         self.can_return_loss = True
         self.loss_log = LossLog()
         self._take_datasets()
         check_best_metric(args, self.eval_dataset, own_metrics=compute_metrics is not None)
-        self.zero_shot = zero_shot_copy(self.model)
-        self.reference = self._make_reference() if args.similarity_weight > 0 else None
+        self.keep_start()
 
     def _take_datasets(self) -> None:
         if self.train_dataset is not None:
@@ -144,18 +160,6 @@ class RobustTrainer(EvaluatingTrainer):
             self.eval_dataset = self._sets(self.eval_dataset)
         elif self.eval_dataset is not None:
             self.eval_dataset = self._rows(self.eval_dataset, "eval_dataset")
-
-    def _make_reference(self) -> Reference:
-        """Keeps of θ₀ what training will need, before a checkpoint to resume from replaces its weights."""
-        args, cached = self.args, self.args.cache_reference_embeddings
-        with self.accelerator.autocast():  # as in training
-            reference = Reference.of(self.model, args.similarity_loss(), cached)
-            if cached and self.train_dataset is not None:
-                how = self.data_collator, args.eval_batch_size, args.dataloader_num_workers, self._is_silent()
-                with args.main_process_first(desc="embedding the training set"):
-                    embedded = with_reference_embeds(self.train_dataset, self.model.model, *how)
-                self.train_dataset = labelled_images(embedded, "train_dataset")
-        return reference
 
     # --- training ---
 
@@ -168,15 +172,25 @@ class RobustTrainer(EvaluatingTrainer):
         """Trains; a SAFT adapter without entries gets them first, unless a checkpoint to resume from brings them.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the last one in `args.output_dir`.
+            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one in `args.output_dir`.
             trial: as in `Trainer.train`.
             ignore_keys_for_eval: as in `Trainer.train`.
+
+        Raises:
+            AdapterFileError: there is no checkpoint to resume from, or what it holds does not fit.
+            NonFiniteError: a loss or gradient is NaN or infinite.
         """
         if self.train_dataset is None:
             raise ConfigError("no set to train on", where="train_dataset")
         self.train_dataset = self._rows(self.train_dataset, "train_dataset")
-        self._unprepare()
-        self.sweep = None
+        if resume_from_checkpoint:
+            folder = Path(str(self.args.output_dir))
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
+        if self.model_init is None:
+            self._unprepare()
+        else:
+            self.start_anew(trial)
+        self.sweep, self.loss_log = None, LossLog()
         if isinstance(self.model, OGENClassifier):
             self._embed_training_set()
             self.ogen = OGENTraining(self.model)
@@ -184,7 +198,10 @@ class RobustTrainer(EvaluatingTrainer):
         if not resume_from_checkpoint and saft_unselected(self.model):
             self.select_entries()
         check_training(self.model, self.train_dataset)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.is_in_train = False  # it would stay so after an error
 
     def _unprepare(self) -> None:
         """Takes back what `evaluate` did to the model.
@@ -197,9 +214,13 @@ class RobustTrainer(EvaluatingTrainer):
             self.model._is_accelerate_prepared = False
 
     def select_entries(self) -> None:
-        """Selects the entries of the active SAFT adapter by the cross-entropy of the training set."""
+        """Selects the entries of the active SAFT adapter by the loss of the classification on the training set."""
         self._unprepare()
-        select_saft(self.model, self._selection_batches(), lambda model, batch: model(**batch).loss)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return self.task_loss(model(**batch), batch["labels"], images=n_images(batch))
+
+        select_saft(self.model, self._selection_batches(), loss)
         if self.is_world_process_zero():
             logger.info(mask_summary(self.model))
 
@@ -215,7 +236,7 @@ class RobustTrainer(EvaluatingTrainer):
             how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
             with self.args.main_process_first(desc="embedding the training set"), self.accelerator.autocast():
                 embedded = with_image_embeds(self.train_dataset, self.model.model, *how)
-            self.train_dataset = labelled_images(embedded, "train_dataset")
+            self._train_on_embedded(embedded)
 
     def _compute_prototypes(self) -> Prototypes:
         batches = self._own_share(self.train_dataset, self.args.eval_batch_size, "Computing prototypes")
@@ -253,12 +274,18 @@ class RobustTrainer(EvaluatingTrainer):
             model: the classifier, as Accelerate wrapped it.
             inputs: what the data collator returned.
             return_outputs: also return the classifier's output.
-            num_items_in_batch: images of all micro-batches of this optimizer step; None in evaluation.
+            num_items_in_batch: images of all micro-batches of this optimizer step on this rank; unused in evaluation.
         """
         if self.ogen is not None and self.model.training:
             with self.accelerator.autocast():
                 self.ogen.start_epoch(int(self.state.epoch), self.state.num_train_epochs)
         outputs = model(**{name: tensor for name, tensor in inputs.items() if name != REFERENCE_EMBEDS})
+        if not self.model.training:  # evaluation is by the plain cross-entropy
+            num_items_in_batch = None  # `Trainer` counts them here, too, for a compute_loss_func
+        else:
+            ranks = self.accelerator.num_processes  # which have equally many images
+            images = n_images(inputs) if num_items_in_batch is None else num_items_in_batch * ranks
+            outputs.loss = self.task_loss(outputs, inputs["labels"], images)
         terms = self.loss_terms(outputs, inputs)
         loss = torch.stack(list(terms.values())).sum()
         if num_items_in_batch is not None:
@@ -311,34 +338,7 @@ class RobustTrainer(EvaluatingTrainer):
         super().log(logs, start_time)
 
 
-def _classifier(
-    model: nn.Module,
-    processor: ProcessorMixin,
-    train_rows: Rows | None,
-    class_names: ClassNames | None,
-    args: RobustTrainingArguments,
-    ogen: OGENConfig | None,
-) -> ZeroShotClassifier:
-    space = class_space(None if train_rows is None else train_rows.class_names, class_names, "class_names")
-    if ogen is None:
-        return ZeroShotClassifier(model, processor, space.words, args.templates, args.head, space.data_names)
-    if args.head != "live":
-        raise ConfigError("OGEN trains the text tower", where="head", got=args.head, allowed="'live'")
-    return OGENClassifier(model, processor, space.words, ogen, args.templates, space.data_names)
-
-
-def _check_brings_its_own(classifier: ZeroShotClassifier, train_rows: Rows | None, **settings: Any) -> None:
-    """A classifier that the user has built has its own classes, which the training set's have to be."""
-    for name, value in settings.items():
-        if value is not None:
-            remedy = "Pass the dual encoder itself, or leave the setting out."
-            raise ConfigError("a classifier brings its own settings", where=name, got=value, remedy=remedy)
-    names = None if train_rows is None else train_rows.class_names
-    if names is not None and classifier.class_space.relate(names).kind != "same":
-        classifier.class_space = class_space(names, classifier.class_names, "class_names")
-
-
-def _collator(given: Any, processor: ProcessorMixin) -> Any:
+def _collator(given: Any, processor: Any) -> Any:
     if given is None:
         return ImageCollator(processor)
     return given if isinstance(given, ImageCollator) else OpeningCollator(given)

@@ -161,7 +161,8 @@ def test_the_trainer_classifies_each_half_among_its_own_names(tmp_path):
     names = ["red", "green", "blue", "sand", "sea"]
     sets = dict(zip(("base", "new"), base_to_new(image_dataset(15, names)), strict=True))
     args = RobustTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1)
-    trainer = RobustTrainer(tiny_model("clip"), args, few_shot(sets["base"], 2), sets, tiny_processor("clip"))
+    data = {"train_dataset": few_shot(sets["base"], 2), "eval_dataset": sets}
+    trainer = RobustTrainer(tiny_model("clip"), args, **data, processing_class=tiny_processor("clip"))
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics.keys() >= {"eval_base_accuracy", "eval_new_accuracy"}

@@ -125,5 +125,5 @@ def test_checkpoint_without_some_tensors_is_refused(tmp_path, method):
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         build(tmp_path, "saft").train(resume_from_checkpoint=True)

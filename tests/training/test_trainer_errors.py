@@ -83,7 +83,7 @@ BAD_INPUT = {
     "empty class name": ({"class_names": ["red", " ", "blue"]}, DataError, "empty"),
     "template without braces": ({"templates": "a photo"}, ConfigError, "without {}"),
     "unknown head": ({"head": "linear"}, ConfigError, "unknown head"),
-    "label smoothing": ({"label_smoothing_factor": 0.1}, ConfigError, "label smoothing"),
+    "label smoothing": ({"label_smoothing_factor": 1.0}, ConfigError, "label smoothing"),
     "one tower": (
         {"model": CLIPVisionModel(tiny_model("clip").config.vision_config)},
         ConfigError,

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a trainer of a `ZeroShotClassifier` evaluates: in which precision, and what is kept of every batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_utils import EvalLoopOutput
+
+from .accuracy import AccuracyAndLoss, correct_and_loss
+from .saving import SavingTrainer
+
+
+class EvaluationLoopTrainer(SavingTrainer):
+    """The evaluation of `RobustTrainer`.
+
+    The default metrics need no logits of a whole set: of every image two numbers are kept. `predict` returns all
+    logits. With `bf16_full_eval` or `fp16_full_eval` a copy of the model is evaluated, in training too, so that the
+    weights stay what they are; it takes half of their memory beside them.
+    """
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluates or predicts, as in `Trainer`.
+
+        Args:
+            dataloader: batches of the set.
+            description: `"Evaluation"` or `"Prediction"`.
+            prediction_loss_only: as in `Trainer`.
+            ignore_keys: outputs of the classifier to leave out.
+            metric_key_prefix: first part of every metric's name.
+        """
+        how = prediction_loss_only, ignore_keys, metric_key_prefix
+        with self._default_metrics(whole=description == "Prediction"), self._evaluation_precision():
+            output = super().evaluation_loop(dataloader, description, *how)
+        unwanted = f"{metric_key_prefix}_model_preparation_time"  # says nothing of the model
+        return output._replace(metrics={name: v for name, v in (output.metrics or {}).items() if name != unwanted})
+
+    @contextmanager
+    def _default_metrics(self, whole: bool) -> Iterator[None]:
+        if not isinstance(self.compute_metrics, AccuracyAndLoss):
+            yield
+            return
+        by_image = None if whole else correct_and_loss
+        metrics = AccuracyAndLoss(from_logits=whole)  # a new one, as one that an error stopped has counted images
+        with replaced(self, compute_metrics=metrics, preprocess_logits_for_metrics=by_image):
+            yield
+
+    @contextmanager
+    def _evaluation_precision(self) -> Iterator[None]:
+        if not (self.args.bf16_full_eval or self.args.fp16_full_eval):
+            yield
+            return
+        dtype = torch.bfloat16 if self.args.bf16_full_eval else torch.float16
+        processor, prepared = self.model.processor, list(self.accelerator._models)
+        half: nn.Module = copy.deepcopy(self.model, {id(processor): processor}).to(dtype)
+        try:
+            with replaced(self, model=half, model_wrapped=half):
+                yield
+        finally:
+            self.accelerator._models[:] = prepared  # else the copy would stay, and training not prepare the model
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Returns batches of all images of an evaluation set.
+
+        `Trainer` applies `dataloader_drop_last` to evaluation sets as well.
+
+        Args:
+            eval_dataset: a set, or the name of one; by default the one given at construction.
+        """
+        with replaced(self.args, dataloader_drop_last=False):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Returns batches of all images of a set to predict.
+
+        Args:
+            test_dataset: the set.
+        """
+        with replaced(self.args, dataloader_drop_last=False):
+            return super().get_test_dataloader(test_dataset)
+
+
+@contextmanager
+def replaced(of: Any, **attributes: Any) -> Iterator[None]:
+    """Inside the context an object has other values of some attributes.
+
+    Args:
+        of: the object.
+        attributes: the values by name.
+
+    Example:
+        >>> with replaced(args, dataloader_drop_last=False):
+        ...     loader = trainer.get_test_dataloader(photos)
+    """
+    before = {name: getattr(of, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(of, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(of, name, value)

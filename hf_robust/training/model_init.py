@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings that start from a new model each: `model_init` and `hyperparameter_search`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+from transformers import ProcessorMixin, enable_full_determinism, set_seed
+
+from ..data.class_spaces import class_space
+from ..data.embeds_cache import with_reference_embeds
+from ..errors import ConfigError, close_matches
+from ..interpolation.adapters import zero_shot_copy
+from ..interpolation.callback import WiSEFTCallback
+from ..losses.reference import Reference
+from ..ogen import OGENClassifier, OGENConfig
+from ..tasks.class_names import ZeroShotClassifier
+from .arguments import RobustTrainingArguments
+from .evaluating import EvaluatingTrainer
+from .task_loss import TaskLoss, class_weights
+
+ClassNames = Sequence[str] | Mapping[str | int, str]
+
+
+def as_classifier(
+    processor: ProcessorMixin,
+    data_names: list[str] | None,
+    class_names: ClassNames | None,
+    args: RobustTrainingArguments,
+    ogen: OGENConfig | None,
+    model: nn.Module,
+) -> ZeroShotClassifier:
+    """Builds the classifier around a dual encoder; a `ZeroShotClassifier` stays what it is.
+
+    Args:
+        processor: the model's.
+        data_names: the training set's own names of the classes.
+        class_names: what the user gave.
+        args: what sets templates and head.
+        ogen: settings of OGEN.
+        model: the dual encoder, plain or wrapped by PEFT, or a classifier.
+
+    Raises:
+        ConfigError: there are no class names, or OGEN does not fit the classifier or its head.
+        DataError: the class names are not those of the training set.
+    """
+    if isinstance(model, ZeroShotClassifier):
+        _check_brings_its_own(model, data_names, ogen=ogen, class_names=class_names)
+        model.processor = processor  # its card shows how images are prepared
+        return model
+    space = class_space(data_names, class_names, "class_names")
+    if ogen is None:
+        return ZeroShotClassifier(model, processor, space.words, args.templates, args.head, space.data_names)
+    if args.head != "live":
+        raise ConfigError("OGEN trains the text tower", where="head", got=args.head, allowed="'live'")
+    return OGENClassifier(model, processor, space.words, ogen, args.templates, space.data_names)
+
+
+def _check_brings_its_own(classifier: ZeroShotClassifier, data_names: list[str] | None, **settings: Any) -> None:
+    """A classifier that the user has built has its own classes, which the training set's have to be."""
+    for name, value in settings.items():
+        if value is not None:
+            remedy = "Pass the dual encoder itself, or leave the setting out."
+            raise ConfigError("a classifier brings its own settings", where=name, got=value, remedy=remedy)
+    if data_names is not None and classifier.class_space.relate(data_names).kind != "same":
+        classifier.class_space = class_space(data_names, classifier.class_names, "class_names")
+
+
+def model_or_first(
+    model: nn.Module | None,
+    model_init: Callable[..., nn.Module] | None,
+    args: RobustTrainingArguments,
+    optimizers: tuple[Any, Any],
+) -> nn.Module:
+    """Returns the model given, or the first that a function makes.
+
+    Args:
+        model: the model given.
+        model_init: the function given.
+        args: what sets the seed.
+        optimizers: an optimizer and a schedule given, or None.
+
+    Raises:
+        ConfigError: there are a model and a function, or neither, or an optimizer, which knows one model.
+    """
+    if (model is None) == (model_init is None):
+        got = "neither" if model is None else "both"
+        raise ConfigError("a trainer takes a model, or a function that makes one", where="model, model_init", got=got)
+    if model is not None:
+        return model
+    if any(part is not None for part in optimizers):
+        remedy = "Pass optimizer_cls_and_kwargs."
+        raise ConfigError("an optimizer is for one model, model_init makes several", where="optimizers", remedy=remedy)
+    return _made(model_init, args)
+
+
+def _made(model_init: Any, args: RobustTrainingArguments, trial: Any = None) -> nn.Module:
+    seed = enable_full_determinism if args.full_determinism else set_seed
+    seed(args.seed)
+    return model_init(trial) if inspect.signature(model_init).parameters else model_init()
+
+
+class ModelInitTrainer(EvaluatingTrainer):
+    """`model_init` and `hyperparameter_search` of `RobustTrainer`.
+
+    What `model_init` returns, a dual encoder or a classifier, is built into a classifier at every call, and all that
+    is kept of the pre-trained model is taken from it anew.
+    """
+
+    as_classifier: Callable[[nn.Module], ZeroShotClassifier]
+    arguments_given: dict[str, Any]  # before a search, by name
+    train_images: Any = None  # the training set before it was embedded
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Returns the classifier that `start_anew` has made for a training; `Trainer.train` asks for it.
+
+        Args:
+            trial: of a search.
+        """
+        return self.model
+
+    def keep_start(self) -> None:
+        """Takes from a new model what the training needs of it."""
+        if self.train_images is not None and self.train_dataset is self.embedded:  # by the model before
+            self.train_dataset = self.train_images
+        weights = class_weights(self.args.class_weights, self.train_dataset, len(self.model.class_names))
+        self.task_loss = TaskLoss(weights, self.args.label_smoothing_factor, self.compute_loss_func)
+        self.zero_shot = zero_shot_copy(self.model)
+        self.reference = self._make_reference() if self.args.similarity_weight > 0 else None
+        self.ogen, self.sweep = None, None  # of the model before
+
+    def _train_on_embedded(self, embedded: Any) -> None:
+        self.train_images, self.embedded = self.train_dataset, self._rows(embedded, "train_dataset")
+        self.train_dataset = self.embedded
+
+    def _make_reference(self) -> Reference:
+        """Keeps of θ₀ what training will need, before a checkpoint to resume from replaces its weights."""
+        args, cached = self.args, self.args.cache_reference_embeddings
+        with self.accelerator.autocast():  # as in training
+            reference = Reference.of(self.model, args.similarity_loss(), cached)
+            if cached and self.train_dataset is not None:
+                how = self.data_collator, args.eval_batch_size, args.dataloader_num_workers, self._is_silent()
+                with args.main_process_first(desc="embedding the training set"):
+                    embedded = with_reference_embeds(self.train_dataset, self.model.model, *how)
+                self._train_on_embedded(embedded)
+        return reference
+
+    def start_anew(self, trial: Any = None) -> None:
+        """Makes a new model, by the settings of a trial where there is one.
+
+        Args:
+            trial: of a search.
+        """
+        if trial is not None:  # the settings first, as the classifier may be built by some of them
+            vars(self.args).update({**self.arguments_given, **self.hp_space(trial)})
+            self.args.__post_init__()  # checks them, and what follows from them
+            self._hp_search_setup(trial)
+        self.model = self.model_wrapped = self.as_classifier(_made(self.model_init, self.args, trial))
+        self.callback_handler.model = self.model
+        if self.place_model_on_device:
+            self._move_model_to_device(self.model, self.args.device)
+        self.keep_start()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, WiSEFTCallback):
+                callback.zero_shot = self.zero_shot
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: str | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains with several settings, each from a new model, and returns the best settings; by Optuna.
+
+        Afterwards the trainer has the settings and the untrained model it had before.
+
+        Args:
+            hp_space: takes a trial and returns values by the names of `RobustTrainingArguments`.
+            compute_objective: takes the metrics; by default the loss on the evaluation set, or of several sets on the
+                one named `validation`.
+            n_trials: number of trainings.
+            direction: `"minimize"` or `"maximize"` the objective.
+            backend: `"optuna"`.
+            hp_name: takes a trial and returns the name of its folder; by default `run-<number>`.
+            kwargs: passed on to `optuna.create_study`, as in `Trainer`.
+
+        Raises:
+            ConfigError: there is no `model_init` or no validation set, the backend is another one, or a name is none
+                of an argument.
+
+        Example:
+            >>> def space(trial):
+            ...     return {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True)}
+            >>> trainer = RobustTrainer(model_init=lambda: get_peft_model(load_clip(), SAFTConfig()), ...)
+            >>> trainer.hyperparameter_search(space, n_trials=10).hyperparameters
+            {'learning_rate': 0.00031}
+        """
+        if self.model_init is None:
+            remedy = "Pass model_init, a function that returns a new model, in the place of model."
+            raise ConfigError("every trial starts from a new model", where="hyperparameter_search", remedy=remedy)
+        if backend not in (None, "optuna"):
+            raise ConfigError("no other backend is tested", where="backend", got=backend, allowed="'optuna'")
+        objective = compute_objective or self._validation_loss()
+        space = None if hp_space is None else lambda trial: self._checked(hp_space(trial))
+        self.arguments_given = dict(vars(self.args))
+        try:
+            return super().hyperparameter_search(
+                space, objective, n_trials, direction, backend="optuna", hp_name=hp_name, **kwargs
+            )
+        finally:
+            self.hp_search_backend = None
+            vars(self.args).update(self.arguments_given)
+            self._train_batch_size = self.args.train_batch_size
+            self.create_accelerator_and_postprocess()
+            self.start_anew()
+
+    def _validation_loss(self) -> Callable[[dict[str, float]], float]:
+        several = isinstance(self.eval_dataset, dict)
+        if self.eval_dataset is None or (several and "validation" not in self.eval_dataset):
+            what, got = "settings are chosen on validation data", sorted(self.eval_dataset or {})
+            remedy = "Name an evaluation set 'validation', or pass compute_objective."
+            raise ConfigError(what, where="eval_dataset", got=got, remedy=remedy)
+        name = "eval_validation_loss" if several else "eval_loss"
+        return lambda metrics: metrics[name]
+
+    def _checked(self, values: dict[str, Any]) -> dict[str, Any]:
+        if "image_size" in values:
+            what, remedy = "the processor is made once, for one size of images", "Use a trainer for each size."
+            raise ConfigError(what, where="hp_space", got="image_size", remedy=remedy)
+        known = [field.name for field in fields(self.args)]
+        for name in values:
+            if name not in known:
+                remedy = close_matches(name, known)
+                raise ConfigError("no such argument to search over", where="hp_space", got=name, remedy=remedy)
+        return values
