@@ -36,12 +36,12 @@ from hf_robust.errors import ConfigError, close_matches
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.loading import (
-    checkpoint_to_resume,
     load_images,
     load_model,
     load_processor,
     loading_data,
     read_class_names,
+    wish_to_resume,
 )
 from hf_robust.scripting.progress import show_progress
 from hf_robust.scripting.results import package_versions, percent, save_with_card
@@ -211,7 +211,7 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
 
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     """Loads, trains, and shows and writes what came of it."""
-    checkpoint = checkpoint_to_resume(training_args)
+    checkpoint = wish_to_resume(training_args)
     set_seed(training_args.seed)
     train, sets = load_data(args, training_args)
     trainer = make_trainer(args, training_args, train, sets)

@@ -12,8 +12,6 @@ from typing import Any
 from peft import PeftConfig
 from rich.console import Console
 from transformers import AutoModel, AutoProcessor, ProcessorMixin, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, labelled_images
@@ -21,6 +19,7 @@ from ..data.sources import load_source
 from ..encoders.dual_encoder import family
 from ..errors import ConfigError, DataError
 from ..training.arguments import RobustTrainingArguments
+from ..training.checkpoint import checkpoint_to_resume
 from .progress import is_silent
 
 
@@ -157,28 +156,21 @@ def _explained(what: str, name: str) -> Iterator[None]:
         raise ConfigError(f"no {what} can be loaded", where=name, got=reason) from error
 
 
-def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+def wish_to_resume(training_args: TrainingArguments) -> str | None:
     """Returns the checkpoint that `resume_from_checkpoint` asks for; None for a training from the start.
 
     Args:
-        training_args: its `resume_from_checkpoint` may be a folder, or `"true"` or `"last"` for the newest in
-            `output_dir`.
+        training_args: its `resume_from_checkpoint` may be a folder, or `"true"` or `"last"` for the newest complete one
+            in `output_dir`.
 
     Raises:
-        ConfigError: there is none.
+        AdapterFileError: there is none.
 
     Example:
-        >>> checkpoint_to_resume(RobustTrainingArguments("runs/saft", resume_from_checkpoint="last"))
+        >>> wish_to_resume(RobustTrainingArguments("runs/saft", resume_from_checkpoint="last"))
         'runs/saft/checkpoint-300'
     """
-    wish, output = training_args.resume_from_checkpoint, str(training_args.output_dir)
-    if wish is None or str(wish).lower() == "false":
+    wish = str(training_args.resume_from_checkpoint or "false")
+    if wish.lower() == "false":
         return None
-    if str(wish).lower() not in ("true", "last"):
-        folder: str | None = str(wish)
-    else:
-        folder = get_last_checkpoint(output) if Path(output).is_dir() else None
-    if folder is None or not (Path(folder) / TRAINER_STATE_NAME).is_file():
-        what = "no checkpoint to resume from"
-        raise ConfigError(what, where="resume_from_checkpoint", got=folder or output, allowed="a checkpoint's folder")
-    return folder
+    return checkpoint_to_resume(wish.lower() in ("true", "last") or wish, Path(str(training_args.output_dir)))

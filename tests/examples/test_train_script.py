@@ -186,7 +186,7 @@ BAD_INPUT = {
     "no checkpoint": (
         lambda _: ["--resume_from_checkpoint", "true"],
         ConfigError,
-        "no checkpoint to resume from.*resume_from_checkpoint.*out",
+        "no complete checkpoint to resume from.*out",
     ),
     "wise_ft without validation": (
         lambda _: ["--wise_ft", "--validation_data", ""],

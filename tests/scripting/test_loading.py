@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 
 from hf_robust import RobustTrainingArguments
-from hf_robust.errors import ConfigError, DataError
-from hf_robust.scripting.loading import checkpoint_to_resume, load_images, load_model, read_class_names
+from hf_robust.errors import AdapterFileError, ConfigError, DataError
+from hf_robust.scripting.loading import load_images, load_model, read_class_names, wish_to_resume
 from tests.tiny_models import image_dataset, tiny_model
 
 NAMES = ["red", "green", "blue"]
@@ -73,7 +73,8 @@ def output(tmp_path):
     """A folder with checkpoints."""
     for number in (5, 10, 9):
         (tmp_path / f"checkpoint-{number}").mkdir()
-        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+        for file in ("trainer_state.json", "optimizer.pt"):
+            (tmp_path / f"checkpoint-{number}" / file).touch()
     return tmp_path
 
 
@@ -83,14 +84,14 @@ def output(tmp_path):
 )
 def test_the_newest_checkpoint_is_found(output, wish, found):
     args = RobustTrainingArguments(str(output), resume_from_checkpoint=wish)
-    assert checkpoint_to_resume(args) == (found and str(output / found))
+    assert wish_to_resume(args) == (found and str(output / found))
     named = RobustTrainingArguments("elsewhere", resume_from_checkpoint=str(output / "checkpoint-5"))
-    assert checkpoint_to_resume(named) == str(output / "checkpoint-5")
+    assert wish_to_resume(named) == str(output / "checkpoint-5")
 
 
 def test_no_checkpoint_is_an_error(output, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, wish in ((tmp_path / "empty", "last"), (tmp_path / "new", "true"), (output, "nowhere"), (output, ".")):
         args = RobustTrainingArguments(str(folder), resume_from_checkpoint=wish)
-        with pytest.raises(ConfigError, match="no checkpoint to resume from .at resume_from_checkpoint.: got"):
-            checkpoint_to_resume(args)
+        with pytest.raises(AdapterFileError, match="no complete checkpoint to resume from"):
+            wish_to_resume(args)
