@@ -160,7 +160,7 @@ def wish_to_resume(training_args: TrainingArguments) -> str | None:
     """Returns the checkpoint that `resume_from_checkpoint` asks for; None for a training from the start.
 
     Args:
-        training_args: its `resume_from_checkpoint` may be a folder, or `"true"` or `"last"` for the newest complete one
+        training_args: its `resume_from_checkpoint` may be a folder, or `"true"` or `"last"` for the last complete one
             in `output_dir`.
 
     Raises:
