@@ -214,6 +214,11 @@ def labelled_images(
         return _from_table(dataset, name, image_column, label_column, order or ())
     if isinstance(dataset, datasets.IterableDataset):
         return _from_stream(dataset, name, image_column, label_column)
+    if type(dataset) is torch.utils.data.Subset:
+        whole = labelled_images(dataset.dataset, name, image_column, label_column, order)
+        return whole.select(dataset.indices) if isinstance(whole, LabelledImages) else whole
+    if type(dataset) is torch.utils.data.ConcatDataset:
+        return _joined([labelled_images(part, name, image_column, label_column, order) for part in dataset.datasets])
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return LabelledStream(dataset, name, None, None)
     if isinstance(dataset, str) or not isinstance(dataset, torch.utils.data.Dataset | Sequence):
@@ -242,6 +247,19 @@ def _from_stream(
     label = None if columns.label is None else dataset.features[columns.label]
     names = list(label.names) if isinstance(label, ClassLabel) else None
     return LabelledStream(_undecoded(dataset, columns), name, columns, names)
+
+
+def _joined(parts: Sequence[Any]) -> LabelledImages:
+    """Sets one after the other; the same label must mean the same class in all of them."""
+    names = [part.class_names for part in parts]
+    other = next((one for one in names if one != names[0]), names[0])
+    if other != names[0]:
+        remedy = "Give all of them the same class names in the same order."
+        raise DataError("joined datasets have other classes", where=parts[0].name, got=other, remedy=remedy)
+    labels = [part.shown_labels for part in parts]
+    known = None if any(one is None for one in labels) else np.concatenate(labels)
+    rows: Any = torch.utils.data.ConcatDataset(parts)
+    return _checked(LabelledImages(rows, parts[0].name, None, np.arange(len(rows)), known, names[0]))
 
 
 def _from_torch(dataset: Any, name: str) -> LabelledImages:
@@ -288,13 +306,7 @@ def _undecoded(dataset: Any, columns: Columns) -> Any:
 
 
 def _torch_labels(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and class names as torchvision's datasets hold them, also where some rows were taken with `Subset`.
-
-    With a transform of labels they show only when a row is read.
-    """
-    if isinstance(dataset, torch.utils.data.Subset):
-        labels, class_names = _torch_labels(dataset.dataset)
-        return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)], class_names
+    """Labels and class names as torchvision's datasets hold them; transformed labels show only when a row is read."""
     names, targets = getattr(dataset, "classes", None), getattr(dataset, "targets", None)
     targets = None if getattr(dataset, "target_transform", None) is not None else targets
     return None if targets is None else np.asarray(targets), None if names is None else list(names)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from hf_robust.data.collator import ImageCollator
 from hf_robust.data.images import UnopenedImage
@@ -46,6 +46,10 @@ def text_labels(dataset):
     return Dataset.from_list([{**row, "label": NAMES[row["label"]]} for row in dataset])
 
 
+def photos():
+    return image_dataset(6, NAMES, size=20)
+
+
 FORMS = {
     "datasets": lambda: image_dataset(6, NAMES, size=20),
     "renamed": lambda: image_dataset(6, NAMES, size=20).rename_columns({"image": "img", "label": "labels"}),
@@ -56,6 +60,10 @@ FORMS = {
     "generated": lambda: IterableDataset.from_generator(lambda: iter(image_dataset(6, NAMES, size=20))),
     "pairs": Pairs,
     "some pairs": lambda: Subset(Pairs(9), range(6)),
+    "some rows": lambda: Subset(image_dataset(9, NAMES, size=20), range(6)),
+    "joined": lambda: ConcatDataset(
+        [Subset(image_dataset(6, NAMES, size=20), part) for part in ([0, 1, 2], [3, 4, 5])]
+    ),
     "rows": lambda: [dict(row) for row in image_dataset(6, NAMES, size=20)],
 }
 
@@ -95,6 +103,10 @@ BAD_DATASETS = {
     "splits": (lambda: DatasetDict(train=labelled([0]), test=labelled([0])), r"several splits.*\['test', 'train'\]"),
     "path": (lambda: "photos", "no dataset.*got 'str'.*imagefolder"),
     "nothing": (lambda: 3, "no dataset.*got 'int'"),
+    "other classes": (
+        lambda: ConcatDataset([image_dataset(2, NAMES), image_dataset(2, NAMES[::-1])]),
+        "other classes",
+    ),
     "pixel values": (lambda: labelled([0], image="pixel_values"), "no column 'image'.*must return images"),
 }
 
@@ -154,7 +166,7 @@ def test_a_transform_must_return_images(transform, message):
 def test_torch_labels_that_are_transformed_are_read_with_the_row():
     rows = labelled_images(Pairs(target_transform=lambda label: 2 - label), "photos")
     assert rows.labels is None and [row["label"] for row in rows.__getitems__([0, 1, 2])] == [2, 1, 0]
-    assert labelled_images(Subset(Pairs(9), [8, 0]), "photos").labels.tolist() == [2, 0]
+    assert labelled_images(Subset(Pairs(9), [8, 0]), "photos").shown_labels.tolist() == [2, 0]
 
 
 def test_unreadable_rows_of_a_torch_dataset_are_named():
