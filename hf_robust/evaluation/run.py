@@ -88,6 +88,7 @@ def evaluate_suite(
     """
     encoder = model.model if isinstance(model, ZeroShotClassifier) else model
     family(encoder)  # refuses what is no dual encoder
+    _state(encoder)  # joins the ranks
     look_through = partial(readable_rows, workers=workers, silent=silent) if on_bad_image == "skip" else None
     passes = _load_passes(suite, look_through)
     if isinstance(model, ZeroShotClassifier):

@@ -33,13 +33,18 @@ def main(folder):
         SuiteSet("few", "other", photos.select(range(3))),
     ])
     model, processor = tiny_model("clip"), tiny_processor("clip")
-    report = evaluate_suite(model, processor, suite, batch_size=4)
-    rank = PartialState().process_index
-    report.to_json(f"{folder}/rank{rank}.json")
-
     rows = [{"bytes": b"no image", "path": "broken.png"}]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     broken = datasets.Dataset.from_dict({"image": rows, "label": [0]}, features=features)  # rank 0 alone opens it
+    some_broken = datasets.concatenate_datasets([photos.select(range(5)), broken, photos.select(range(5, 8))])
+    skipping = RobustnessSuite([SuiteSet("some broken", "id", some_broken)])
+    report = evaluate_suite(model, processor, skipping, batch_size=2, on_bad_image="skip")
+    rank = PartialState().process_index
+    report.to_json(f"{folder}/skipping{rank}.json")
+
+    report = evaluate_suite(model, processor, suite, batch_size=4)
+    report.to_json(f"{folder}/rank{rank}.json")
+
     try:
         evaluate_suite(model, processor, RobustnessSuite([SuiteSet("broken", "id", broken)]), silent=True)
     except DataError as error:
@@ -72,5 +77,9 @@ def test_37_images_count_once_on_1_2_and_3_ranks(tmp_path):
                 assert found.predictions.tolist() == expected.predictions.tolist()
                 np.testing.assert_allclose(found.confidences, expected.confidences, atol=2e-6)
                 assert found.fingerprint == expected.fingerprint
+        for rank in range(n):
+            found = json.loads((tmp_path / str(n) / f"skipping{rank}.json").read_text())["sets"]["some broken"]
+            assert found["rows"] == [0, 1, 2, 3, 4, 6, 7, 8] and len(found["skipped"]) == 1
+            assert found["predictions"] == one.sets["photos"].predictions[:8].tolist()
         assert len(set(errors)) == 1 and "image cannot be opened" in errors[0]
         assert "Evaluating photos" in outputs[0] and all("Evaluating" not in output for output in outputs[1:])
