@@ -41,6 +41,7 @@ from hf_robust.scripting.loading import (
     load_processor,
     loading_data,
     read_class_names,
+    usable,
     wish_to_resume,
 )
 from hf_robust.scripting.progress import show_progress
@@ -82,6 +83,10 @@ class ScriptArguments:
         if isinstance(self.eval_data, str):
             self.eval_data = read_sets(self.eval_data)
         check_given(self, "train_data")
+        if self.validation_data and "validation" in (self.eval_data or {}):
+            raise ConfigError(
+                "two sets are named validation", where="eval_data", remedy="Rename the one in eval_data."
+            )
         if self.method not in METHODS:
             raise ConfigError("unknown method", got=self.method, remedy=close_matches(self.method, list(METHODS)))
         if self.wise_ft and not self.validation_data:
@@ -164,9 +169,10 @@ def load_data(args: ScriptArguments, training_args: RobustTrainingArguments) -> 
     names = read_class_names(args.class_names_file)
     validation = {"validation": args.validation_data} if args.validation_data else {}
     with loading_data(training_args):
-        train = load_images(args.train_data, "train_data", args, names, training_args)
+        train = load_images(args.train_data, "train_data", args, names)
         sources = {**validation, **(args.eval_data or {})}
-        return train, {name: load_images(source, name, args, None, training_args) for name, source in sources.items()}
+        sets = {name: load_images(source, name, args) for name, source in sources.items()}
+    return usable(train, training_args), {name: usable(rows, training_args) for name, rows in sets.items()}
 
 
 def make_trainer(

@@ -33,6 +33,8 @@ class HfRobustError(Exception):
         allowed: str | None = None,
         remedy: str | None = None,
     ) -> None:
+        if "Original Traceback" in what:  # how a DataLoader hands on what a worker has raised: the last line is ours
+            what = what.rstrip().rpartition("\n")[2].partition(": ")[2]
         self.what, self.where, self.got, self.allowed, self.remedy = what, where, got, allowed, remedy
         message = what + (f" (at {where})" if where else "")
         facts = [f"got {got!r}"] if got is not None else []

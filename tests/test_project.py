@@ -40,6 +40,13 @@ def test_errors_survive_pickling(kind: type[errors.HfRobustError]) -> None:
     assert (copy.where, copy.got, copy.allowed, copy.remedy) == ("there", 1.5, "(0, 1]", "Do it so.")
 
 
+def test_an_error_of_a_worker_is_one_line_again() -> None:
+    """A DataLoader makes a new error of the worker's traceback."""
+    text = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n"
+    error = errors.DataError(text + "hf_robust.errors.DataError: image is broken (at photos, row 3): got 1\n")
+    assert str(error) == "image is broken (at photos, row 3): got 1"
+
+
 def test_method_names_are_their_values_and_not_pefts() -> None:
     """PEFT looks its mappings up with the string from the file, and an Enum hashes by its name."""
     for member in RobustPeftType:

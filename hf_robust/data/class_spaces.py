@@ -38,9 +38,12 @@ class ClassSpace:
             >>> ClassSpace(["hot dog", "tea", "pie"]).relate(["Tea", "hot_dog"])
             Relation(kind='subset', words=['tea', 'hot dog', 'pie'], order=[1, 0, 2])
         """
-        named = [*enumerate(self.data_names or ()), *enumerate(self.words)]
-        place = {name_key(name): index for index, name in named}
-        found = [place.get(name_key(name)) for name in names]
+        by_data = {name_key(name): index for index, name in enumerate(self.data_names or ())}
+        by_word = {name_key(name): index for index, name in enumerate(self.words)}
+        keys = [name_key(name) for name in names]
+        # a word may be what the data call another class, so names of one kind are not looked up among the other
+        known = next((of for of in (by_data, by_word) if all(key in of for key in keys)), by_data | by_word)
+        found = [known.get(key) for key in keys]
         own = [index for index in found if index is not None]
         if len(own) < len(found) or len(set(own)) < len(own):
             pairs = zip(names, found, strict=True)
@@ -92,7 +95,8 @@ def class_space(
     """
     if class_names is None:
         if data_names is None:
-            remedy = "Pass class_names, or make the dataset's label column a ClassLabel."
+            remedy = "Pass class_names (class_names_file in a script), one per class in the order of the labels; or a "
+            remedy += "training set whose labels are text or a ClassLabel."
             raise DataError("class names are missing", where=where, remedy=remedy)
         return ClassSpace(check_class_names([readable(name) for name in data_names]), list(data_names))
     if isinstance(class_names, Mapping):
@@ -132,7 +136,7 @@ def check_pairing(data_names: Sequence[str], words: Sequence[str], where: str) -
         what = "class_names stand in another order than the data's classes"
     elif len(words) != len(data_names) and not (len(words) > len(data_names) and named_first):
         what = f"{len(words)} class_names for the data's {len(data_names)} classes"
-    elif _are_numbers_as_text(data_names) and not named_first:
+    elif are_numbers_as_text(data_names) and not named_first:
         what = "the data's classes are numbers in the order of text, so a list may be meant otherwise"
     else:
         return
@@ -142,8 +146,12 @@ def check_pairing(data_names: Sequence[str], words: Sequence[str], where: str) -
     raise DataError(f"{what}; they would be paired so: {shown}", where=where, remedy=remedy)
 
 
-def _are_numbers_as_text(names: Sequence[str]) -> bool:
-    """Whether names stand in another order by their numbers than as text: 0, 1, 10, 2 or img1, img10, img2."""
+def are_numbers_as_text(names: Sequence[str]) -> bool:
+    """Whether names stand in another order by their numbers than as text: 0, 1, 10, 2 or img1, img10, img2.
+
+    Args:
+        names: class names in label order.
+    """
 
     def parts(name: str) -> list[str | int]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

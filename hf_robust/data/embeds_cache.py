@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -35,9 +36,8 @@ def with_reference_embeds(
     """Adds θ₀'s image embeddings to a dataset as the column `reference_embeds`, in float32.
 
     They come from an Arrow file in `HF_DATASETS_CACHE/hf_robust`, which is memory-mapped, and is written first where
-    there is none. Its name stands for θ₀'s vision tower, the image processor, the dataset's fingerprint and the
-    precision of an autocast around the call; a dataset that names image files keeps its fingerprint when these files
-    change. Images are not copied.
+    there is none. Its name stands for θ₀'s vision tower, the image processor, the dataset's fingerprint, size and time
+    of image files that it names, and the precision of an autocast around the call. Images are not copied.
 
     Args:
         dataset: a `datasets.Dataset` with a column of images, see `labelled_images`, without transform.
@@ -173,7 +173,7 @@ def _check_cacheable(dataset: Any, collator: Any) -> LabelledImages:
 
 
 def _file(dataset: datasets.Dataset, model: nn.Module, collator: ImageCollator) -> Path:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_named_files(dataset).encode())
     for part in (dataset._fingerprint, collator.image_processor.to_json_string(), _precision(model)):
         digest.update(part.encode() + b"\0")
     digest.update(base_model(model).config.to_json_string().encode())  # the activation function, for one
@@ -181,6 +181,18 @@ def _file(dataset: datasets.Dataset, model: nn.Module, collator: ImageCollator) 
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return Path(datasets.config.HF_DATASETS_CACHE) / "hf_robust" / f"reference-{digest.hexdigest()[:32]}.arrow"
+
+
+def _named_files(dataset: datasets.Dataset) -> str:
+    """What tells image files, of which a dataset holds the paths alone, from others of these names."""
+    stated = []
+    for chunk in dataset._data.column(IMAGE).chunks:
+        if pa.types.is_struct(chunk.type):
+            alone = pc.if_else(chunk.field("bytes").is_null(), chunk.field("path"), None)
+            for path in filter(None, alone.to_pylist()):
+                file = os.stat(path) if os.path.exists(path) else None
+                stated.append((os.path.abspath(path), file and file.st_size, file and file.st_mtime_ns))
+    return repr(stated)
 
 
 def _precision(model: nn.Module) -> str:

@@ -81,7 +81,12 @@ def load_rgb(image: Any, where: str | None = None) -> Image.Image:
         opened.load()
         upright = _eight_bit(opened, where)
         return upright if upright.mode == "RGB" else upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise for truncated or broken data
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        RuntimeError,
+    ) as error:  # what Pillow's decoders raise for truncated or broken data
         raise DataError(f"image cannot be decoded ({error})", where=where) from error
 
 
@@ -123,6 +128,7 @@ def _eight_bit(image: Image.Image, where: str | None) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
+    # values of 8 bits in 32-bit pixels may be bright, or the darkest of 16 bits
+    if image.mode == "I" and not (pixels.min() >= 0 and 255 < pixels.max() <= 65535):
         raise DataError("image of 32-bit pixels", where=where, allowed="integer pixels of 8 or 16 bits")
     return Image.fromarray((pixels / 257).round().astype(np.uint8))  # 65535 / 257 = 255; `convert` would clip instead

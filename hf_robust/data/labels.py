@@ -25,14 +25,14 @@ def class_indices(
         dataset: any dataset.
         column: class indices, or text.
         where: the dataset's name, for the message.
-        order: class names whose order labels of text take, if they are all among them.
+        order: class names whose order labels of text take.
 
     Returns:
         `(rows,)` class indices, -1 for a row without one; and the data's own names of the classes in label order:
         those of its `ClassLabel`; of labels of text `order`, or else these in alphabetical order; or None.
 
     Raises:
-        DataError: the column holds something else, or a label of text is missing.
+        DataError: the column holds something else, or a label of text is missing, or not in `order`.
 
     Example:
         >>> class_indices(Dataset.from_dict({"label": ["dog", "cat"]}), "label", "train")
@@ -65,7 +65,11 @@ def _of_text(values: list[Any], where: str, order: Sequence[str]) -> tuple[np.nd
         raise DataError("row without label", where=f"{where}, row {missing[0]}", got=values[missing[0]])
     found, labels = np.unique(np.array(values, dtype=object), return_inverse=True)  # (names,), (rows,)
     place = {name_key(name): index for index, name in enumerate(order)}
-    if all(name_key(name) in place for name in found):
+    lacking = [name for name in found if name_key(name) not in place]
+    if order and lacking:
+        remedy = "Name all labels, or pass a mapping from them to other words."
+        raise DataError("class_names lack a label of the data", where=where, got=lacking[0], remedy=remedy)
+    if order:
         return np.array([place[name_key(name)] for name in found])[labels], list(order)
     return labels.astype(np.int64), found.tolist()
 

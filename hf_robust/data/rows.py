@@ -17,7 +17,7 @@ from PIL.Image import Image as PILImage
 from ..errors import DataError
 from .columns import IMAGE, IMAGE_EMBEDS, LABEL, find_column, no_column
 from .images import UnopenedImage
-from .labels import check_labels, class_indices, replace_labels
+from .labels import NO_LABEL, check_labels, class_indices, replace_labels
 
 Transform = Callable[[dict[str, list[Any]]], Mapping[str, Any]]
 
@@ -107,7 +107,10 @@ class LabelledImages(torch.utils.data.Dataset):
         found = [_read(row, number, self.name, self.columns) for row, number in zip(rows, numbers, strict=True)]
         if self.labels is None:
             return found
-        return [{**row, LABEL: int(self.labels[number])} for row, number in zip(found, numbers, strict=True)]
+        labels = self.labels[numbers].tolist()
+        if self.columns is None:  # a torch dataset has labels in its rows, too
+            _check_same_labels([row.get(LABEL) for row in found], labels, self.name)
+        return [{**row, LABEL: label} for row, label in zip(found, labels, strict=True)]
 
     def _row(self, number: int) -> Any:
         try:
@@ -194,7 +197,7 @@ def labelled_images(
         name: the dataset's, for messages.
         image_column: the column of images; None for the one with a usual spelling.
         label_column: the column of labels, likewise. A dataset without labels can be predicted.
-        order: class names whose order labels of text take, if they are all among them.
+        order: class names whose order labels of text take; they name all of them.
 
     Raises:
         DataError: it is no dataset or holds several splits; a column is missing, or is one of several; it is empty; or
@@ -235,6 +238,8 @@ def _from_table(
     columns = _columns(dataset.column_names, name, image_column, label_column, transform)
     labels, names = (None, None) if columns.label is None else class_indices(dataset, columns.label, name, order)
     rows = _undecoded(dataset, columns)
+    if labels is not None and len(labels) and (labels == NO_LABEL).all():  # how test sets of the Hub hide them
+        rows, columns, labels = rows.remove_columns(str(columns.label)), replace(columns, label=None), None
     return _checked(LabelledImages(rows, name, columns, np.arange(len(rows)), labels, names))
 
 
@@ -247,6 +252,13 @@ def _from_stream(
     label = None if columns.label is None else dataset.features[columns.label]
     names = list(label.names) if isinstance(label, ClassLabel) else None
     return LabelledStream(_undecoded(dataset, columns), name, columns, names)
+
+
+def _check_same_labels(of_rows: list[Any], labels: list[int], name: str) -> None:
+    for found, label in zip(of_rows, labels, strict=True):
+        if found is not None and found != label:
+            what, remedy = "labels of rows are not those of `targets`", "Leave `targets` out, or make them the same."
+            raise DataError(what, where=name, got=(found, label), remedy=remedy)
 
 
 def _joined(parts: Sequence[Any]) -> LabelledImages:
@@ -306,7 +318,8 @@ def _undecoded(dataset: Any, columns: Columns) -> Any:
 
 
 def _torch_labels(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and class names as torchvision's datasets hold them; transformed labels show only when a row is read."""
+    """Labels and class names as torchvision's datasets hold them."""
+    if getattr(dataset, "target_transform", None) is not None:  # then its names are those of other labels, too
+        return None, None
     names, targets = getattr(dataset, "classes", None), getattr(dataset, "targets", None)
-    targets = None if getattr(dataset, "target_transform", None) is not None else targets
     return None if targets is None else np.asarray(targets), None if names is None else list(names)

@@ -77,7 +77,7 @@ def file_splits(files: Sequence[str]) -> dict[str, list[str]]:
     """Returns files by the place of their split; nothing if their names tell no splits apart.
 
     A file's split is its name, or the nearest folder that is named by a split. They tell splits apart if one is named
-    by a split, or if several splits occur within the names (`birds_train`, `birds_test`).
+    by a split, or if not the same splits occur within all names (`birds_train`, `birds_test`).
 
     Args:
         files: relative to the source, with slashes.
@@ -90,7 +90,7 @@ def file_splits(files: Sequence[str]) -> dict[str, list[str]]:
     for file in files:
         splits.setdefault(_place(file), []).append(file)
     names = [_name(place) for place in splits]
-    within = {split_word(word) for name in names for word in re.split(r"[\W\d_]+", name)} - {None}
+    within = {frozenset(map(split_word, re.split(r"[\W\d_]+", name))) - {None} for name in names}
     return splits if len(within) > 1 or any(map(split_word, names)) else {}
 
 

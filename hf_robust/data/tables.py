@@ -95,7 +95,12 @@ def _numbers(table: pa.Table) -> pa.Table:
 def _path_column(table: pa.Table, file: str) -> str | None:
     names = ("file_name", "image") if os.path.basename(file) in METADATA else PATH_COLUMNS
     present = [name for name in names if name in table.column_names]
-    return present[0] if len(present) == 1 and pa.types.is_string(table.schema.field(present[0]).type) else None
+    paths = [name for name in present if pa.types.is_string(table.schema.field(name).type)]
+    if len(paths) > 1:
+        raise DataError(
+            "several columns could hold paths of images", where=file, got=paths, remedy="Rename all but one."
+        )
+    return paths[0] if len(present) == 1 and paths else None
 
 
 def _image_path(table: str, row: int, value: str | None) -> str:

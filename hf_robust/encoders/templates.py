@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from ..errors import ConfigError, DataError
@@ -119,7 +120,7 @@ def name_key(name: str) -> str:
         >>> name_key(" Hot_dog") == name_key("hot dog")
         True
     """
-    return " ".join(name.replace("_", " ").casefold().split())
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
 
 
 def readable(name: str) -> str:

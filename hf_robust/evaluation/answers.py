@@ -59,10 +59,12 @@ def load_labels(suite_set: SuiteSet, dataset: Dataset) -> LoadedSet:
     answers = suite_set.answers(check_class_names(names))
     label_names, targets_of_labels = _label_space(suite_set, names, answers)
     numbers = labels
-    if is_text(dataset.features[column]) and own_names is not None:
+    if isinstance(suite_set.class_names, Mapping):
+        pass  # the names are in the order of the labels
+    elif is_text(dataset.features[column]) and own_names is not None:
         known = {name_key(name): index for index, name in enumerate(label_names)}
         numbers = np.array([known.get(name_key(name), -1) for name in own_names])[labels]
-    elif own_names is not None and not isinstance(suite_set.class_names, Mapping):
+    elif own_names is not None:
         check_pairing(own_names, label_names, where)
     wrong = (numbers < 0) | (numbers >= len(label_names))
     wrong[~wrong] = targets_of_labels[numbers[~wrong]] == NO_CLASS
@@ -75,18 +77,17 @@ def load_labels(suite_set: SuiteSet, dataset: Dataset) -> LoadedSet:
 
 
 def among_known(one: LoadedSet, known: ClassSpace) -> LoadedSet:
-    """Returns the set with the classes it lacks of a classifier's as possible answers, if it has no others.
+    """Returns the set with a classifier's words for its classes, and the classes it lacks as possible answers.
 
     Args:
-        one: the set; with a `subset` or a `merge` its settings say what can be answered, and it stays as it is.
+        one: the set; with a `subset` or a `merge` its settings say what can be answered, and nothing is added.
         known: the classifier's classes.
     """
-    relation = known.relate(one.class_names)
-    if relation.kind != "subset" or one.suite_set.subset is not None or one.suite_set.merge is not None:
-        return one
-    n = len(one.class_names)
+    relation, n = known.relate(one.class_names), len(one.class_names)
+    if one.suite_set.subset is not None or one.suite_set.merge is not None:
+        return replace(one, class_names=relation.words[:n])
     missing = {name: [n + index] for index, name in enumerate(relation.words[n:])}
-    return replace(one, class_names=[*one.class_names, *missing], answers=one.answers | missing)
+    return replace(one, class_names=relation.words, answers=one.answers | missing)
 
 
 def with_rows(one: LoadedSet, rows: np.ndarray) -> LoadedSet:

@@ -78,7 +78,8 @@ def task_difficulty(
         >>> plot_difficulty(difficulty).figure.savefig("difficulty.png")
     """
     _check_settings(silhouette, sample_size, seed)
-    rows = labelled_images(dataset, "dataset")
+    order = class_names if isinstance(class_names, Sequence) else None
+    rows = labelled_images(dataset, "dataset", order=order)
     names = list(class_space(rows.class_names, class_names, "class_names").words)
     if isinstance(rows, LabelledImages) and rows.labels is not None:
         check_labels(rows.labels, len(names), rows.name)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from datasets import Dataset
 
+from ..data.yaml_files import read_yaml
 from ..encoders.templates import check_class_names, check_templates
 from ..errors import ConfigError, DataError, close_matches
 from .corruptions import check_corruption
@@ -240,10 +240,7 @@ def _read_yaml(path: str | Path) -> Any:
         allowed = "a YAML file, or one of " + ", ".join(shipped_suites())
         raise ConfigError("no such suite", got=str(path), allowed=allowed)
     file = Path(path) if Path(path).is_file() else shipped
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"file is no YAML ({error})", where=str(path)) from error
+    return read_yaml(file)
 
 
 def _set_from_settings(name: Any, settings: dict[str, Any], where: str) -> SuiteSet:
@@ -267,7 +264,7 @@ def _set_from_settings(name: Any, settings: dict[str, Any], where: str) -> Suite
 
 def _read_values(key: str, file: Path, where: str) -> Any:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if key == "merge":
             return json.loads(text)
         lines = [line.strip() for line in text.splitlines() if line.strip()]

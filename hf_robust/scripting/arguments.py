@@ -10,9 +10,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
+from ..data.yaml_files import read_yaml
 from ..errors import ConfigError, HfRobustError
 
 
@@ -82,12 +82,7 @@ def _closest(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def _read_config(file: str, types: Sequence[Any], names: Sequence[str], parser: Parser) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("config file cannot be read", where=file, got=error.strerror) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config file is no YAML", where=file, got=" ".join(str(error).split())) from error
+    settings = read_yaml(Path(file))
     if not isinstance(settings, dict):
         raise ConfigError("config file has no settings", where=file, got=settings, allowed="lines `name: value`")
     for name in settings:

@@ -28,7 +28,6 @@ def load_images(
     where: str,
     args: Any,
     class_names: Any = None,
-    training_args: RobustTrainingArguments | None = None,
 ) -> LabelledImages:
     """Loads one split of a dataset.
 
@@ -37,7 +36,6 @@ def load_images(
         where: the setting or the set's name, for messages.
         args: a script's arguments, with `image_column` and `label_column`.
         class_names: what `read_class_names` returned; labels of text take the order of a list that names them all.
-        training_args: with `on_bad_image="skip"` images that cannot be used are left out here already.
 
     Raises:
         DataError: it cannot be read, holds several splits, or lacks a column.
@@ -50,9 +48,22 @@ def load_images(
     rows = labelled_images(load_source(source, where), where, args.image_column, args.label_column, order)
     if not isinstance(rows, LabelledImages):
         raise DataError("a stream has no numbered rows", where=where, got=source)
-    if training_args is not None and training_args.on_bad_image == "skip":
-        return readable_rows(rows, training_args.dataloader_num_workers, is_silent(training_args))
     return rows
+
+
+def usable(rows: LabelledImages, training_args: RobustTrainingArguments) -> LabelledImages:
+    """Leaves out images that cannot be used, if `on_bad_image="skip"`; every rank calls it at the same time.
+
+    Args:
+        rows: what `load_images` returned.
+        training_args: of the training.
+
+    Example:
+        >>> train = usable(load_images("photos:train", "train_data", args), training_args)
+    """
+    if training_args.on_bad_image == "raise":
+        return rows
+    return readable_rows(rows, training_args.dataloader_num_workers, is_silent(training_args))
 
 
 @contextmanager
@@ -87,10 +98,14 @@ def read_class_names(file: str | None) -> list[str] | dict[str, str] | None:
     if file is None:
         return None
     try:
-        text = Path(file).read_text(encoding="utf-8")
-        return dict(json.loads(text)) if file.endswith(".json") else text.splitlines()
-    except (OSError, ValueError, TypeError) as error:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if file.endswith(".json") else text.splitlines()
+    except (OSError, ValueError) as error:
         raise ConfigError("file of class names cannot be read", where=file, got=str(error)) from error
+    if not isinstance(names, dict) and file.endswith(".json"):
+        allowed = "an object from the data's names to words; or a file of another name with one name per line"
+        raise ConfigError("file of class names holds none", where=file, got=type(names).__name__, allowed=allowed)
+    return names
 
 
 def load_model(name: str, dtype: str) -> Any:

@@ -177,13 +177,11 @@ class ZeroShotClassifier(nn.Module):
             torch.Size([1, 3])
         """
         before = self.class_names, self._other_embeds, self._order
-        relation = self.class_space.relate(class_names)
+        relation, other = self.class_space.relate(class_names), None
         if relation.order is None:
-            self._order = None
-            self._other_embeds = class_embeddings(self.model, self.processor, relation.words, self.templates)
-        elif relation.kind != "same":
-            self._order, self._other_embeds = relation.order, None
-        self.class_names = relation.words
+            other = class_embeddings(self.model, self.processor, relation.words, self.templates)
+        order = None if relation.kind == "same" else relation.order
+        self.class_names, self._other_embeds, self._order = relation.words, other, order
         try:
             yield
         finally:

@@ -122,6 +122,9 @@ class RobustTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.on_bad_image not in ("raise", "skip"):
+            allowed = "'raise', 'skip'"
+            raise ConfigError("unknown setting", where="on_bad_image", got=self.on_bad_image, allowed=allowed)
         check_loss_settings(self.class_weights, self.label_smoothing_factor)
         self.similarity_loss()
         if self.cache_reference_embeddings and (self.similarity_weight == 0 or self.similarity_towers == "text"):

@@ -68,8 +68,10 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
             remedy = "Pass eval_dataset, here or to RobustTrainer."
             raise ConfigError("no set to evaluate on", where="eval_dataset", remedy=remedy)
         if isinstance(given, Mapping):
-            sets: Any = None if eval_dataset is None else self._sets(given)
-            return super().evaluate(sets, ignore_keys, metric_key_prefix)  # calls this method for each
+            sets: Any = self._sets(given)
+            return super().evaluate(
+                None if eval_dataset is None else sets, ignore_keys, metric_key_prefix
+            )  # calls this method for each
         rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, metric_key_prefix)
         with self._head_for(rows):
             metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
@@ -104,6 +106,8 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
         predictions = output.predictions if isinstance(output.predictions, list) else [output.predictions]
         if not all(np.isfinite(logits).all() for logits in predictions if logits is not None):
             raise NonFiniteError("logits are not finite", where=metric_key_prefix)
+        if rows.skipped and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_skipped_images"] = len(rows.skipped)
         return output
 
     def wise_ft_sweep(

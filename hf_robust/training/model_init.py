@@ -66,7 +66,8 @@ def _check_brings_its_own(classifier: ZeroShotClassifier, data_names: list[str] 
         if value is not None:
             remedy = "Pass the dual encoder itself, or leave the setting out."
             raise ConfigError("a classifier brings its own settings", where=name, got=value, remedy=remedy)
-    if data_names is not None and classifier.class_space.relate(data_names).kind != "same":
+    space = classifier.class_space
+    if data_names is not None and space.data_names is None and space.relate(data_names).kind != "same":
         classifier.class_space = class_space(data_names, classifier.class_names, "class_names")
 
 
@@ -127,11 +128,15 @@ class ModelInitTrainer(EvaluatingTrainer):
         """Takes from a new model what the training needs of it."""
         if self.train_images is not None and self.train_dataset is self.embedded:  # by the model before
             self.train_dataset = self.train_images
-        weights = class_weights(self.args.class_weights, self.train_dataset, len(self.model.class_names))
-        self.task_loss = TaskLoss(weights, self.args.label_smoothing_factor, self.compute_loss_func)
+        self.make_task_loss()
         self.zero_shot = zero_shot_copy(self.model)
         self.reference = self._make_reference() if self.args.similarity_weight > 0 else None
         self.ogen, self.sweep = None, None  # of the model before
+
+    def make_task_loss(self) -> None:
+        """Takes from the training set what the loss needs of it."""
+        weights = class_weights(self.args.class_weights, self.train_dataset, len(self.model.class_names))
+        self.task_loss = TaskLoss(weights, self.args.label_smoothing_factor, self.compute_loss_func)
 
     def _train_on_embedded(self, embedded: Any) -> None:
         self.train_images, self.embedded = self.train_dataset, self._rows(embedded, "train_dataset")

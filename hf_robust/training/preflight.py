@@ -62,10 +62,16 @@ def check_rows(rows: LabelledImages | LabelledStream, classifier: ZeroShotClassi
         ConfigError: it has embeddings in the place of images, for a vision tower that is trained.
     """
     if labels and rows.columns is not None and rows.columns.label is None:
-        raise no_column("label", _columns(rows), rows.name)
+        raise no_column("label", columns_of(rows), rows.name)
     if isinstance(rows, LabelledImages) and rows.shown_labels is not None:
         check_labels(rows.shown_labels, len(rows.class_names or classifier.class_names), rows.name)
-    if IMAGE_EMBEDS in _columns(rows):
+    names = classifier.class_space.data_names
+    if rows.class_names is None and names is not None and all(map(str.isdecimal, names)):
+        if [int(name) for name in names] != list(range(len(names))):
+            what = "labels without names, for classes that are numbers in another order"
+            remedy = "Give the labels their names: dataset.cast_column('label', ClassLabel(names=...)), or text."
+            raise DataError(what, where=rows.name, got=list(names)[:MOST_SHOWN], remedy=remedy)
+    if IMAGE_EMBEDS in columns_of(rows):
         check_vision_is_pretrained(classifier.model, f"{rows.name} has image embeddings in the place of images")
 
 
@@ -80,6 +86,11 @@ def check_training(classifier: ZeroShotClassifier, rows: LabelledImages | Labell
         ConfigError: nothing is trained, an adapter is frozen, or weights of 16 bits are trained themselves.
         DataError: there is one class alone.
     """
+    names = rows.class_names
+    if names is not None and classifier.class_space.relate(names).kind != "same":
+        allowed = ", ".join(map(repr, classifier.class_space.data_names or classifier.class_names))
+        what = "the training set has other classes than the classifier, or in another order"
+        raise DataError(what, where=rows.name, got=names, allowed=allowed, remedy="Build a new RobustTrainer for it.")
     labels = rows.shown_labels if isinstance(rows, LabelledImages) else None
     found = len(classifier.class_names) if labels is None else len(np.unique(labels))
     if found < 2:
@@ -132,7 +143,12 @@ def check_best_metric(args: RobustTrainingArguments, eval_dataset: Any, own_metr
         raise ConfigError("no evaluation gives the metric", where="metric_for_best_model", got=got, allowed=allowed)
 
 
-def _columns(rows: LabelledImages | LabelledStream) -> list[str]:
+def columns_of(rows: LabelledImages | LabelledStream) -> list[str]:
+    """Returns the names of a set's columns; none where they show only when a row is read.
+
+    Args:
+        rows: what `labelled_images` returned.
+    """
     if isinstance(rows.rows, datasets.Dataset):
         return rows.rows.column_names
     return list(getattr(rows.rows, "features", None) or ())

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
-from ..data.columns import REFERENCE_EMBEDS
+from ..data.columns import REFERENCE_EMBEDS, no_column
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError, NonFiniteError
@@ -33,7 +33,7 @@ from .evaluating import Metrics
 from .evaluation_loop import replaced
 from .image_size import processor_of_size
 from .model_init import ClassNames, ModelInitTrainer, as_classifier, model_or_first
-from .preflight import check_arguments, check_best_metric, check_training
+from .preflight import check_arguments, check_best_metric, check_training, columns_of
 from .unsupported import check_accelerator, check_optimizer, check_options
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,8 @@ class RobustTrainer(ModelInitTrainer):
         processing_class = processor_of_size(args.image_size, processing_class, encoder, data_collator)
         order = class_names if isinstance(class_names, Sequence) else None
         train_rows = None if train_dataset is None else labelled_images(train_dataset, "train_dataset", order=order)
+        if train_rows is not None and train_rows.columns is not None and train_rows.columns.label is None:
+            raise no_column("label", columns_of(train_rows), train_rows.name)
         names = None if train_rows is None else train_rows.class_names
         self.as_classifier = partial(as_classifier, processing_class, names, class_names, args, ogen)
         with replaced(args, label_smoothing_factor=0.0):  # `Trainer` would look for the config of a language model
@@ -182,7 +184,7 @@ class RobustTrainer(ModelInitTrainer):
         """
         if self.train_dataset is None:
             raise ConfigError("no set to train on", where="train_dataset")
-        self.train_dataset = self._rows(self.train_dataset, "train_dataset")
+        self.train_dataset = labelled_images(self.train_dataset, "train_dataset")
         if resume_from_checkpoint:
             folder = Path(str(self.args.output_dir))
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
@@ -190,6 +192,8 @@ class RobustTrainer(ModelInitTrainer):
             self._unprepare()
         else:
             self.start_anew(trial)
+        self.train_dataset = self._rows(self.train_dataset, "train_dataset")
+        self.make_task_loss()  # the set may have been changed
         self.sweep, self.loss_log = None, LossLog()
         if isinstance(self.model, OGENClassifier):
             self._embed_training_set()

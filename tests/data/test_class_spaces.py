@@ -37,6 +37,19 @@ def test_classes_are_known_by_the_names_of_the_data_too():
     assert space.relate(["n02", "n_04"]).words == ["goldfish", "n 04"]
 
 
+def test_words_and_names_of_the_data_are_not_taken_for_each_other():
+    """A word may be what the data call another class."""
+    space = ClassSpace(["right", "left", "up"], ["left", "right", "up"])
+    assert space.relate(["left", "right", "up"]).kind == "same"
+    cranes = ClassSpace(["crane bird", "crane", "tench"], ["crane", "construction_crane", "tench"])
+    assert cranes.relate(["crane", "tench"]).order == [0, 2, 1]
+    assert cranes.relate(["crane bird", "crane"]).order == [0, 1, 2]
+
+
+def test_unicode_is_compared_by_what_it_shows():
+    assert ClassSpace(["café", "tea"]).relate(["tea", "cafe\u0301"]).kind == "reordered"
+
+
 @given(st.permutations(range(5)), st.integers(0, 5))
 def test_the_order_takes_every_row_once_and_the_sets_own_first(order, n):
     words = [f"class {index}" for index in range(5)]

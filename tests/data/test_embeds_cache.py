@@ -16,7 +16,7 @@ from hf_robust.data.embeds_cache import pretrained_image_embeds, with_reference_
 from hf_robust.encoders.dual_encoder import image_embeds
 from hf_robust.errors import ConfigError, DataError
 from tests.methods import Method, batch, prepared, train
-from tests.tiny_models import image_dataset, tiny_model, tiny_processor
+from tests.tiny_models import image_dataset, synthetic_picture, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue"]
 LORA = Method("LoRA", lambda: LoraConfig(target_modules=["q_proj", "fc1"], modules_to_save=["visual_projection"]))
@@ -132,6 +132,23 @@ def test_an_interrupted_pass_leaves_no_file_and_no_random_number_is_drawn(folder
     assert not list(folder.iterdir())
     cached(image_dataset(6, NAMES), workers=1)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_files_that_are_drawn_anew_are_embedded_anew(folder, tmp_path, monkeypatch):
+    """A dataset that holds paths has the same fingerprint whatever the files show."""
+
+    def embedded(seed, place):
+        place.mkdir(exist_ok=True)
+        synthetic_picture(0, 3, 40, seed=seed).save(place / "0.png")
+        monkeypatch.chdir(place)
+        rows = datasets.Dataset.from_dict(
+            {"image": ["0.png"], "label": [0]}, features=image_dataset(1, NAMES).features
+        )
+        return cached(rows)[REFERENCE_EMBEDS][0]
+
+    first, other = embedded(1, tmp_path / "a"), embedded(2, tmp_path / "b")
+    again = embedded(3, tmp_path / "a")
+    assert len({tuple(first), tuple(other), tuple(again)}) == 3 and len(list(folder.iterdir())) == 3
 
 
 class Flipping(ImageCollator):

@@ -66,6 +66,7 @@ BAD_IMAGES = {
     "huge": (lambda: {"bytes": header_of_png(10_000, 10_000), "path": None}, "too large.*50 million"),
     "bomb": (lambda: {"bytes": header_of_png(20_000, 20_000), "path": None}, "cannot be opened.*bomb"),
     "float": (lambda: Image.new("F", (3, 3)), "floating-point"),
+    "8 of 32 bits": (lambda: Image.fromarray(np.full((3, 3), 200, dtype=np.int32)), "32-bit"),
     "32 bit": (lambda: Image.fromarray(np.full((3, 3), 70_000, dtype=np.int32)), "32-bit"),
 }
 

@@ -133,7 +133,8 @@ def test_labels_of_text_take_the_order_of_a_list_that_names_them_all():
     assert labelled_images(dataset, "photos").class_names == ["Owl ", "cat", "owl"]
     rows = labelled_images(labelled(["owl", "cat"]), "photos", order=["owl", "dog", "cat"])
     assert rows.class_names == ["owl", "dog", "cat"] and rows.labels.tolist() == [0, 2]
-    assert labelled_images(labelled(["owl", "cat"]), "photos", order=["owl", "dog"]).class_names == ["cat", "owl"]
+    with pytest.raises(DataError, match="class_names lack a label of the data.*'cat'.*mapping"):
+        labelled_images(labelled(["owl", "cat"]), "photos", order=["owl", "dog"])
 
 
 def test_a_transform_gets_opened_rows_with_the_names_it_knows():
@@ -165,8 +166,26 @@ def test_a_transform_must_return_images(transform, message):
 
 def test_torch_labels_that_are_transformed_are_read_with_the_row():
     rows = labelled_images(Pairs(target_transform=lambda label: 2 - label), "photos")
-    assert rows.labels is None and [row["label"] for row in rows.__getitems__([0, 1, 2])] == [2, 1, 0]
+    assert (
+        rows.labels is None
+        and rows.class_names is None
+        and [row["label"] for row in rows.__getitems__([0, 1, 2])] == [2, 1, 0]
+    )
     assert labelled_images(Subset(Pairs(9), [8, 0]), "photos").shown_labels.tolist() == [2, 0]
+
+
+def test_torch_rows_with_other_labels_than_targets_are_refused():
+    class Turned(Pairs):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], 2 - self.targets[index]
+
+    with pytest.raises(DataError, match="not those of `targets`.*photos"):
+        labelled_images(Turned(), "photos")[0]
+
+
+def test_labels_that_are_hidden_are_none():
+    rows = labelled_images(labelled([-1, -1], ClassLabel(names=NAMES)), "photos")
+    assert rows.labels is None and rows.columns.label is None and rows.class_names == NAMES
 
 
 def test_unreadable_rows_of_a_torch_dataset_are_named():

@@ -133,7 +133,6 @@ def test_names_of_the_column_of_paths(column, suffix):
 @pytest.mark.parametrize(
     ("file", "content", "columns"),
     [
-        ("d/a.csv", "path,image\nimages/0.jpg,images/0.jpg\n", {"path": "string", "image": "string"}),
         ("d/a.csv", "img,file\n3,images/0.jpg\n", {"img": "int64", "file": "string"}),
         ("d/a.csv", "image,label\n3,x\n", {"image": "int64", "label": "string"}),
         ("d/a.csv", "photo,label\nimages/0.jpg,x\n", {"photo": "string", "label": "string"}),
@@ -144,6 +143,12 @@ def test_names_of_the_column_of_paths(column, suffix):
 def test_columns_are_left_alone_unless_exactly_one_is_a_path(file, content, columns):
     write(file, content)
     assert {name: feature.dtype for name, feature in load_source(file).features.items()} == columns
+
+
+def test_two_columns_of_paths_are_refused():
+    write("d/a.csv", "path,image\nimages/0.jpg,images/0.jpg\n")
+    with pytest.raises(DataError, match=r"several columns could hold paths.*a.csv.*\['image', 'path'\]"):
+        load_source("d/a.csv")
 
 
 def test_metadata_has_its_own_column_of_paths():

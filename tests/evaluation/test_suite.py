@@ -181,15 +181,28 @@ def test_words_can_be_mapped_from_the_names_of_the_dataset():
     assert found.class_names == ["tench", "goldfish"] and found.targets.tolist() == [1, 0]
 
 
+def test_labels_of_text_can_be_mapped_too():
+    names = {"blue": "red", "red": "blue"}
+    found = loaded(["red", "blue", "red"], class_names=names)
+    assert [found.class_names[target] for target in found.targets] == ["blue", "red", "blue"]
+
+
+def test_a_setting_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("sets:\n  a: {role: id, source: x}\n  a: {role: ood, source: y}\n")
+    with pytest.raises(ConfigError, match="'a' stands there twice"):
+        RobustnessSuite.from_yaml(tmp_path / "a.yaml")
+
+
 def test_classes_that_a_classifier_knows_and_a_set_lacks_stay_possible():
     space = ClassSpace(["tench", "goldfish", "shark"], ["n01", "n02", "n03"])
     found = among_known(loaded([1, 0], ["n03", "Goldfish"]), space)
-    assert found.class_names == ["n03", "Goldfish", "tench"] and list(found.answers.values()) == [[0], [1], [2]]
+    assert found.class_names == ["shark", "goldfish", "tench"] and list(found.answers.values()) == [[0], [1], [2]]
     assert found.targets.tolist() == [1, 0]
-    for other in (loaded([0], ["n03", "whale"]), loaded([0], class_names=CIFAR, subset=[0])):
-        assert among_known(other, space) is other
+    other = among_known(loaded([0], ["n03", "whale"]), space)
+    assert other.class_names == ["shark", "whale"] and len(other.answers) == 2
     chosen = loaded([0], class_names=["n03", "goldfish"], subset=[1], labels_in="subset")
-    assert among_known(chosen, space) is chosen
+    assert among_known(chosen, space).answers == chosen.answers == {"goldfish": [1]}
+    assert among_known(chosen, space).class_names == ["shark", "goldfish"]
 
 
 # --- sources ---

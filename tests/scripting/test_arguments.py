@@ -75,7 +75,7 @@ def test_abbreviated_and_misspelt_flags_are_errors_with_the_closest_name(flag):
         (["--dtype", "float31"], "--dtype: invalid choice: 'float31'.*float32.*float16"),
         (["--wise_ft", "perhaps"], "--wise_ft.*: Truthy value expected"),
         (["--load_best_model_at_end", "true", "--eval_strategy", "no"], "load_best_model_at_end requires"),
-        (["--config", "no/where.yaml"], "config file cannot be read .at no/where.yaml.: got 'No such file"),
+        (["--config", "no/where.yaml"], "file cannot be read .at no/where.yaml.: got 'No such file"),
     ],
 )
 def test_wrong_flags_are_errors(flags, message):
@@ -112,7 +112,7 @@ def test_values_that_no_flag_has_are_kept(parse_file):
         ("save_strategy: no", "wrong value .at save_strategy in .*my.yaml.: got False.*choose from.*no"),
         ("words:", "wrong value .at words in .*my.yaml.: got 'no value'"),
         ("words: {a: b}", "wrong value .at words in .*my.yaml.: got {'a': 'b'}"),
-        ("a: [", "config file is no YAML .at .*my.yaml.: got"),
+        ("a: [", "file is no YAML .at .*my.yaml.: got"),
         ("", "config file has no settings .at .*my.yaml."),
         ("- words", "config file has no settings .at .*my.yaml."),
     ],

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_robust import RobustTrainingArguments
 from hf_robust.errors import AdapterFileError, ConfigError, DataError
-from hf_robust.scripting.loading import load_images, load_model, read_class_names, wish_to_resume
+from hf_robust.scripting.loading import load_images, load_model, read_class_names, usable, wish_to_resume
 from tests.tiny_models import image_dataset, tiny_model
 
 NAMES = ["red", "green", "blue"]
@@ -42,7 +42,7 @@ def test_images_that_cannot_be_used_are_left_out_if_asked(tmp_path):
     table[1]["image"] = {"bytes": b"no image", "path": "1.png"}
     Dataset.from_list(table, features=image_dataset(1, NAMES).features).to_parquet(tmp_path / "a.parquet")
     args = RobustTrainingArguments(str(tmp_path / "out"), on_bad_image="skip", disable_tqdm=True)
-    rows = load_images(str(tmp_path / "a.parquet"), "id", COLUMNS, None, args)
+    rows = usable(load_images(str(tmp_path / "a.parquet"), "id", COLUMNS), args)
     assert len(rows) == 2 and "row 1" in rows.skipped[0]
 
 

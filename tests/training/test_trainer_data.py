@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, Value, load_dataset
 from PIL import Image
 
 from hf_robust import ImageCollator, ZeroShotClassifier
@@ -133,6 +133,31 @@ def test_a_classifier_has_the_classes_of_the_training_set(tmp_path):
     assert trainer.model.class_space.relate(["n03"]).words[0] == "shark"
 
 
+def test_a_training_set_that_is_set_later_has_the_same_classes(tmp_path):
+    trainer = build(tmp_path)
+    trainer.train_dataset = renamed(image_dataset(18, NAMES), ["blue", "red", "green"])
+    with pytest.raises(DataError, match="other classes than the classifier, or in another order"):
+        trainer.train()
+    again = build(tmp_path, model=build(tmp_path, train_dataset=image_dataset(6, WNIDS), class_names=WORDS).model)
+    with pytest.raises(DataError, match="other classes"):
+        again.train()
+
+
+def test_numbers_without_names_are_refused_for_classes_that_are_numbers_in_another_order(tmp_path):
+    names = sorted(map(str, range(11)))
+    trainer = build(tmp_path, train_dataset=image_dataset(22, names), eval_dataset=None)
+    with pytest.raises(DataError, match="labels without names.*cast_column"):
+        trainer.evaluate(image_dataset(11, names).cast_column("label", Value("int64")))
+    in_order = build(tmp_path, train_dataset=image_dataset(6, ["0", "1", "2"]), eval_dataset=None)
+    in_order.evaluate(image_dataset(3, ["0", "1", "2"]).cast_column("label", Value("int64")))
+
+
+def test_one_head_inside_another(of_food):
+    model = of_food["live"].model
+    with model.classes(["cat", "dog"]), model.classes(FOOD):
+        assert model.class_names == [name.replace("_", " ") for name in FOOD] and model._other_embeds is None
+
+
 # --- images ---
 
 
@@ -187,6 +212,7 @@ def test_images_that_cannot_be_used_are_skipped_counted_and_listed(tmp_path, cap
     assert "2 of 18 images are left out" in caplog.text and "row 2, 2.png" in caplog.text
     trainer.train()
     metrics = trainer.evaluate()
+    assert trainer.predict(sets["id"]).metrics["test_skipped_images"] == 1
     assert metrics["eval_id_skipped_images"] == 1 and "eval_good_skipped_images" not in metrics
     kept = [row for row in range(18) if row not in (2, 11)]
     expected = build(tmp_path / "kept", train_dataset=image_dataset(18, NAMES).select(kept))
