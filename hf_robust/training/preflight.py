@@ -66,6 +66,11 @@ def check_rows(rows: LabelledImages | LabelledStream, classifier: ZeroShotClassi
     if isinstance(rows, LabelledImages) and rows.shown_labels is not None:
         check_labels(rows.shown_labels, len(rows.class_names or classifier.class_names), rows.name)
     names = classifier.class_space.data_names
+    if names is not None and isinstance(rows.rows, datasets.IterableDataset) and rows.rows.features is None:
+        what = "a stream without features does not say which classes its labels mean"
+        raise DataError(
+            what, where=rows.name, remedy="Use dataset.map(..., features=...), or from_generator likewise."
+        )
     if rows.class_names is None and names is not None and all(map(str.isdecimal, names)):
         if [int(name) for name in names] != list(range(len(names))):
             what = "labels without names, for classes that are numbers in another order"

@@ -152,6 +152,14 @@ def test_numbers_without_names_are_refused_for_classes_that_are_numbers_in_anoth
     in_order.evaluate(image_dataset(3, ["0", "1", "2"]).cast_column("label", Value("int64")))
 
 
+def test_a_stream_that_has_forgotten_its_classes_is_refused(tmp_path):
+    stream = image_dataset(6, ["blue", "green", "red"]).to_iterable_dataset()
+    trainer = build(tmp_path)
+    with pytest.raises(DataError, match="stream without features.*at late.*features="):
+        trainer.evaluate({"late": stream.map(lambda row: row)})
+    trainer.evaluate({"late": stream.map(lambda row: row, features=stream.features)})
+
+
 def test_one_head_inside_another(of_food):
     model = of_food["live"].model
     with model.classes(["cat", "dog"]), model.classes(FOOD):
