@@ -22,7 +22,7 @@ from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, LabelledStream, labelled_images
 from ..errors import ConfigError, NonFiniteError
 from ..interpolation.sweep import AlphaSweep, alpha_sweep
-from .evaluation_loop import EvaluationLoopTrainer
+from .evaluation_loop import EvaluationLoopTrainer, replaced
 from .preflight import check_rows
 
 TENTHS = tuple(step / 10 for step in range(11))
@@ -179,7 +179,7 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Returns batches of images as they are, without the collator's augmentation.
+        """Returns batches of all images as they are, without the collator's augmentation.
 
         Args:
             eval_dataset: as in `Trainer`.
@@ -187,17 +187,17 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, "eval")
         vars(self).pop("_eval_dataloaders", None)  # with persistent workers the loader of one set was kept for others
-        with self._without_augmentation():
+        with self._showing_all():
             return super().get_eval_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Returns batches of images as they are, without the collator's augmentation.
+        """Returns batches of all images as they are, without the collator's augmentation.
 
         Args:
             test_dataset: as in `Trainer`.
         """
         rows: Any = self._rows(test_dataset, "test", labels=False)
-        with self._without_augmentation():
+        with self._showing_all():
             return super().get_test_dataloader(rows)
 
     # --- what comes in ---
@@ -234,13 +234,11 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
         return collator.without_transform() if isinstance(collator, ImageCollator) else collator
 
     @contextmanager
-    def _without_augmentation(self) -> Iterator[None]:
-        collator = self.data_collator
-        self.data_collator = self._plain_collator()
-        try:
+    def _showing_all(self) -> Iterator[None]:
+        """Makes loaders of evaluation: images as they are, and all of them, also where training drops some."""
+        plain = replaced(self, data_collator=self._plain_collator())
+        with plain, replaced(self.args, dataloader_drop_last=False):
             yield
-        finally:
-            self.data_collator = collator
 
     def _is_silent(self) -> bool:
         return self.args.disable_tqdm or not self.is_local_process_zero()

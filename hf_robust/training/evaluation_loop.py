@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from .accuracy import AccuracyAndLoss, correct_and_loss
@@ -71,26 +71,6 @@ class EvaluationLoopTrainer(SavingTrainer):
                 yield
         finally:
             self.accelerator._models[:] = prepared  # else the copy would stay, and training not prepare the model
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Returns batches of all images of an evaluation set.
-
-        `Trainer` applies `dataloader_drop_last` to evaluation sets as well.
-
-        Args:
-            eval_dataset: a set, or the name of one; by default the one given at construction.
-        """
-        with replaced(self.args, dataloader_drop_last=False):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """Returns batches of all images of a set to predict.
-
-        Args:
-            test_dataset: the set.
-        """
-        with replaced(self.args, dataloader_drop_last=False):
-            return super().get_test_dataloader(test_dataset)
 
 
 @contextmanager
