@@ -62,8 +62,12 @@ class SelectionError(HfRobustError, RuntimeError):
     """SAFT's entries could not be selected, or were needed before they were selected."""
 
 
-class NonFiniteError(HfRobustError, ArithmeticError):
+class NonFiniteError(HfRobustError, ArithmeticError, ValueError):
     """A loss, gradient or weight is NaN or infinite."""
+
+
+class BaseWeightsError(HfRobustError, RuntimeError):
+    """The base's weights were edited, replaced or shared while they held an adapter's values; nothing is changed."""
 
 
 class AdapterFileError(HfRobustError, ValueError):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,17 @@ def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
 
     return apply
+
+
+def is_quantized(model: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter holds codes in the place of weights, or belongs to a model that does.
+
+    Args:
+        model: the model; transformers notes the method where it has quantised one.
+        parameter: a parameter of it; those of quantisation libraries are no plain parameters, or no floats.
+    """
+    plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+    return not plain or getattr(model, "quantization_method", None) is not None
 
 
 class RobustTuner(BaseTuner):
@@ -54,14 +66,17 @@ class RobustTuner(BaseTuner):
             model: the model without its PEFT wrapper.
             adapter_name: the adapter to add.
         """
-        config: Any = self.peft_config[adapter_name]
-        self._targets = self.find_targets(model, config)
-        patterns = config.target_modules, config.exclude_modules
-        config.target_modules = config.exclude_modules = None  # PEFT would shorten the first and miss the second
+        config: Any = copy.deepcopy(self.peft_config[adapter_name])  # the user's own may serve other adapters
         try:
+            self._targets = self.find_targets(model, config)
+            patterns = config.target_modules, config.exclude_modules
+            config.target_modules = config.exclude_modules = None  # PEFT would shorten the first and miss the second
+            self.peft_config[adapter_name] = config
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            config.target_modules, config.exclude_modules = patterns
+        except BaseException:
+            del self.peft_config[adapter_name]  # which a model that PEFT injected into before shares
+            raise
+        config.target_modules, config.exclude_modules = patterns
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from hf_robust import SAFTConfig, mask_summary, select_saft
 from hf_robust.errors import ConfigError
 from hf_robust.tuners.saft.eligible import eligible_parameters
-from hf_robust.tuners.saft.selection import _budget, layers_of
+from hf_robust.tuners.saft.selection import _budget, find_layers
 
 from ..tiny_models import FAMILIES, tiny_model
 from .zoo import zoo
@@ -24,8 +24,8 @@ from .zoo import zoo
 def eligible(config: SAFTConfig, model: nn.Module) -> set[str]:
     wrapped = get_peft_model(model, config)
     return {
-        f"{unit}.{name}"
-        for unit, layer in layers_of(wrapped.base_model).items()
+        f"{layer.unit}.{name}"
+        for layer in find_layers(wrapped, None)[0]
         for name in layer.saft_eligible["default"]
     }
 
@@ -115,7 +115,7 @@ def test_shared_parameters_and_renormalising_embeddings_are_refused() -> None:
     tied = zoo()
     tied.tower.other = nn.Linear(8, 3, bias=False)
     tied.tower.other.weight = tied.tower.head.weight
-    with pytest.raises(ConfigError, match=r"share one parameter.*tower\.head.*tower\.other"):
+    with pytest.raises(ConfigError, match=r"share a parameter.*tower\.head.*tower\.other"):
         get_peft_model(tied, SAFTConfig())
     renormalising = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0))
     with pytest.raises(ConfigError, match="max_norm=1.0"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_robust import SAFTConfig, export_shira, select_saft
-from hf_robust.errors import AdapterFileError, ConfigError
+from hf_robust.errors import AdapterFileError, BaseWeightsError, ConfigError
 from hf_robust.tuners.saft.plan import Plan
 
 from ..programs import run_programs
@@ -119,7 +119,7 @@ def test_replacing_the_base_while_it_holds_values_is_an_error() -> None:
     head = model.base_model.model.tower.head.base_layer
     head.weight = nn.Parameter(head.weight.detach().clone())
     randomise(model, seed=2)
-    with pytest.raises(RuntimeError, match="Disable or merge the adapter first"):
+    with pytest.raises(BaseWeightsError, match="replaced or shared"):
         outputs(model)
 
 

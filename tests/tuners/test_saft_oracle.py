@@ -75,10 +75,10 @@ def effective(model: nn.Module) -> dict[str, torch.Tensor]:
     """The effective weights, whichever path is taken: those of a merged copy made by hand."""
     found = weights(model)
     for unit, layer in model.base_model.model.named_modules():
-        if "default" in getattr(layer, "saft_values", {}) and layer._written is None:
-            for tensor in layer._plan.tensors:
+        if "default" in getattr(layer, "saft_values", {}) and not layer.written_values():
+            for tensor in layer._resident.plan.tensors:
                 name = f"{unit}.{tensor.name}"
-                found[name] = layer._replaced(layer._plan, layer.saft_values["default"])[tensor.name].detach()
+                found[name] = layer._replaced(layer._resident.plan, layer.saft_values["default"])[tensor.name].detach()
     return found
 
 

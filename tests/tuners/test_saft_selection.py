@@ -13,15 +13,15 @@ from torch import nn
 
 from hf_robust import SAFTConfig, mask_summary, saft_unselected, select_saft
 from hf_robust.errors import NonFiniteError, SelectionError
-from hf_robust.tuners.saft.selection import _budget, _top, layers_of
+from hf_robust.tuners.saft.selection import _budget, _top, find_layers
 
 from .zoo import batches, exact_loss, oracle_masks, zoo
 
 
 def selected(model: nn.Module, name: str = "default") -> dict[str, list[int]]:
     return {
-        unit: layer.saft_indices[name].tolist()
-        for unit, layer in layers_of(model.base_model).items()
+        layer.unit: layer.saft_indices[name].tolist()
+        for layer in find_layers(model, name)[0]
         if name in layer.saft_indices
     }
 

@@ -4,19 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
-
-from peft.config import PeftConfig
 
 from ...errors import ConfigError
 from ...peft_types import RobustPeftType
-from ..matching import check_patterns
-
-Towers = Literal["both", "vision", "text"]
+from ..config import RobustConfig
 
 
 @dataclass
-class ACLIPConfig(PeftConfig):
+class ACLIPConfig(RobustConfig):
     """Settings of A-CLIP: train the query, key and value projections of attention, and nothing else.
 
     A-CLIP (Niss, Vogt-Lowell and Tsiligkaridis, 2024, https://huggingface.co/papers/2402.09613) trains a subset of the
@@ -32,8 +27,7 @@ class ACLIPConfig(PeftConfig):
         target_modules: names (or endings) of Linear modules or of modules around them, or one regular expression. By
             default the query, key and value projections of the model's family, which leave out the pooling head of
             SigLIP.
-        exclude_modules: the same for modules to leave out.
-        modules_to_save: modules to train in full beside the projections and to save with them.
+        others: see `RobustConfig`.
 
     Raises:
         ConfigError: a value is none of the allowed ones.
@@ -44,24 +38,15 @@ class ACLIPConfig(PeftConfig):
         >>> model = get_peft_model(clip, ACLIPConfig())  # doctest: +SKIP
     """
 
-    towers: Towers = field(default="both", metadata={"help": "Which towers of a dual encoder to train."})
     train_bias: bool = field(default=True, metadata={"help": "Also train the biases of the projections."})
     train_out_proj: bool = field(default=False, metadata={"help": "Also train attention's output projections."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Linear modules to take, by default the q, k, v projections of attention."}
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = RobustPeftType.ACLIP
-        if self.towers not in get_args(Towers):
-            raise ConfigError("unknown towers", got=self.towers, allowed=", ".join(get_args(Towers)))
         for name in ("train_bias", "train_out_proj"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is no switch", got=getattr(self, name), allowed="True or False")
         if self.train_out_proj and self.target_modules is not None:
             remedy = "Name the output projections in target_modules."
             raise ConfigError("train_out_proj adds to the default target_modules alone", remedy=remedy)
-        check_patterns(self)

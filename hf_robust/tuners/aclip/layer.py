@@ -33,6 +33,7 @@ class ACLIPLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer: Any = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.aclip_weight = nn.ParameterDict()
         self.aclip_bias = nn.ParameterDict()
         self.merged_adapters: list[str] = []
@@ -143,6 +144,10 @@ class ACLIPLayer(nn.Module, BaseTunerLayer):
         return self.base_layer
 
     # --- moving, saving, loading ---
+
+    def pretrained_parameters(self) -> dict[str, Tensor]:
+        """The base's parameters as they were before any adapter, by name."""
+        return {name: self._start(name) for name, _ in self.base_layer.named_parameters()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.base_layer._apply(fn)

@@ -10,8 +10,8 @@ from torch import nn
 
 from ...encoders.dual_encoder import family, tower_modules
 from ...errors import ConfigError
-from ..base import RobustTuner
-from ..matching import matching
+from ..base import RobustTuner, is_quantized
+from ..matching import in_layers, matching, modules_to_save, outside
 from .config import ACLIPConfig
 from .layer import ACLIPLayer
 
@@ -51,6 +51,7 @@ class ACLIPModel(RobustTuner):
         chosen = matching(config.target_modules, set(linears), "target_modules") if config.target_modules else None
         if chosen is None:
             chosen = _attention(model, config, set(linears))
+        chosen = in_layers(outside(chosen, modules_to_save(model, config)), config)
         if config.towers != "both":
             chosen = {name for name in chosen if _is_in_tower(name, model, config.towers)}
         if config.exclude_modules:
@@ -58,7 +59,7 @@ class ACLIPModel(RobustTuner):
         if not chosen:
             raise ConfigError("no module is left to train", remedy="Widen target_modules, or exclude less.")
         for name in chosen:
-            if type(linears[name]) is not nn.Linear:
+            if type(linears[name]) is not nn.Linear or is_quantized(model, linears[name].weight):
                 remedy = "Load the model unquantised, or leave the module out with exclude_modules."
                 got = type(linears[name]).__name__
                 raise ConfigError("A-CLIP trains plain Linear modules", where=name, got=got, remedy=remedy)

@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
-
-from peft.config import PeftConfig
+from typing import Literal
 
 from ...errors import ConfigError
 from ...peft_types import RobustPeftType
-from ..matching import check_patterns
+from ..config import RobustConfig
 
 Score = Literal["signed_mean", "abs_mean", "fisher", "magnitude", "random"]
 Scope = Literal["global", "per_tensor"]
-Towers = Literal["both", "vision", "text"]
 
 
 @dataclass
-class SAFTConfig(PeftConfig):
+class SAFTConfig(RobustConfig):
     """Settings of SAFT: train only the entries of the weights that the task's gradient points at most strongly.
 
     SAFT (Nguyen et al., ECCV 2024, https://huggingface.co/papers/2407.03036) fixes 0.1 % of the parameters before
@@ -42,15 +39,13 @@ class SAFTConfig(PeftConfig):
         scope: `global` ranks all entries at once and takes `floor(density * P)` of P eligible parameters, at least 1;
             `per_tensor` takes `floor(density * n)` of every tensor of n entries, at least 1, as far as the tensor has
             that many with a gradient.
-        towers: which towers of a dual encoder, each with its projection; `both` takes every module of any model.
         target_modules: names (or endings) of modules, or one regular expression; a parameter is eligible when its
             module or one around it matches. By default all.
-        exclude_modules: the same for modules to leave out.
         exclude_input_embeddings: keep a dual encoder's patch embedding and token embedding out. They attract most
             entries of the global rule while every task goes through them. False for the rule of the re-implementation.
-        modules_to_save: modules to train in full beside the selected entries and to save with them.
         seed: seed of the `random` score.
         entry_counts: number of selected entries per module; filled by the selection, not by hand.
+        others: see `RobustConfig`.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -64,13 +59,9 @@ class SAFTConfig(PeftConfig):
     density: float = field(default=0.001, metadata={"help": "Share of the eligible parameters to train, in (0, 1]."})
     score: Score = field(default="signed_mean", metadata={"help": "What ranks the entries."})
     scope: Scope = field(default="global", metadata={"help": "Rank all entries at once, or those of each tensor."})
-    towers: Towers = field(default="both", metadata={"help": "Which towers of a dual encoder to train."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to take, by default all."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     exclude_input_embeddings: bool = field(
         default=True, metadata={"help": "Keep the patch embedding and the token embedding out of the selection."}
     )
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
     seed: int = field(default=0, metadata={"help": "Seed of the random score."})
     entry_counts: dict[str, int] | None = field(
         default=None, metadata={"help": "Selected entries per module, filled by the selection."}
@@ -81,7 +72,19 @@ class SAFTConfig(PeftConfig):
         self.peft_type = RobustPeftType.SAFT
         if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
             raise ConfigError("density is no usable share", got=self.density, allowed="a number in (0, 1]")
-        for name, choices in (("score", Score), ("scope", Scope), ("towers", Towers)):
-            if getattr(self, name) not in get_args(choices):
-                raise ConfigError(f"unknown {name}", got=getattr(self, name), allowed=", ".join(get_args(choices)))
-        check_patterns(self)
+        self._check_choice("score", Score)
+        self._check_choice("scope", Scope)
+        if type(self.exclude_input_embeddings) is not bool:
+            raise ConfigError("exclude_input_embeddings is no switch", got=self.exclude_input_embeddings)
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ConfigError("seed is no seed", got=self.seed, allowed="a whole number from 0 on")
+        if self.entry_counts is not None:
+            self._check_counts(self.entry_counts)
+
+    def _check_counts(self, counts: dict[str, int]) -> None:
+        what = "entry_counts is filled by the selection"
+        if not isinstance(counts, dict) or not counts:
+            raise ConfigError(what, got=counts, allowed="numbers of entries by module")
+        for unit, count in counts.items():
+            if not isinstance(unit, str) or type(count) is not int or count < 1:
+                raise ConfigError(what, got={unit: count}, allowed="a number of entries from 1 on")

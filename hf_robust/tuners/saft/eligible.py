@@ -10,7 +10,8 @@ from torch import nn
 
 from ...encoders.dual_encoder import input_embeddings, is_dual_encoder, tower_modules
 from ...errors import ConfigError
-from ..matching import matching
+from ..base import is_quantized
+from ..matching import in_layers, matching, modules_to_save, outside
 from .config import SAFTConfig
 from .layer import SAFTLayer
 
@@ -21,7 +22,8 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
     """The parameters an adapter may select from, by unit.
 
     A unit is the outermost module that owns a parameter. Parameters of the root itself (a dual encoder's
-    `logit_scale`) belong to no module that PEFT can wrap, and are never eligible.
+    `logit_scale`) belong to no module that PEFT can wrap, and are never eligible. A parameter that two modules share
+    is left out where one of its names is excluded.
 
     Args:
         model: the model without its PEFT wrapper; it may already hold SAFT adapters.
@@ -31,31 +33,43 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
         For each unit's name the names of its eligible parameters, relative to the unit.
 
     Raises:
-        ConfigError: a name matches nothing, two modules share a parameter, or nothing is left.
+        ConfigError: a name matches nothing, an eligible parameter is shared, quantised or renormalised, or nothing is
+            left.
     """
     units = dict(_units(model))
-    _refuse_tied(units)
-    names = {
-        f"{unit}.{name}" for unit, m in units.items() for name, p in m.named_parameters() if p.is_floating_point()
+    parameters = {f"{unit}.{name}": p for unit, module in units.items() for name, p in module.named_parameters()}
+    chosen = _chosen(model, config, parameters)
+    if not chosen:
+        raise ConfigError("no parameter is left to select from", remedy=REMEDY)
+    for name in sorted(chosen):
+        if is_quantized(model, parameters[name]):
+            got, remedy = type(parameters[name]).__name__, "Load the model unquantised, or leave it out."
+            raise ConfigError("SAFT cannot train quantised parameters", where=name, got=got, remedy=remedy)
+    found = {
+        unit: tuple(n for n, p in module.named_parameters() if f"{unit}.{n}" in chosen and p.is_floating_point())
+        for unit, module in units.items()
     }
+    found = {unit: names for unit, names in found.items() if names}
+    _refuse_tied({unit: units[unit] for unit in found}, units, chosen)
+    for unit in found:
+        _refuse_renormalising(unit, units[unit])
+    return found
+
+
+def _chosen(model: nn.Module, config: SAFTConfig, parameters: dict[str, nn.Parameter]) -> set[str]:
+    names = set(parameters)
     chosen = matching(config.target_modules, names, "target_modules") if config.target_modules else names
+    excluded = names - outside(names, modules_to_save(model, config))
     if config.exclude_modules:
-        chosen = chosen - matching(config.exclude_modules, names, "exclude_modules")
-    if config.modules_to_save:
-        chosen = chosen - matching(config.modules_to_save, names, "modules_to_save")
+        excluded |= matching(config.exclude_modules, names, "exclude_modules")
+    chosen = in_layers(chosen, config)
     if config.towers != "both":
         prefixes = tower_modules(model, config.towers)
         chosen = {name for name in chosen if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
+    left_out = {id(parameters[name]) for name in excluded}
     if config.exclude_input_embeddings and is_dual_encoder(model):
-        excluded = {id(p) for module in input_embeddings(model) for p in module.parameters()}
-        chosen = {n for n in chosen if id(_parameter(units, n)) not in excluded}
-    if not chosen:
-        raise ConfigError("no parameter is left to select from", remedy=REMEDY)
-    found = {
-        unit: tuple(name for name, _ in module.named_parameters() if f"{unit}.{name}" in chosen)
-        for unit, module in units.items()
-    }
-    return {unit: parameters for unit, parameters in found.items() if parameters}
+        left_out |= {id(p) for module in input_embeddings(model) for p in module.parameters()}
+    return {name for name in chosen if id(parameters[name]) not in left_out}
 
 
 def _units(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -73,19 +87,26 @@ def _units(module: nn.Module, prefix: str = "", seen: set[int] | None = None) ->
             yield from _units(base, f"{prefix}{name}.", seen)
 
 
-def _refuse_tied(units: dict[str, nn.Module]) -> None:
-    owner: dict[int, str] = {}
+def _refuse_tied(taken: dict[str, nn.Module], units: dict[str, nn.Module], chosen: set[str]) -> None:
+    owners: dict[int, list[str]] = {}
     for unit, module in units.items():
         for parameter in module.parameters():
-            other = owner.setdefault(id(parameter), unit)
-            if other != unit:
+            owners.setdefault(id(parameter), []).append(unit)
+    for unit, module in taken.items():
+        for name, parameter in module.named_parameters():
+            if len(owners[id(parameter)]) > 1 and f"{unit}.{name}" in chosen:
                 raise ConfigError(
-                    "two modules share one parameter; SAFT would write it twice",
-                    got=[other, unit],
-                    remedy="Load the model untied, or leave one of them out with exclude_modules.",
+                    "modules share a parameter; SAFT would train it as a part of one of them",
+                    got=owners[id(parameter)],
+                    remedy="Load the model untied, or leave the parameter out with exclude_modules.",
                 )
 
 
-def _parameter(units: dict[str, nn.Module], name: str) -> nn.Parameter:
-    unit = next(unit for unit in units if name.startswith(f"{unit}."))
-    return units[unit].get_parameter(name.removeprefix(f"{unit}."))
+def _refuse_renormalising(unit: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ConfigError(
+            "SAFT cannot train an embedding that renormalises itself",
+            where=unit,
+            got=f"max_norm={module.max_norm}",
+            remedy="Leave the module out with exclude_modules.",
+        )

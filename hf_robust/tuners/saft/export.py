@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from .layer import SAFTLayer
-from .selection import find_selected, layers_of
+from .selection import find_selected
 
 
 def export_shira(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> None:
@@ -35,9 +35,9 @@ def export_shira(model: nn.Module, path: str | Path, adapter_name: str | None = 
         >>> config = SAFTConfig(target_modules=["q_proj", "k_proj", "v_proj"], exclude_modules=["bias"])
         >>> export_shira(model, "adapter-for-everybody")  # doctest: +SKIP
     """
-    tuner, name = find_selected(model, adapter_name)
-    config = tuner.peft_config[name]
-    layers = {unit: layer for unit, layer in layers_of(tuner).items() if name in layer.saft_values}
+    found, name = find_selected(model, adapter_name)
+    config = found[0].saft_configs[name]
+    layers = {layer.unit: layer for layer in found if name in layer.saft_values}
     _refuse_others(layers, name, config.modules_to_save)
     rank = max(-(-len(layer.saft_values[name]) // sum(layer.base_layer.weight.shape)) for layer in layers.values())
     tensors: dict[str, Tensor] = {}

@@ -15,15 +15,14 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ...errors import ConfigError, NonFiniteError, SelectionError
+from ...errors import AdapterFileError, NonFiniteError, SelectionError
 from ..base import keep_precision
 from .config import SAFTConfig
 from .kernels import Entries, ResidentAlias, SampledEmbedding, SampledLinear
-from .plan import Plan, Stamp, floating_parameters, make_plan, same_bits, set_versions
-
-# Numbers for the version counters of written weights start here, far from what in-place edits of the base count up to.
-FIRST_VERSION = 2**20
+from .plan import Plan, Stamp, floating_parameters, make_plan
+from .resident import ResidentValues
 
 
 class SAFTLayer(nn.Module, BaseTunerLayer):
@@ -38,47 +37,35 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("saft_values",)
-    other_param_names = ("saft_indices", "saft_eligible")
+    other_param_names = ("saft_indices", "saft_eligible", "saft_configs")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, unit: str) -> None:
         super().__init__()
-        if isinstance(base_layer, nn.Embedding) and base_layer.max_norm is not None:
-            raise ConfigError(
-                "SAFT cannot train an embedding that renormalises itself",
-                got=f"max_norm={base_layer.max_norm}",
-                remedy="Leave the module out with exclude_modules.",
-            )
         self.base_layer: Any = base_layer
+        self.unit = unit
         self.saft_values = nn.ParameterDict()
         self.saft_indices = BufferDict(persistent=True)
-        # Names of the parameters an adapter may select from; () once it has selected.
-        self.saft_eligible: dict[str, tuple[str, ...]] = {}
+        self.saft_eligible: dict[str, tuple[str, ...]] = {}  # names of the parameters an adapter may select from
+        self.saft_configs: dict[str, SAFTConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._plan: Plan | None = None
-        self._written: Stamp | None = None  # of the values the base shows; None: it shows θ₀
-        self._changed = False  # whether its bits differ from those of θ₀
-        self._copies: dict[str, Tensor] = {}
-        self._base_versions: tuple[int, ...] = ()
-        self._last: tuple[Stamp, tuple[int, ...], tuple[int, ...]] | None = None
-        self._next_version = FIRST_VERSION
+        self._resident = ResidentValues()
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     # --- adapters ------------------------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: SAFTConfig, count: int, eligible: tuple[str, ...]) -> None:
-        """Adds an adapter: with room for its `count` entries if it has been selected, else still without entries.
+    def update_layer(self, adapter_name: str, config: SAFTConfig, eligible: tuple[str, ...]) -> None:
+        """Adds an adapter, without entries; if its config tells of some, they are still to be loaded.
 
         Args:
             adapter_name: its name.
             config: its config.
-            count: number of entries in this unit.
             eligible: the parameters it may select from.
         """
-        if config.entry_counts is None:
-            self.saft_eligible[adapter_name] = eligible
-        else:
-            self.allocate(adapter_name, torch.arange(count, device=next(self.base_layer.parameters()).device))
+        self.saft_eligible[adapter_name] = eligible
+        self.saft_configs[adapter_name] = config
+        count = (config.entry_counts or {}).get(self.unit, 0)
+        self.allocate(adapter_name, torch.empty(count, device="meta"))  # costs no memory: a config may say anything
 
     def allocate(self, adapter_name: str, positions: Tensor) -> None:
         """Gives an adapter its entries, with values of zero.
@@ -87,20 +74,32 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             adapter_name: the adapter.
             positions: flat positions in the unit, sorted and unique, `(entries,)`.
         """
-        self.saft_eligible[adapter_name] = ()
         if len(positions) == 0:  # a unit without entries holds no empty tensors: DDP's reducer fails on them
+            for tensors in (self.saft_values, self.saft_indices):
+                if adapter_name in tensors:
+                    del tensors[adapter_name]
             return
-        parameters = floating_parameters(self.base_layer).values()
-        numel = sum(parameter.numel() for parameter in parameters)
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        numel = sum(parameter.numel() for parameter in floating_parameters(self.base_layer).values())
+        if adapter_name in self.saft_values:
+            trains = self.saft_values[adapter_name].requires_grad
+        else:
+            trains = adapter_name in self.active_adapters and not self.saft_configs[adapter_name].inference_mode
         self.saft_indices[adapter_name] = positions.to(torch.int32 if numel < 2**31 else torch.int64)
-        self.saft_values[adapter_name] = nn.Parameter(
-            torch.zeros(len(positions), dtype=dtype, device=positions.device)
-        )
+        values = torch.zeros(len(positions), dtype=self._values_dtype, device=positions.device)
+        self.saft_values[adapter_name] = nn.Parameter(values, requires_grad=trains)
+
+    @property
+    def _values_dtype(self) -> torch.dtype:
+        parameters = floating_parameters(self.base_layer).values()
+        return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
     def is_unselected(self, adapter_name: str) -> bool:
-        """Whether the adapter still has to select its entries."""
-        return bool(self.saft_eligible.get(adapter_name))
+        """Whether the adapter still has to select its entries, or to get them from a file."""
+        config = self.saft_configs.get(adapter_name)
+        return config is not None and (config.entry_counts is None or self._waits_for_file(adapter_name))
+
+    def _waits_for_file(self, adapter_name: str) -> bool:
+        return adapter_name in self.saft_values and self.saft_values[adapter_name].is_meta
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:  # noqa: D102
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -123,6 +122,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             NonFiniteError: `safe_merge`, and a value is NaN or infinite; nothing is changed then.
         """
         merged = self.merged_adapters + check_adapters_to_merge(self, adapter_names)
+        self.refresh()
         if safe_merge:
             self.check_finite(merged)
         self.merged_adapters = merged
@@ -140,7 +140,8 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         if merge:
             self.merge(safe_merge, adapter_names)
         else:
-            self._restore()
+            self._resident.check_base()
+            self._resident.restore(self.base_layer)
         return self.base_layer
 
     def check_finite(self, adapter_names: list[str]) -> None:
@@ -152,7 +153,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         Raises:
             NonFiniteError: one would.
         """
-        adapters = tuple(name for name in adapter_names if name in self.saft_values)
+        adapters = self._with_entries(adapter_names)
         if not adapters:
             return
         plan = self._plan_for(adapters)
@@ -242,95 +243,43 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     # --- the base's weights --------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Makes the base hold what the active adapters say; done by itself whenever that may have changed."""
-        adapters = self._shown()
-        if not any(self.saft_values[name].is_meta for name in adapters):  # else they are still being loaded
-            self._write(adapters)
+        """Makes the base hold what the active adapters say, also where their values were edited as `.data`.
+
+        Done by itself whenever that may have changed, but for the moment between an optimizer's step and what comes
+        next: a forward, `train()` or `eval()`.
+        """
+        self._resident.see_data_edits(self.base_layer)
+        self._write(self._shown())
+
+    def train(self, mode: bool = True) -> SAFTLayer:  # noqa: D102
+        super().train(mode)
+        self.refresh()
+        return self
 
     def written_values(self) -> list[tuple[Tensor, Tensor]]:
         """The values that stand in the base, each with the copy taken when they were written."""
-        if self._written is None or self._plan is None:
-            return []
-        values = {name: self.saft_values[name] for name in self._plan.adapters}
-        known = [name for name, value in values.items() if any(value is tensor for tensor in self._written.tensors)]
-        return [(values[name].detach(), self._copies[name]) for name in known]  # others are written at the forward
+        return self._resident.written_values()
 
-    def rewrite(self) -> None:
-        """Writes the values again though their version counters have not moved."""
-        self._restore()
-        self._last = None
-        self.refresh()
+    def pretrained_parameters(self) -> dict[str, Tensor]:
+        """The base's parameters as they were before any adapter, by name."""
+        return {**dict(self.base_layer.named_parameters()), **self._resident.pretrained()}
 
     def _shown(self) -> tuple[str, ...]:
         """The adapters whose values the base shall hold now."""
-        names = self.merged_adapters or ([] if self._disable_adapters else self.active_adapters)
-        return tuple(name for name in names if name in self.saft_values)
+        return self._with_entries(self.merged_adapters or ([] if self._disable_adapters else self.active_adapters))
+
+    def _with_entries(self, names: list[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in self.saft_values and not self._waits_for_file(name))
 
     def _write(self, adapters: tuple[str, ...]) -> bool:
         """Makes the base hold θ₀ plus the values of `adapters`; False when the base cannot be written."""
-        if torch.compiler.is_compiling():
-            return not adapters
-        if not adapters:
-            self._restore()
-            return True
-        stamp = self._stamp(adapters)
-        if self._written is not None and self._written.matches(stamp):
-            return True
-        self._restore()
-        plan = self._plan_for(adapters)
-        if not plan.is_writable(self.base_layer):
-            return False
-        plan = self._plan = plan.with_fresh_originals()
-        self._base_versions = tuple(parameter._version for parameter in plan.parameters)
-        effective = plan.effective(self._delta(plan).detach())
-        if not all(map(same_bits, effective, plan.originals)):  # before the first step θ₀ is what shall be there
-            plan.store(effective)
-            set_versions(plan.parameters, self._versions_of(stamp))
-            self._changed = True
-        self._copies = {name: self.saft_values[name].detach().clone() for name in adapters}
-        self._written = stamp
-        return True
+        return self._resident.write(self.base_layer, self._indices(adapters), [self.saft_values[n] for n in adapters])
 
-    def _restore(self) -> None:
-        """Gives the base its own values back, and its version counters: what autograd saved of θ₀ is valid again."""
-        self._written = None
-        if not self._changed:
-            return
-        plan = self._plan
-        if plan is None or not plan.is_writable(self.base_layer):
-            raise RuntimeError(
-                "the base weights were replaced while they held a SAFT adapter. Disable or merge the adapter first, "
-                "then shard, offload or replace the weights."
-            )
-        plan.store(plan.originals)
-        set_versions(plan.parameters, self._base_versions)
-        self._changed = False
-
-    def _versions_of(self, stamp: Stamp) -> tuple[int, ...]:
-        """The version numbers of this state: those it had when it was last there, else new ones."""
-        if self._last is not None:
-            last_stamp, last_base, last_versions = self._last
-            if last_stamp.matches(stamp) and last_base == self._base_versions:
-                return last_versions
-        self._next_version += 1
-        versions = (self._next_version,) * len(self._base_versions)
-        self._last = (stamp, self._base_versions, versions)
-        return versions
-
-    def _stamp(self, adapters: tuple[str, ...]) -> Stamp:
-        return Stamp.of([tensors[name] for name in adapters for tensors in (self.saft_indices, self.saft_values)])
-
-    # --- plans ---------------------------------------------------------------------------------------------------
+    def _indices(self, adapters: tuple[str, ...]) -> dict[str, Tensor]:
+        return {name: self.saft_indices[name] for name in adapters}
 
     def _plan_for(self, adapters: tuple[str, ...]) -> Plan:
-        plan = self._plan
-        if plan is not None and torch.compiler.is_compiling():
-            return plan  # refresh() has made it
-        stamp = Stamp.of([self.saft_indices[name] for name in adapters])
-        if plan is None or plan.adapters != adapters or not plan.stamp.matches(stamp):
-            self._restore()
-            plan = self._plan = make_plan(self.base_layer, {name: self.saft_indices[name] for name in adapters}, stamp)
-        return plan
+        return self._resident.plan_for(self.base_layer, self._indices(adapters))
 
     def _delta(self, plan: Plan) -> Tensor:
         return plan.delta([self.saft_values[name] for name in plan.adapters])
@@ -338,36 +287,81 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     # --- moving, saving, loading ---------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._restore()
-        self._plan = self._last = None
-
+        self._resident.forget(self.base_layer)
         self.base_layer._apply(fn)
-        self.saft_indices._apply(fn)
-        self.saft_values._apply(keep_precision(fn))
-        if not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+        self.saft_indices._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor))
+        self.saft_values._apply(lambda tensor: tensor if tensor.is_meta else keep_precision(fn)(tensor))
+        if not any(tensor.is_meta for tensor in self.base_layer.parameters()):
             self.refresh()
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         device = device or next(self.base_layer.parameters()).device
-        if adapter_name in self.saft_values and not self.saft_values[adapter_name].is_meta:
+        if adapter_name in self.saft_values and not self._waits_for_file(adapter_name):
             self.saft_values[adapter_name].data = self.saft_values[adapter_name].data.to(device)
             self.saft_indices[adapter_name] = self.saft_indices[adapter_name].to(device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The unit's tensors; those of the base hold θ₀, unless the adapter is merged."""
         state = super().state_dict(*args, **kwargs)
-        if self._changed and self._plan is not None and not self.merged:
-            for tensor in self._plan.tensors:
-                base = tensor.parameter.detach().clone()
-                base.view(-1)[tensor.entries.positions] = tensor.originals
-                state[f"{kwargs.get('prefix', '')}base_layer.{tensor.name}"] = base
+        if not self.merged:
+            prefix = f"{kwargs.get('prefix', '')}base_layer."
+            state.update({prefix + name: base for name, base in self._resident.pretrained().items()})
         return state
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._restore()  # what is loaded now is θ₀
-        self._plan = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.saft_configs:
+            tensors = {key: state_dict.get(f"{prefix}{key}.{name}") for key in ("saft_indices", "saft_values")}
+            self.make_room(name, {key: tensor for key, tensor in tensors.items() if tensor is not None})
+        self._resident.forget(self.base_layer)  # what is loaded now is θ₀
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def make_room(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Gives an adapter that has no entries yet as many as are about to be loaded.
+
+        Args:
+            adapter_name: the adapter.
+            tensors: those that will be loaded: `saft_indices` and `saft_values`, or nothing.
+
+        Raises:
+            AdapterFileError: they do not fit the unit, or the entries the adapter has.
+        """
+        if not tensors:
+            return
+        self.check_tensors(adapter_name, tensors)
+        if adapter_name not in self.saft_values or self._waits_for_file(adapter_name):
+            count, config = len(tensors["saft_values"]), self.saft_configs[adapter_name]
+            self.allocate(adapter_name, torch.empty(count, device=next(self.base_layer.parameters()).device))
+            config.entry_counts = {**(config.entry_counts or {}), self.unit: count}
+
+    def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Looks whether tensors can be those of an adapter; nothing is changed.
+
+        Args:
+            adapter_name: the adapter.
+            tensors: its tensors, by name.
+
+        Raises:
+            AdapterFileError: one is missing, has a wrong form, or positions are not what positions can be.
+            NonFiniteError: a value is NaN or infinite, or would be in the base's format.
+        """
+        if set(tensors) != {"saft_indices", "saft_values"}:
+            allowed = "saft_indices and saft_values"
+            raise AdapterFileError("tensors are missing", where=self.unit, got=sorted(tensors), allowed=allowed)
+        indices, values = tensors["saft_indices"], tensors["saft_values"]
+        if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in (indices, values)):
+            return
+        config = self.saft_configs[adapter_name]
+        count = len(values) if config.entry_counts is None else config.entry_counts.get(self.unit, 0)
+        if indices.shape != values.shape or values.shape != (count,) or count == 0:
+            got = f"{tuple(indices.shape)} indices, {tuple(values.shape)} values"
+            raise AdapterFileError("numbers of entries differ", where=self.unit, got=got, allowed=f"({count},)")
+        if values.dtype != self._values_dtype:
+            got, allowed = str(values.dtype), str(self._values_dtype)
+            raise AdapterFileError("values have a wrong type", where=self.unit, got=got, allowed=allowed)
+        if not values.isfinite().all():
+            raise NonFiniteError("values of an adapter are NaN or infinite", where=self.unit, got=adapter_name)
+        make_plan(self.base_layer, {adapter_name: indices}, Stamp.of([indices]))
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the base that other code reads from the module it finds here."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from ...errors import AdapterFileError
 from ..base import RobustTuner
 from .config import SAFTConfig
 from .eligible import eligible_parameters
@@ -36,22 +36,22 @@ class SAFTModel(RobustTuner):
     prefix: str = "saft_"
     tuner_layer_cls = SAFTLayer
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._hooks: list[RemovableHandle] = []
-        super().__init__(*args, **kwargs)
-
     def find_targets(self, model: nn.Module, config: SAFTConfig) -> dict[str, tuple[str, ...]]:
-        """Returns the units an adapter may use, or, once it is selected, those that hold its entries.
+        """Returns the units an adapter may use, with the parameters it may select from.
 
         Args:
             model: the model without its PEFT wrapper.
             config: the settings of the adapter to add.
+
+        Raises:
+            ConfigError: the settings do not fit the model.
+            AdapterFileError: the config tells of entries in modules that the adapter could not have.
         """
-        return (
-            eligible_parameters(model, config)
-            if config.entry_counts is None
-            else dict.fromkeys(config.entry_counts, ())
-        )
+        units = eligible_parameters(model, config)
+        unknown = sorted(set(config.entry_counts or {}) - set(units))
+        if unknown:
+            raise AdapterFileError("an adapter has entries in modules that the model does not have", got=unknown)
+        return units
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wraps the units of an adapter.
@@ -63,7 +63,7 @@ class SAFTModel(RobustTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for child in model.children():  # the towers: a user may call one of them, or get_image_features
             if _see_data_edits not in child._forward_pre_hooks.values():
-                self._hooks.append(child.register_forward_pre_hook(_see_data_edits))
+                child.register_forward_pre_hook(_see_data_edits)
 
     def _create_and_replace(
         self,
@@ -74,9 +74,8 @@ class SAFTModel(RobustTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        layer = target if isinstance(target, SAFTLayer) else SAFTLayer(target)
-        count = (peft_config.entry_counts or {}).get(current_key, 0)
-        layer.update_layer(adapter_name, peft_config, count, self._targets[current_key])
+        layer = target if isinstance(target, SAFTLayer) else SAFTLayer(target, current_key)
+        layer.update_layer(adapter_name, peft_config, self._targets[current_key])
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -89,8 +88,9 @@ class SAFTModel(RobustTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for hook in self._hooks:
-            hook.remove()
+        for child in model.children():
+            for key in [key for key, hook in child._forward_pre_hooks.items() if hook is _see_data_edits]:
+                del child._forward_pre_hooks[key]
         return model
 
 
@@ -108,4 +108,4 @@ def _see_data_edits(module: nn.Module, args: Any) -> None:
     same = [torch.equal(torch.cat(v), torch.cat(c)) for v, c in (zip(*p, strict=True) for p in by_device.values())]
     if not all(same):
         for layer in layers:
-            layer.rewrite()
+            layer.refresh()

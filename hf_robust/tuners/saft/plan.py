@@ -93,13 +93,25 @@ class Plan:
         return [tensor.originals for tensor in self.tensors]
 
     def is_writable(self, base_layer: nn.Module) -> bool:
-        """Whether the base still owns the very parameters planned for: FSDP and offloading put others there."""
+        """Whether the base still owns the very parameters planned for, and this process alone does.
+
+        FSDP and offloading put others there; `share_memory()` would show one process's adapters to all.
+        """
         return all(
             tensor.parameter.is_contiguous()
             and not tensor.parameter.is_inference()
+            and not (tensor.parameter.is_cpu and tensor.parameter.is_shared())
             and base_layer.get_parameter(tensor.name) is tensor.parameter
             for tensor in self.tensors
         )
+
+    def versions(self) -> tuple[int, ...]:
+        """The version counters of the parameters that hold entries."""
+        return tuple(parameter._version for parameter in self.parameters)
+
+    def entries_now(self) -> list[Tensor]:
+        """What stands at the entries now, by parameter."""
+        return [tensor.parameter.detach().flatten()[tensor.entries.positions] for tensor in self.tensors]
 
     def delta(self, values: Sequence[Tensor]) -> Tensor:
         """The adapters' values added up, `(size,)`, with their gradient."""
@@ -116,7 +128,7 @@ class Plan:
 
     def with_fresh_originals(self) -> Plan:
         """The same plan with θ₀ read again from the base."""
-        fresh = [replace(t, originals=t.parameter.detach().flatten()[t.entries.positions]) for t in self.tensors]
+        fresh = [replace(t, originals=now) for t, now in zip(self.tensors, self.entries_now(), strict=True)]
         return replace(self, tensors=tuple(fresh))
 
     @torch.no_grad()

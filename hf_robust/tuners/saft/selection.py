@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...data.collator import n_images
+from ...encoders.pretrained import pretrained_weights
 from ...errors import NonFiniteError, SelectionError
 from .config import SAFTConfig
 from .layer import SAFTLayer
-from .model import SAFTModel
 from .plan import floating_parameters
 
 Batch = dict[str, Tensor]
@@ -59,28 +59,26 @@ def select_saft(
         ...     return torch.nn.functional.cross_entropy(logits, labels)
         >>> select_saft(model, loader, loss_fn)  # doctest: +SKIP
     """
-    tuner, name = find_tuner(model, adapter_name)
-    config = tuner.peft_config[name]
-    layers = layers_of(tuner)
-    if config.entry_counts is not None:
+    layers, name = find_layers(model, adapter_name)
+    if not unselected(layers, name):
         raise SelectionError(
             "the adapter has selected its entries already", got=name, remedy="Add a new adapter to select others."
         )
+    config = layers[0].saft_configs[name]
     tensors = {
-        f"{unit}.{parameter}": layer.base_layer.get_parameter(parameter)
-        for unit, layer in layers.items()
+        f"{layer.unit}.{parameter}": layer.base_layer.get_parameter(parameter)
+        for layer in layers
         for parameter in layer.saft_eligible.get(name, ())
     }
-    scores = _scores(tuner, model, tensors, config, batches, loss_fn)
-    chosen = _choose(scores, config)
-    counts: dict[str, int] = {}
-    for unit, layer in layers.items():
-        positions = _positions_in_unit(layer, unit, chosen)
+    chosen = _choose(_scores(model, tensors, config, batches, loss_fn), config)
+    config.saved, config.entry_counts = None, {}
+    for layer in layers:
+        positions = _positions_in_unit(layer, chosen)
         layer.allocate(name, positions)
         if len(positions):
-            counts[unit] = len(positions)
-    config.entry_counts = counts
-    tuner.set_adapter(tuner.active_adapter)
+            config.entry_counts[layer.unit] = len(positions)
+    for layer in layers:
+        layer.set_adapter(layer.active_adapters)
 
 
 def saft_unselected(model: nn.Module, adapter_name: str | None = None) -> bool:
@@ -94,43 +92,59 @@ def saft_unselected(model: nn.Module, adapter_name: str | None = None) -> bool:
         >>> saft_unselected(get_peft_model(clip, SAFTConfig()))  # doctest: +SKIP
         True
     """
-    tuners = [module for module in model.modules() if isinstance(module, SAFTModel)]
-    names = [adapter_name] if adapter_name else (tuners[0].active_adapters if tuners else [])
-    return any(tuner.peft_config[name].entry_counts is None for tuner in tuners for name in names)
+    layers = _layers(model)
+    names = [adapter_name] if adapter_name else (layers[0].active_adapters if layers else [])
+    return any(unselected(layers, name) for name in names)
+
+
+def unselected(layers: list[SAFTLayer], adapter_name: str) -> bool:
+    """Whether an adapter has not selected its entries yet, or not got them from a file."""
+    return any(layer.is_unselected(adapter_name) for layer in layers)
 
 
 def scores_single_images(model: nn.Module) -> bool:
     """Whether the active SAFT adapter's score needs batches of one image."""
-    tuner, name = find_tuner(model, None)
-    return tuner.peft_config[name].score in PER_IMAGE_SCORES
+    layers, name = find_layers(model, None)
+    return layers[0].saft_configs[name].score in PER_IMAGE_SCORES
 
 
-def find_tuner(model: nn.Module, adapter_name: str | None) -> tuple[SAFTModel, str]:
-    """Finds the SAFT tuner in a model, and the name of the adapter that is meant."""
-    tuners = [module for module in model.modules() if isinstance(module, SAFTModel)]
-    if not tuners:
+def find_layers(model: nn.Module, adapter_name: str | None) -> tuple[list[SAFTLayer], str]:
+    """The units that a SAFT adapter is in, and its name.
+
+    Args:
+        model: a `PeftModel`, a model that PEFT injected an adapter into, or a module that holds one.
+        adapter_name: the adapter; by default the active one.
+
+    Raises:
+        SelectionError: there is no such adapter.
+    """
+    layers = _layers(model)
+    if not layers:
         raise SelectionError("the model has no SAFT adapter", remedy="Use get_peft_model(model, SAFTConfig()).")
-    return tuners[0], adapter_name or tuners[0].active_adapters[0]
+    names = [adapter_name] if adapter_name else layers[0].active_adapters
+    found = [layer for layer in layers if names and names[0] in layer.saft_configs]
+    if not found:
+        known = sorted({name for layer in layers for name in layer.saft_configs})
+        raise SelectionError("the model has no such SAFT adapter", got=names, allowed=", ".join(known))
+    return found, names[0]
 
 
-def find_selected(model: nn.Module, adapter_name: str | None) -> tuple[SAFTModel, str]:
-    """As `find_tuner`, for what needs the adapter's entries."""
-    tuner, name = find_tuner(model, adapter_name)
-    if tuner.peft_config[name].entry_counts is None:
+def find_selected(model: nn.Module, adapter_name: str | None) -> tuple[list[SAFTLayer], str]:
+    """As `find_layers`, for what needs the adapter's entries."""
+    layers, name = find_layers(model, adapter_name)
+    if unselected(layers, name):
         raise SelectionError("the adapter has not selected its entries", got=name, remedy="Call select_saft first.")
-    return tuner, name
+    return layers, name
 
 
-def layers_of(tuner: SAFTModel) -> dict[str, SAFTLayer]:
-    """The wrapped units of a tuner's model, by name."""
-    return {name: module for name, module in tuner.model.named_modules() if isinstance(module, SAFTLayer)}
+def _layers(model: nn.Module) -> list[SAFTLayer]:
+    return [module for module in model.modules() if isinstance(module, SAFTLayer)]
 
 
 # --- scores ------------------------------------------------------------------------------------------------------
 
 
 def _scores(
-    tuner: SAFTModel,
     model: nn.Module,
     tensors: dict[str, nn.Parameter],
     config: SAFTConfig,
@@ -145,7 +159,7 @@ def _scores(
         return {n: torch.rand(t.numel(), generator=generator).to(t.device) for n, t in tensors.items()}
     if batches is None or loss_fn is None:
         raise SelectionError(f"score {config.score!r} needs data", remedy="Pass batches and loss_fn.")
-    with _at_pretrained_weights(tuner, model, tensors):
+    with _at_pretrained_weights(model, tensors):
         sums, images = _gradient_sums(model, tensors, config, batches, loss_fn)
     _add_over_ranks(list(sums.values()), images)
     if images == 0:
@@ -159,16 +173,11 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def _at_pretrained_weights(tuner: SAFTModel, model: nn.Module, tensors: dict[str, nn.Parameter]) -> Iterator[None]:
-    """The adapter off, eval mode, gradients for the eligible tensors alone; everything put back afterwards."""
-    training = {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    disabled = [layer._disable_adapters for layer in layers_of(tuner).values()]
+def _at_pretrained_weights(model: nn.Module, tensors: dict[str, nn.Parameter]) -> Iterator[None]:
+    """The adapters off, eval mode, gradients for the eligible tensors alone; everything put back afterwards."""
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(cuda)), torch.enable_grad():
+    with torch.random.fork_rng(devices=sorted(cuda)), torch.enable_grad(), pretrained_weights(model):
         try:
-            model.eval()
-            tuner.disable_adapter_layers()
             model.requires_grad_(False)
             for tensor in tensors.values():
                 tensor.requires_grad_(True)
@@ -176,12 +185,6 @@ def _at_pretrained_weights(tuner: SAFTModel, model: nn.Module, tensors: dict[str
         finally:
             for tensor in tensors.values():
                 tensor.grad = None
-            if not any(disabled):
-                tuner.enable_adapter_layers()
-            for parameter, flag in required.items():
-                parameter.requires_grad_(flag)
-            for module, flag in training.items():
-                module.training = flag
 
 
 def _gradient_sums(
@@ -280,10 +283,10 @@ def _top(score: Tensor, count: int) -> Tensor:
     return torch.cat([above, at]).sort().values
 
 
-def _positions_in_unit(layer: SAFTLayer, unit: str, chosen: dict[str, Tensor]) -> Tensor:
+def _positions_in_unit(layer: SAFTLayer, chosen: dict[str, Tensor]) -> Tensor:
     found, offset = [], 0
     for name, parameter in floating_parameters(layer.base_layer).items():
-        if f"{unit}.{name}" in chosen:
-            found.append(chosen[f"{unit}.{name}"] + offset)
+        if f"{layer.unit}.{name}" in chosen:
+            found.append(chosen[f"{layer.unit}.{name}"] + offset)
         offset += parameter.numel()
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)

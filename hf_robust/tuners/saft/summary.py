@@ -11,7 +11,7 @@ from torch import nn
 
 from .layer import SAFTLayer
 from .plan import floating_parameters
-from .selection import find_selected, layers_of
+from .selection import find_selected
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,18 @@ def mask_summary(model: nn.Module, adapter_name: str | None = None) -> MaskSumma
         >>> print(mask_summary(model))  # doctest: +SKIP
         SAFT selected 151,277 of 151,277,313 parameters (0.100%)
     """
-    tuner, name = find_selected(model, adapter_name)
+    layers, name = find_selected(model, adapter_name)
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for unit, layer in layers_of(tuner).items():
+    for layer in layers:
         for parameter, selected, numel in _per_parameter(layer, name):
-            kind = re.sub(r"\.\d+\.", ".*.", f"{unit}.{parameter}")
+            kind = re.sub(r"\.\d+\.", ".*.", f"{layer.unit}.{parameter}")
             counts[kind] = counts.get(kind, 0) + selected
             sizes[kind] = sizes.get(kind, 0) + numel
     total = sum(counts.values())
     kinds = [KindSummary(k, n, n / total, n / sizes[k]) for k, n in counts.items() if n]
     kinds.sort(key=lambda kind: (-kind.count, kind.kind))
-    return MaskSummary(tuple(kinds), total, _size_of_base(tuner.model))
+    return MaskSummary(tuple(kinds), total, _size_of_base(model))
 
 
 def _per_parameter(layer: SAFTLayer, adapter_name: str) -> list[tuple[str, int, int]]:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings that all methods have: which modules of a model are taken, and what a saved adapter says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from peft.config import PeftConfig
+
+from ..errors import ConfigError
+
+Towers = Literal["both", "vision", "text"]
+
+
+@dataclass
+class RobustConfig(PeftConfig):
+    """Settings shared by the methods of this package.
+
+    A config is copied when an adapter is made of it, and never changed: it may serve any number of adapters.
+
+    Args:
+        towers: which towers of a dual encoder, each with its projection; `both` takes every module of any model.
+        target_modules: names (or endings) of modules, or one regular expression.
+        exclude_modules: the same for modules to leave out.
+        layers_to_transform: numbers of the layers to take, as LoRA has it: `[10, 11]` takes what lies in `*.10.*` and
+            `*.11.*`, and nothing outside of numbered layers.
+        layers_pattern: names of the lists that these numbers count in, such as `"encoder.layers"`; by default all.
+        modules_to_save: modules to train in full beside the adapter and to save with it.
+        saved: what the file of a saved adapter says of itself; filled when the adapter is saved, not by hand.
+
+    Raises:
+        ConfigError: a value is none of the allowed ones.
+    """
+
+    # Whether the adapter's tensors are known to be those that `saved` speaks of. No field: it is not saved.
+    checked: ClassVar[bool] = False
+
+    towers: Towers = field(default="both", metadata={"help": "Which towers of a dual encoder to train."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to take."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Numbers of the layers to take, by default all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the lists of layers that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full and save."})
+    saved: dict[str, Any] | None = field(
+        default=None, repr=False, metadata={"help": "What a saved adapter says of itself, filled when it is saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("towers", Towers)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            self._check_names(name, one_string=name != "modules_to_save")
+        layers = self.layers_to_transform
+        for number in layers if isinstance(layers, list) else [layers]:
+            if layers is not None and (type(number) is not int or number < 0):
+                raise ConfigError("layers_to_transform is no list of layers", got=layers, allowed="numbers from 0 on")
+        if self.layers_pattern is not None and layers in (None, []):
+            raise ConfigError("layers_pattern says where to count layers_to_transform, which is not given")
+        if not isinstance(self.saved, dict | None):
+            raise ConfigError("saved is not what a saved adapter says of itself", got=self.saved)
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        if getattr(self, name) not in get_args(choices):
+            raise ConfigError(f"unknown {name}", got=getattr(self, name), allowed=", ".join(get_args(choices)))
+
+    def _check_names(self, name: str, one_string: bool) -> None:
+        value = getattr(self, name)
+        if isinstance(value, set | tuple):  # a set has no order, and the saved file shall not depend on hashes
+            value = sorted(value)
+            setattr(self, name, value)
+        if value is None or (one_string and isinstance(value, str) and value):
+            return
+        if value in ([], ""):
+            raise ConfigError(f"{name} is empty", got=value, remedy="Leave it at None, or name modules.")
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            raise ConfigError(f"{name} is no list of names", got=value)

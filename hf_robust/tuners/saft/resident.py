@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the values of adapters get into the weights of a unit's base, and out of them again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import BaseWeightsError
+from .plan import Plan, Stamp, make_plan, same_bits, set_versions
+
+# Numbers for the version counters of written weights start here, far from what in-place edits of the base count up to.
+FIRST_VERSION = 2**20
+REMEDY = (
+    "Edit, shard, offload or share the base while the adapter is off (with model.disable_adapter()) or merged; "
+    "the weights as they are now can be had back by loading the base again."
+)
+
+
+class ResidentValues:
+    """What a unit's base shows: θ₀, or θ₀ plus the values of some adapters.
+
+    It is told what shall be there, by tensors of positions and values, and knows when nothing has to be done.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.changed = False  # whether the base's bits differ from those of θ₀
+        self._written: Stamp | None = None  # of the values the base shows; None: it shows θ₀
+        self._copies: tuple[Tensor, ...] = ()  # of the values, as they were written
+        self._base_versions: tuple[int, ...] = ()
+        self._written_versions: tuple[int, ...] = ()
+        self._last: tuple[Stamp, tuple[int, ...], tuple[int, ...]] | None = None
+        self._next_version = FIRST_VERSION
+
+    def plan_for(self, base_layer: nn.Module, indices: Mapping[str, Tensor]) -> Plan:
+        """Returns the plan for the entries of some adapters.
+
+        Args:
+            base_layer: the unit's base.
+            indices: positions of the entries, by adapter.
+
+        Raises:
+            AdapterFileError: positions are no integers, out of range, or not strictly increasing.
+        """
+        if self.plan is not None and torch.compiler.is_compiling():
+            return self.plan  # the last write outside has made it
+        stamp = Stamp.of(list(indices.values()))
+        if self.plan is None or self.plan.adapters != tuple(indices) or not self.plan.stamp.matches(stamp):
+            self.restore(base_layer)
+            self.plan = make_plan(base_layer, dict(indices), stamp)
+        return self.plan
+
+    def write(self, base_layer: nn.Module, indices: Mapping[str, Tensor], values: Sequence[Tensor]) -> bool:
+        """Makes the base hold θ₀ plus the values; False when the base cannot be written.
+
+        Args:
+            base_layer: the unit's base.
+            indices: positions of the entries, by adapter.
+            values: their values, in the same order.
+
+        Raises:
+            BaseWeightsError: the base has been changed or replaced while it held values.
+        """
+        if torch.compiler.is_compiling():
+            return not indices
+        if not indices:
+            self.restore(base_layer)
+            return True
+        stamp = Stamp.of([*indices.values(), *values])
+        if self._written is not None and self._written.matches(stamp):
+            return True
+        self.restore(base_layer)
+        plan = self.plan_for(base_layer, indices)
+        if not plan.is_writable(base_layer):
+            return False
+        plan = self.plan = plan.with_fresh_originals()
+        self._base_versions = plan.versions()
+        effective = plan.effective(plan.delta(values).detach())
+        if not all(map(same_bits, effective, plan.originals)):  # before the first step θ₀ is what shall be there
+            plan.store(effective)
+            set_versions(plan.parameters, self._versions_of(stamp))
+            self.changed = True
+        self._written_versions = plan.versions()
+        self._copies = tuple(value.detach().clone() for value in values)
+        self._written = stamp
+        return True
+
+    def restore(self, base_layer: nn.Module) -> None:
+        """Gives the base its own values back, and its version counters: what autograd saved of θ₀ is valid again.
+
+        Args:
+            base_layer: the unit's base.
+
+        Raises:
+            BaseWeightsError: the base has been changed, replaced or shared while it held values.
+        """
+        if self.changed and self.plan is not None:
+            if not self.plan.is_writable(base_layer):
+                what = "weights of the base were replaced or shared while they held a SAFT adapter's values"
+                raise BaseWeightsError(what, got=self.plan.adapters, remedy=REMEDY)
+            edited = self.plan.versions() != self._written_versions
+            if edited:
+                self.check_base()
+            self.plan.store(self.plan.originals)
+            if not edited:
+                set_versions(self.plan.parameters, self._base_versions)
+        self.changed = False
+        self._written = None
+
+    def check_base(self) -> None:
+        """Looks whether the entries of the base are what was written there.
+
+        Raises:
+            BaseWeightsError: they are not, so that the base without the adapter cannot be known.
+        """
+        if self.changed and self.plan is not None:
+            written = self.plan.effective(self.plan.delta(self._copies))
+            if not all(map(same_bits, self.plan.entries_now(), written)):
+                what = "weights of the base were changed while they held a SAFT adapter's values"
+                raise BaseWeightsError(what, got=self.plan.adapters, remedy=REMEDY)
+
+    def forget(self, base_layer: nn.Module) -> None:
+        """Gives the base back and forgets the plan: what is in the base from now on is θ₀."""
+        self.restore(base_layer)
+        self.plan = self._last = None
+
+    def see_data_edits(self, base_layer: nn.Module) -> None:
+        """Gives the base back if its values have been edited behind autograd's back, to be written again."""
+        if not all(same_bits(value, copy) for value, copy in self.written_values()):
+            self.restore(base_layer)
+            self._last = None
+
+    def written_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The values that stand in the base, each with the copy taken when they were written."""
+        if self._written is None:
+            return []
+        values = self._written.tensors[len(self._written.tensors) - len(self._copies) :]
+        return [(value.detach(), copy) for value, copy in zip(values, self._copies, strict=True)]
+
+    def pretrained(self) -> dict[str, Tensor]:
+        """θ₀ of the parameters that hold values now, by name."""
+        found: dict[str, Tensor] = {}
+        for tensor in self.plan.tensors if self.changed and self.plan is not None else ():
+            found[tensor.name] = tensor.parameter.detach().clone()
+            found[tensor.name].view(-1)[tensor.entries.positions] = tensor.originals
+        return found
+
+    def _versions_of(self, stamp: Stamp) -> tuple[int, ...]:
+        """The version numbers of this state: those it had when it was last there, else new ones."""
+        if self._last is not None:
+            last_stamp, last_base, last_versions = self._last
+            if last_stamp.matches(stamp) and last_base == self._base_versions:
+                return last_versions
+        self._next_version += 1
+        versions = (self._next_version,) * len(self._base_versions)
+        self._last = (stamp, self._base_versions, versions)
+        return versions
