@@ -43,6 +43,7 @@ from hf_robust import (
     with_image_size,
 )
 from hf_robust.data.class_spaces import class_space
+from hf_robust.data.text_files import read_json
 from hf_robust.encoders.templates import readable
 from hf_robust.errors import DataError
 from hf_robust.evaluation import base_to_new, few_shot, harmonic_mean, plot_over_epochs
@@ -186,7 +187,7 @@ def start_results(task: Task, args: ScriptArguments, training_args: RobustTraini
     file = results_file(training_args)
     if not file.exists():
         return results
-    found = json.loads(file.read_text())
+    found = read_json(file)
     found["config"]["output_dir"] = results["config"]["output_dir"]  # one folder may be written in several ways
     check_same_settings(found, {part: results[part] for part in ("config", "versions", "class_names")}, file)
     return found

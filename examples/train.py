@@ -17,7 +17,6 @@ On two processes, of a machine without GPU too:
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from transformers import set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
 from hf_robust.data.rows import LabelledImages
+from hf_robust.data.text_files import parse_json
 from hf_robust.errors import ConfigError, close_matches
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given
@@ -96,7 +96,7 @@ class ScriptArguments:
 def read_sets(text: str) -> dict[str, str]:
     """Evaluation sets by name, from JSON."""
     try:
-        return dict(json.loads(text))
+        return dict(parse_json(text, "eval_data"))
     except (ValueError, TypeError) as error:
         raise ConfigError("no sets by name", where="eval_data", got=text, allowed='{"name": "data", …}') from error
 

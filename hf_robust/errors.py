@@ -79,7 +79,7 @@ class MergeError(HfRobustError, ValueError):
 
 
 class UnsafeFileError(HfRobustError, ValueError):
-    """A file could run code when loaded, or names a file outside its folder."""
+    """A file could run code when loaded, is no regular file, or names a file outside its folder."""
 
 
 class HubError(HfRobustError, OSError):

@@ -47,6 +47,7 @@ from hf_robust import (
 )
 from hf_robust.cards.results import TITLES
 from hf_robust.data.rows import LabelledImages
+from hf_robust.data.text_files import read_json
 from hf_robust.errors import ConfigError, NonFiniteError
 from hf_robust.evaluation import (
     RobustnessSuite,
@@ -169,12 +170,12 @@ class Runs:
     def __init__(self, output: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings_file, self.settings = output / "runs", output / "settings.json", settings
         self.check()
-        self.found = {path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))}
+        self.found = {path.stem: read_json(path) for path in sorted(self.folder.glob("*.json"))}
 
     def check(self) -> None:
         """Refuses a folder with runs of other settings."""
         if self.settings_file.exists():
-            check_same_settings(json.loads(self.settings_file.read_text()), self.settings, self.settings_file)
+            check_same_settings(read_json(self.settings_file), self.settings, self.settings_file)
 
     def get(self, name: str, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """What `run(*arguments)` returned, now or in an earlier call."""

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import JSONDecodeError
 from pathlib import Path
 from stat import S_ISREG
 from tempfile import TemporaryDirectory
@@ -16,10 +15,13 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
-from ..errors import HubError, UnsafeFileError
+from ..data.text_files import parse_json, read_json, read_text
+from ..data.yaml_files import parse_yaml
+from ..errors import ConfigError, DataError, HubError, UnsafeFileError
 from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
 from .card import REPOSITORY
 from .markdown import hub_id
@@ -115,8 +117,10 @@ def push(
     folder = Path(folder)
     try:
         contents = _contents(folder, base_model_id, token)
-    except (JSONDecodeError, UnicodeDecodeError, YAMLError, SafetensorError) as error:
+    except (UnicodeDecodeError, YAMLError, SafetensorError) as error:
         raise HubError("file is malformed; nothing has been pushed", where=str(folder), got=str(error)) from error
+    except (DataError, ConfigError) as error:
+        raise HubError(f"{error.what}; nothing has been pushed", where=error.where, got=error.got) from error
     with _explained(folder, repo_id):
         api = HfApi(token=True if token is None else token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -193,8 +197,9 @@ def _check_same_model(api: HfApi, repo_id: str, sha: str | None, names: set[str]
         return
     with TemporaryDirectory() as folder:
         path = api.hf_hub_download(repo_id, ADAPTER, revision=sha, local_dir=folder)
-        there = json.loads(Path(path).read_text(encoding="utf-8"))
-    new = json.loads(contents[ADAPTER])
+        there = read_json(Path(path))
+    new = parse_json(contents[ADAPTER], ADAPTER)
+    there = there if isinstance(there, dict) else {}  # PEFT cannot read it, so it is nothing that could be lost
     for key in ("peft_type", "base_model_name_or_path"):
         if there.get(key) and new.get(key) and there[key] != new[key]:
             what = f"repository holds an adapter with another {key}"
@@ -226,7 +231,9 @@ def _contents(folder: Path, base_model_id: str | None, token: str | None) -> dic
 
 def _card(folder: Path, base_model_id: str | None) -> str:
     """Returns the card; in the metadata of PEFT's own there is the base model's path."""
-    text = _file(folder, CARD).read_text(encoding="utf-8")
+    text = read_text(_file(folder, CARD))
+    if metadata_block := REGEX_YAML_BLOCK.search(text):  # as ModelCard finds it, and reads without limits
+        parse_yaml(metadata_block.group(2), CARD)
     card = ModelCard(text)
     metadata: Any = card.data
     if not isinstance(metadata.base_model, str) or hub_id(metadata.base_model) is not None:
@@ -241,7 +248,8 @@ def _model_files(folder: Path) -> list[str]:
     adapter = os.path.lexists(folder / ADAPTER)
     names = [ADAPTER, ADAPTER_WEIGHTS] if adapter else [MODEL, MODEL_WEIGHTS]
     if not adapter and os.path.lexists(folder / INDEX):
-        shards = set(json.loads(_file(folder, INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        weight_map = _read_object(folder, INDEX).get("weight_map")
+        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {"no weight_map"}
         if wrong := sorted(shard for shard in shards if SHARD.fullmatch(shard) is None):
             raise UnsafeFileError("index names files that are no shards", where=str(folder / INDEX), got=wrong[:3])
         names = [MODEL, INDEX, *sorted(shards)]
@@ -269,12 +277,19 @@ def _weights(folder: Path, name: str) -> str:
     return str(path)
 
 
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    content = read_json(_file(folder, name))
+    if not isinstance(content, dict):
+        raise DataError("file is malformed", where=name, got=type(content).__name__, allowed="a JSON object")
+    return content
+
+
 def _cleaned(folder: Path, name: str, base_model_id: str | None) -> bytes:
     """Returns a JSON file in which local paths of the base model are replaced by its id, or by nothing."""
-    content = json.loads(_file(folder, name).read_text(encoding="utf-8"))
+    content = _read_object(folder, name)
     for key in BASE_KEYS:
         if key in content:
-            content[key] = hub_id(content[key] or "")
+            content[key] = hub_id(str(content[key] or ""))
     if name == ADAPTER and base_model_id is not None:
         content[BASE_KEYS[0]] = base_model_id
     return json.dumps(content, indent=2, ensure_ascii=False).encode()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from ..errors import DataError
+from ..errors import DataError, HfRobustError
 from .splits import METADATA, image_splits, split_word
 
 IMAGES, PARQUET, TABLES = "images", ".parquet", (".csv", ".tsv", ".jsonl", ".json")
@@ -30,10 +30,11 @@ def reading(source: str, where: str) -> Iterator[None]:
 
     Raises:
         DataError: anything went wrong.
+        UnsafeFileError: a file is no regular file.
     """
     try:
         yield
-    except DataError:
+    except HfRobustError:
         raise
     except Exception as error:  # they have no common class; the first cause is the one that says something
         cause: BaseException = error

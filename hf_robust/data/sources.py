@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
+from pathlib import Path
 
 import datasets
 import pyarrow.parquet
@@ -29,6 +29,7 @@ from .files import IMAGES, PARQUET, exists, files_of, kind_of, reading, split_of
 from .image_folders import load_image_folder
 from .splits import choose_split, file_splits, image_splits
 from .tables import check_same_columns, load_tables
+from .text_files import read_json
 
 NOTHING = "no such file, folder of images or dataset of the Hub"
 
@@ -118,8 +119,7 @@ def _load_parquet(files: Sequence[str], where: str) -> Dataset:
 def _saved_splits(folder: str) -> list[str] | None:
     """The splits of a folder of `save_to_disk`, none for a single dataset; None for other folders."""
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        with open(os.path.join(folder, "dataset_dict.json"), encoding="utf-8") as file:
-            return json.load(file)["splits"]
+        return read_json(Path(folder, "dataset_dict.json"))["splits"]
     return [] if os.path.isfile(os.path.join(folder, "state.json")) else None
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from datasets import Dataset, Image
 from ..errors import DataError
 from .files import reading
 from .splits import METADATA
+from .text_files import parse_json
 
 DELIMITERS, JSON = {".csv": ",", ".tsv": "\t"}, (".jsonl", ".json")
 PATH_COLUMNS = ("image", "file_name", "filename", "path", "filepath", "image_path", "img", "file")
@@ -157,9 +157,9 @@ def _read_json(file: TextIO) -> pa.Table:
 
 def _json_object(line: str, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number} is no JSON object: {error}") from None
+        row = parse_json(line, f"line {number}")
+    except DataError as error:
+        raise ValueError(f"line {number} is no JSON object: {error.got}") from None
     if not isinstance(row, dict):
         raise ValueError(f"line {number} is no JSON object, but {type(row).__name__}; write one object per line")
     return row

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
+from ..data.text_files import read_json, read_text
 from ..data.yaml_files import read_yaml
 from ..encoders.templates import check_class_names, check_templates
 from ..errors import ConfigError, DataError, close_matches
@@ -263,14 +263,15 @@ def _set_from_settings(name: Any, settings: dict[str, Any], where: str) -> Suite
 
 
 def _read_values(key: str, file: Path, where: str) -> Any:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if key == "merge":
-            return json.loads(text)
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines if key == "class_names" else [int(line) for line in lines]
-    except FileNotFoundError as error:
+    if not file.exists():
         remedy = "Write it, or name another file in a copy of the suite; paths start at the working directory."
-        raise DataError(f"no file with the {key}", where=where, got=str(file), remedy=remedy) from error
+        raise DataError(f"no file with the {key}", where=where, got=str(file), remedy=remedy)
+    if key == "merge":
+        return read_json(file)
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if key == "class_names":
+        return lines
+    try:
+        return [int(line) for line in lines]
     except ValueError as error:
-        raise DataError(f"file cannot be read ({error})", where=where, got=str(file)) from error
+        raise DataError("file holds no indices", where=f"{where}, {file}", got=str(error)) from error

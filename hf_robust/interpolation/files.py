@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ..errors import MergeError, UnsafeFileError
+from ..data.text_files import parse_json, read_text
+from ..errors import DataError, MergeError, UnsafeFileError
 from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -163,7 +164,7 @@ def read_header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
             raise _damaged(path, f"a header of {length} bytes in a file of {size}")
         if file.peek(1)[:1] != b"{":
             raise _damaged(path, "a header that does not begin with {")
-        header = _parse_json(file.read(length), path)
+        header = _object(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "metadata that is not text")
@@ -197,7 +198,7 @@ def header_of(path: Path, tensors: Mapping[str, StoredTensor], dtypes: Mapping[s
         b'{'
     """
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = _object(file.read(int.from_bytes(file.read(8), "little")), path)
     entries = {"__metadata__": header["__metadata__"]} if "__metadata__" in header else {}
     end, names = 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
@@ -223,9 +224,7 @@ def read_json(path: Path) -> dict[str, Any]:
         >>> read_json(Path("runs/full/config.json"))["model_type"]
         'clip'
     """
-    if not path.is_file():
-        raise UnsafeFileError("not a regular file", where=str(path))
-    return _parse_json(path.read_bytes(), path)
+    return _object(read_text(path, error=MergeError), path)
 
 
 def stamp(path: Path) -> Stamp:
@@ -289,11 +288,11 @@ def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Sto
         raise MergeError(f"index and shards disagree on {len(wrong)} tensors", where=str(index), got=got)
 
 
-def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+def _object(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"no valid JSON, {str(error)[:200]}") from error
+        parsed = parse_json(text, str(path))
+    except DataError as error:
+        raise _damaged(path, f"{error.what}, {error.got}") from error
     if not isinstance(parsed, dict):
         raise _damaged(path, f"no JSON object but a {type(parsed).__name__}")
     return parsed
@@ -316,11 +315,3 @@ def _stored_tensor(path: Path, name: str, entry: Any, start: int) -> StoredTenso
 
 def _damaged(path: Path, got: str) -> MergeError:
     return MergeError("file is damaged", where=str(path), got=got, remedy="Save or download it again.")
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        twice = next(name for name in names if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return names

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoModel, AutoProcessor, ProcessorMixin, TrainingArgum
 from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, labelled_images
 from ..data.sources import load_source
+from ..data.text_files import read_json, read_text
 from ..encoders.dual_encoder import family
 from ..errors import ConfigError, DataError
 from ..training.arguments import RobustTrainingArguments
@@ -89,7 +89,9 @@ def read_class_names(file: str | None) -> list[str] | dict[str, str] | None:
         file: where they are; one that ends in `.json` holds an object. None for none.
 
     Raises:
-        ConfigError: it cannot be read.
+        DataError: it cannot be read, or is no JSON.
+        UnsafeFileError: it is no regular file.
+        ConfigError: its JSON is no object.
 
     Example:
         >>> read_class_names("names.txt"), read_class_names("names.json")
@@ -97,12 +99,10 @@ def read_class_names(file: str | None) -> list[str] | dict[str, str] | None:
     """
     if file is None:
         return None
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        names = json.loads(text) if file.endswith(".json") else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise ConfigError("file of class names cannot be read", where=file, got=str(error)) from error
-    if not isinstance(names, dict) and file.endswith(".json"):
+    if not file.endswith(".json"):
+        return read_text(Path(file)).splitlines()
+    names = read_json(Path(file))
+    if not isinstance(names, dict):
         allowed = "an object from the data's names to words; or a file of another name with one name per line"
         raise ConfigError("file of class names holds none", where=file, got=type(names).__name__, allowed=allowed)
     return names

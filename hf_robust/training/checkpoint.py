@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.class_spaces import ClassSpace
+from ..data.text_files import read_json
 from ..errors import AdapterFileError
 from ..ogen import OGENClassifier
 from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE, ZeroShotClassifier
@@ -115,13 +116,16 @@ def load_head(classifier: ZeroShotClassifier, folder: Path) -> None:
 
     Raises:
         AdapterFileError: the folder is for other classes or another head, or lacks weights.
+        DataError: the file with the classes is missing or no valid JSON.
     """
-    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    saved = read_json(folder / CONFIG_FILE)
+    names = saved.get("class_names") if isinstance(saved, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or "head" not in saved:
+        raise AdapterFileError("file names no head and no classes", where=str(folder / CONFIG_FILE))
     if saved["head"] != classifier.head:
         raise AdapterFileError("checkpoint has another head", where=str(folder), got=saved["head"])
-    if ClassSpace(classifier.class_names).relate(saved["class_names"]).kind != "same":
-        got = saved["class_names"]
-        raise AdapterFileError("checkpoint is of other classes, or of another order", where=str(folder), got=got)
+    if ClassSpace(classifier.class_names).relate(names).kind != "same":
+        raise AdapterFileError("checkpoint is of other classes, or of another order", where=str(folder), got=names)
     expected = _own_weights(classifier)
     weights = load_file(folder / WEIGHTS_FILE) if expected else {}
     _require_all(sorted(set(expected) - set(weights)), folder)

@@ -275,7 +275,7 @@ def test_missing_and_broken_files_that_a_suite_names_are_reported(tmp_path):
         RobustnessSuite.from_yaml(write(tmp_path, {"sets": {"a": settings}}))
     (tmp_path / "subset.txt").write_text("one\n")
     settings = {"role": "id", "source": "a", "subset_file": str(tmp_path / "subset.txt")}
-    with pytest.raises(DataError, match="file cannot be read"):
+    with pytest.raises(DataError, match="file holds no indices .at .*, a, .*subset.txt.: got .*one"):
         RobustnessSuite.from_yaml(write(tmp_path, {"sets": {"a": settings}}))
 
 

@@ -52,9 +52,9 @@ def test_class_names_are_lines_or_an_object(tmp_path):
     (tmp_path / "names.json").write_text('{"n02": "Hüte", "n01": "cat"}', encoding="utf-8")
     assert read_class_names(str(tmp_path / "names.json")) == {"n02": "Hüte", "n01": "cat"}
     (tmp_path / "bad.json").write_text("[1", encoding="utf-8")
-    with pytest.raises(ConfigError, match="class names cannot be read.*bad.json"):
+    with pytest.raises(DataError, match="no valid JSON .at .*bad.json"):
         read_class_names(str(tmp_path / "bad.json"))
-    with pytest.raises(ConfigError, match="class names cannot be read.*no.txt"):
+    with pytest.raises(DataError, match="file cannot be read .at .*no.txt"):
         read_class_names(str(tmp_path / "no.txt"))
 
 
