@@ -159,7 +159,7 @@ def test_saving_again_gives_the_same_bytes(saved: Saved, tmp_path: Path) -> None
 
 def test_files_hold_the_adapter_alone(saved: Saved) -> None:
     tensors = load_file(saved.adapter / "adapter_model.safetensors")
-    assert tensors and all(saved.prefix in name for name in tensors)
+    assert len(tensors) > 1 and all(saved.prefix in name for name in tensors)
     written = json.loads((saved.adapter / "adapter_config.json").read_text())
     assert written["peft_type"] == saved.config.peft_type.value
     reloaded = PeftConfig.from_pretrained(saved.adapter)
@@ -184,7 +184,6 @@ def test_state_dict_goes_back_in(method: Method, family: str) -> None:
 @all_families
 def test_loading_another_base_keeps_the_adapter(method: Method, family: str, tmp_path: Path) -> None:
     model, other = trained(method, family), tiny_model(family, seed=1)
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
     before, adapter = outputs(model, family), adapter_tensors(model)
     names = base_names(model)
     assert set(names) == set(other.state_dict())
@@ -193,6 +192,7 @@ def test_loading_another_base_keeps_the_adapter(method: Method, family: str, tmp
     assert_same(base_tensors(model), other.state_dict())
     assert_same(adapter_tensors(model), adapter)
     assert not torch.equal(outputs(model, family), before)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
     expected = PeftModel.from_pretrained(tiny_model(family, seed=1), tmp_path)
     assert same_bits(outputs(model, family), outputs(expected, family))
     with model.disable_adapter():

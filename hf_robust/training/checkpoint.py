@@ -23,7 +23,6 @@ from ..data.text_files import read_json
 from ..errors import AdapterFileError
 from ..ogen import OGENClassifier
 from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE, ZeroShotClassifier
-from ..tuners.saft import SAFTConfig, saft_unselected
 
 ENCODER, HEAD = "model.", "class_head."  # prefixes in the classifier's state dict
 
@@ -69,8 +68,6 @@ def load_encoder(classifier: ZeroShotClassifier, folder: Path) -> None:
 def _load_adapter(model: PeftModel, name: str, folder: Path) -> None:
     active = name in model.active_adapters
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    if isinstance(model.peft_config[name], SAFTConfig) and saft_unselected(model, name):
-        model.delete_adapter(name)  # it has no room for the checkpoint's entries yet
     report = model.load_adapter(str(folder), name, is_trainable=active, torch_device="cpu")
     _require_all(report.missing_keys, folder)
     if active:

@@ -7,9 +7,17 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import AdapterFileError, HfRobustError, NonFiniteError
+from .config import RobustConfig
+from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, check_format, check_seal, digest, plain_names
+from .fingerprint import check_base, fingerprint
 
 
 def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -41,13 +49,97 @@ def is_quantized(model: nn.Module, parameter: Tensor) -> bool:
     return not plain or getattr(model, "quantization_method", None) is not None
 
 
-class RobustTuner(BaseTuner):
-    """A tuner that finds its modules by itself, and merges all of them or none.
+class RobustLayer(nn.Module, BaseTunerLayer):
+    """A wrapper around one module of the base.
 
-    A layer of it has `check_finite(adapter_names)`.
+    `tensor_names` are the attributes that hold its adapters' tensors, each by the adapter's name.
+    """
+
+    tensor_names: tuple[str, ...]
+
+    def check_values(self, tensor: Tensor, name: str) -> None:
+        """Refuses tensors that cannot be trained values.
+
+        Args:
+            tensor: from a file.
+            name: its name, for the message.
+
+        Raises:
+            AdapterFileError: it is in no format that values are saved in.
+            NonFiniteError: a value is NaN or infinite.
+        """
+        if tensor.dtype not in (torch.float32, torch.float64):
+            got, allowed = str(tensor.dtype), "float32 or float64"
+            raise AdapterFileError("values have a wrong type", where=name, got=got, allowed=allowed)
+        if not tensor.is_meta and not isinstance(tensor, DTensor) and not tensor.isfinite().all():
+            raise NonFiniteError("values of an adapter are NaN or infinite", where=name)
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether the layer has tensors of an adapter, or room for them."""
+        return any(adapter_name in getattr(self, name) for name in self.tensor_names)
+
+    def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Looks whether tensors can be those of an adapter; nothing is changed.
+
+        Args:
+            adapter_name: the adapter.
+            tensors: its tensors here, by the names in `tensor_names`.
+
+        Raises:
+            AdapterFileError: they cannot.
+        """
+        raise NotImplementedError
+
+    def make_room(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Prepares an adapter for tensors that are about to be loaded and have been checked."""
+
+    def pretrained_parameters(self) -> dict[str, Tensor]:
+        """The base's parameters as they were before any adapter, by name."""
+        raise NotImplementedError
+
+    def is_new(self, adapter_name: str) -> bool:
+        """Whether an adapter has neither been loaded nor trained."""
+        raise NotImplementedError
+
+    def changed_entries(self, adapter_name: str) -> dict[str, Tensor]:
+        """Positions in the base's parameters that an adapter changes, if it changes some only."""
+        return {}
+
+    def tensors_in(self, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+        """The layer's tensors in a state dict, by adapter and name.
+
+        Args:
+            state_dict: of a model.
+            prefix: of the layer's names in it.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for name in self.tensor_names:
+            for adapter in list(getattr(self, name)) + list(self.waiting_adapters()):
+                if f"{prefix}{name}.{adapter}" in state_dict:
+                    found.setdefault(adapter, {})[name] = state_dict[f"{prefix}{name}.{adapter}"]
+        return found
+
+    def waiting_adapters(self) -> list[str]:
+        """Names of adapters that have no tensors here yet."""
+        return []
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for adapter, tensors in self.tensors_in(state_dict, prefix).items():
+            self.check_tensors(adapter, tensors)
+            self.make_room(adapter, tensors)
+            for name, tensor in tensors.items():  # PEFT may assign them as they are, in the format of another base
+                state_dict[f"{prefix}{name}.{adapter}"] = tensor.to(getattr(self, name)[adapter].dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class RobustTuner(BaseTuner):
+    """A tuner that finds its modules by itself, merges all of them or none, and loads all of an adapter or nothing.
+
+    A layer of it is a `RobustLayer` and has `check_finite(adapter_names)`.
     """
 
     target_module_mapping: dict[str, list[str]] = {}
+    tuner_layer_cls: Any
     _targets: Mapping[str, Any]
 
     def find_targets(self, model: nn.Module, config: Any) -> Mapping[str, Any]:
@@ -72,17 +164,23 @@ class RobustTuner(BaseTuner):
             patterns = config.target_modules, config.exclude_modules
             config.target_modules = config.exclude_modules = None  # PEFT would shorten the first and miss the second
             self.peft_config[adapter_name] = config
+            self._required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             del self.peft_config[adapter_name]  # which a model that PEFT injected into before shares
             raise
         config.target_modules, config.exclude_modules = patterns
+        if config.saved is not None:
+            for child in model.children():  # the towers: a user may call one of them, or get_image_features
+                child.register_forward_pre_hook(Arrival(type(self), model, config, adapter_name))
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: RobustConfig, model_config: dict) -> RobustConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: RobustConfig, key: str) -> bool:
         return key in self._targets
+
+    # --- merging ---
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base; a refused safe merge has merged nothing.
@@ -112,4 +210,194 @@ class RobustTuner(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_finite(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+
+        for child in model.children():
+            hooks = child._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Arrival)]:
+                del hooks[key]
+        return model
+
+    # --- saving and loading: every way through PEFT leads here ---
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        cls.check_saveable(model, adapter_name)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        sha256 = digest(cls._plain_tensors(model, adapter_name, state_dict))
+        layers = _layers(cls, model).items()
+        changed = {f"{unit}.{n}": t for unit, layer in layers for n, t in layer.changed_entries(adapter_name).items()}
+        base = fingerprint(cls._base_tensors(model, state_dict), changed)
+        config.saved, config.checked = {"format_version": FORMAT_VERSION, "sha256": sha256, "base": base}, True
+        prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+        return {**found, f"{prefix}{cls.prefix}{SEAL}": as_seal(sha256)}
+
+    @classmethod
+    def check_saveable(cls, model: nn.Module, adapter_name: str) -> None:
+        """Refuses an adapter that has nothing to save yet."""
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        seals = [state_dict.pop(f"{prefix}{cls.prefix}{SEAL}", None) for prefix in (PEFT_PREFIX, "")]
+        seal = next((seal for seal in seals if seal is not None), None)
+        try:
+            cls._check_load(model, config, adapter_name, state_dict, seal)
+        except HfRobustError:
+            if config.saved is not None and not config.checked and isinstance(model, PeftModel):
+                _take_out(model, adapter_name)
+            raise
+        config.checked = True
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _check_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], seal: Tensor | None
+    ) -> None:
+        """Looks at everything that is about to be loaded, then gives an adapter without tensors room for them."""
+        saved = None if config.checked else config.saved  # of an adapter that is there, the config is of another file
+        where, inner = f"adapter {adapter_name}", f".modules_to_save.{adapter_name}."
+        plain = {name.replace(inner, "."): tensor for name, tensor in plain_names(state_dict).items()}
+        check_format(saved, where)
+        check_seal(plain, seal, saved, where)
+        _check_whole_modules({n: t for n, t in state_dict.items() if inner in n}, model)
+        layers, tensors = _layers(cls, model), _by_unit(plain, cls.prefix)
+        others = [n for n in plain_names(state_dict) if inner not in n and n.rpartition(".")[0] not in tensors]
+        unknown = sorted(set(tensors) - set(layers)) + others
+        if unknown or not tensors:
+            raise AdapterFileError("file holds tensors the adapter does not have", where=where, got=unknown[:3])
+        missing = sorted(unit for unit, layer in layers.items() if layer.has_adapter(adapter_name))
+        missing = [unit for unit in missing if unit not in tensors]
+        if missing:
+            raise AdapterFileError(f"file lacks tensors of {len(missing)} modules", where=where, got=missing[:3])
+        if saved is not None:
+            check_base(saved["base"], cls._base_tensors(model, model.state_dict()))
+        for unit, found in tensors.items():
+            layers[unit].check_tensors(adapter_name, found)
+        for unit, found in tensors.items():
+            layers[unit].make_room(adapter_name, found)
+
+    @classmethod
+    def check_arrived(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Looks at an adapter's tensors where they are, once they have been put there without passing PEFT.
+
+        Args:
+            model: the model without its PEFT wrapper.
+            config: the adapter's config, from a file.
+            adapter_name: the adapter.
+
+        Raises:
+            AdapterFileError: they are not those that were saved, or the base is another one.
+        """
+        layers = [layer for layer in _layers(cls, model).values() if layer.has_adapter(adapter_name)]
+        off = any(layer.disable_adapters or adapter_name not in layer.active_adapters for layer in layers)
+        if off or all(layer.is_new(adapter_name) for layer in layers):
+            return
+        where, state_dict = f"adapter {adapter_name}", model.state_dict()
+        check_format(config.saved, where)
+        seal = as_seal(config.saved["sha256"])
+        check_seal(cls._plain_tensors(model, adapter_name, state_dict), seal, None, where)
+        check_base(config.saved["base"], cls._base_tensors(model, state_dict))
+        config.checked = True
+
+    @classmethod
+    def _plain_tensors(
+        cls, model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors by the names they have in its file, but for PEFT's prefix."""
+        found: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, cls.tuner_layer_cls):
+                tensors: Any = module.tensors_in(state_dict, f"{name}.").get(adapter_name, {})
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                inside = {k.removeprefix(f"{name}."): t for k, t in state_dict.items() if k.startswith(f"{name}.")}
+                tensors = module.adapter_state_dict(adapter_name, inside)
+            else:
+                continue
+            found.update({f"{name}.{key}".removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()})
+        return found
+
+    @classmethod
+    def _base_tensors(cls, model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The floating-point tensors of the base, as they were before any adapter, by name."""
+        layers = _layers(cls, model)
+        found: dict[str, Tensor] = {}
+        for name, tensor in plain_names(state_dict).items():
+            parts = name.split(".")
+            if "modules_to_save" not in parts and not any(part.startswith(cls.prefix) for part in parts):
+                found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+        for unit, layer in layers.items():
+            if layer.merged:
+                found.update({f"{unit}.{name}": t for name, t in layer.pretrained_parameters().items()})
+        return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        for name, layer in self.named_modules():
+            if isinstance(layer, RobustLayer):
+                for adapter, tensors in layer.tensors_in(state_dict, f"{prefix}{name}.").items():
+                    layer.check_tensors(adapter, tensors)
+        if local_metadata.get("assign_to_params_buffers"):  # they may be mapped from a file, which others may change
+            state_dict.update({name: tensor.clone() for name, tensor in state_dict.items()})
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
+
+class Arrival:
+    """Looks at an adapter from a file before the model's first forward, if its tensors did not come through PEFT.
+
+    transformers' `load_adapter` puts them where they belong by itself.
+
+    Args:
+        tuner: the adapter's method.
+        model: the model without its PEFT wrapper.
+        config: the adapter's config.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, tuner: type[RobustTuner], model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.tuner, self.model, self.config, self.adapter_name = tuner, model, config, adapter_name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Called before the forward of each tower."""
+        if not self.config.checked and self.config.saved is not None and not torch.compiler.is_compiling():
+            self.tuner.check_arrived(self.model, self.config, self.adapter_name)
+
+
+def _layers(tuner: type[RobustTuner], model: nn.Module) -> dict[str, RobustLayer]:
+    named = model.named_modules()
+    return {n.removeprefix(PEFT_PREFIX): module for n, module in named if isinstance(module, tuner.tuner_layer_cls)}
+
+
+def _by_unit(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        unit, _, kind = name.rpartition(".")
+        if kind.startswith(prefix):
+            found.setdefault(unit, {})[kind] = tensor
+    return found
+
+
+def _check_whole_modules(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Looks at the tensors of `modules_to_save`, which PEFT would load one by one."""
+    expected = model.state_dict() if tensors else {}
+    for name, tensor in tensors.items():
+        allowed = f"{tuple(expected[name].shape)}"
+        if tensor.shape != expected[name].shape:
+            raise AdapterFileError("tensor has a wrong shape", where=name, got=tuple(tensor.shape), allowed=allowed)
+        if not tensor.isfinite().all():
+            raise NonFiniteError("values of an adapter are NaN or infinite", where=name)
+
+
+def _take_out(model: PeftModel, adapter_name: str) -> None:
+    """Takes an adapter out that was put in to be loaded, and could not be."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+        return
+    tuner: Any = model.base_model
+    vars(tuner.unload()).pop("peft_config", None)
+    for parameter, requires_grad in tuner._required:
+        parameter.requires_grad_(requires_grad)

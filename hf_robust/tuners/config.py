@@ -3,12 +3,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import Tensor
 
-from ..errors import ConfigError
+from ..data.text_files import read_json
+from ..errors import AdapterFileError, ConfigError, DataError
+from .files import CONFIG_FILE, WEIGHTS_FILE, check_files, check_format
 
 Towers = Literal["both", "vision", "text"]
 
@@ -64,6 +74,53 @@ class RobustConfig(PeftConfig):
         if not isinstance(self.saved, dict | None):
             raise ConfigError("saved is not what a saved adapter says of itself", got=self.saved)
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Reads the settings in a file, more strictly than PEFT.
+
+        Raises:
+            AdapterFileError: it is no JSON of settings, or of a newer format.
+            UnsafeFileError: it is no regular file.
+        """
+        try:
+            found = read_json(Path(path_json_file))
+        except DataError as error:
+            raise AdapterFileError(error.what, where=error.where, got=error.got) from error
+        if not isinstance(found, dict) or not isinstance(found.get("saved"), dict | None):
+            raise AdapterFileError("file holds no settings", where=str(path_json_file))
+        check_format(found.get("saved"), str(path_json_file))
+        return found
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> RobustConfig:
+        """Reads an adapter's config, and looks whether the adapter beside it is the one that was saved.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or an id on the Hub.
+            subfolder: a folder in it.
+            kwargs: as for `PeftConfig.from_pretrained`.
+
+        Raises:
+            AdapterFileError: the config, or the adapter beside it, is not what was saved.
+            UnsafeFileError: a file is a pickle, or no regular file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if not folder.is_dir():
+            folder = _download(cls, str(pretrained_model_name_or_path), subfolder, kwargs)
+        tensors = check_files(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
+        if tensors is not None and config.saved is None:
+            what = "was saved by an older version of hf_robust: whether it is whole and fits its base cannot be checked"
+            warnings.warn(f"The adapter in {folder} {what}. Load and save it once.", stacklevel=2)
+        if tensors is not None:
+            config.check_weights(tensors, str(folder))
+        return config
+
+    def check_weights(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Looks whether the tensors in a file are those that the settings tell of."""
+
     def _check_choice(self, name: str, choices: Any) -> None:
         if getattr(self, name) not in get_args(choices):
             raise ConfigError(f"unknown {name}", got=getattr(self, name), allowed=", ".join(get_args(choices)))
@@ -79,3 +136,12 @@ class RobustConfig(PeftConfig):
             raise ConfigError(f"{name} is empty", got=value, remedy="Leave it at None, or name modules.")
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             raise ConfigError(f"{name} is no list of names", got=value)
+
+
+def _download(config_cls: type[RobustConfig], repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
+    """The folder that PEFT's own download of the weights, which follows, will find them in."""
+    kwargs = config_cls._split_kwargs(kwargs)[0]
+    config = Path(hf_hub_download(repo_id, CONFIG_FILE, subfolder=subfolder, **kwargs))
+    with suppress(EntryNotFoundError):
+        return Path(hf_hub_download(repo_id, WEIGHTS_FILE, subfolder=subfolder, **kwargs)).parent
+    return config.parent

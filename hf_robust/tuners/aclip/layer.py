@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...encoders.dual_encoder import at_least_float32
-from ...errors import NonFiniteError
-from ..base import keep_precision
+from ...errors import AdapterFileError, NonFiniteError
+from ..base import RobustLayer, keep_precision
 from .config import ACLIPConfig
 
 
-class ACLIPLayer(nn.Module, BaseTunerLayer):
+class ACLIPLayer(RobustLayer):
     """A Linear of the base with its tuned copies.
 
     The copies are float32 or better whatever the base is, and are rounded to its format for the forward. With several
@@ -28,7 +28,7 @@ class ACLIPLayer(nn.Module, BaseTunerLayer):
         base_layer: the module to wrap.
     """
 
-    adapter_layer_names = ("aclip_weight", "aclip_bias")
+    adapter_layer_names = tensor_names = ("aclip_weight", "aclip_bias")
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -148,6 +148,36 @@ class ACLIPLayer(nn.Module, BaseTunerLayer):
     def pretrained_parameters(self) -> dict[str, Tensor]:
         """The base's parameters as they were before any adapter, by name."""
         return {name: self._start(name) for name, _ in self.base_layer.named_parameters()}
+
+    def is_new(self, adapter_name: str) -> bool:
+        """Whether an adapter's copies are the base's tensors."""
+        copies: Any = {"weight": self.aclip_weight, "bias": self.aclip_bias}
+        pairs = [(c[adapter_name], self._start(name)) for name, c in copies.items() if adapter_name in c]
+        return all(torch.equal(copy, start.to(copy.dtype)) for copy, start in pairs)
+
+    def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Looks whether tensors can be those of an adapter; nothing is changed.
+
+        Args:
+            adapter_name: the adapter.
+            tensors: its tensors, by name.
+
+        Raises:
+            AdapterFileError: one is missing, or has a wrong form.
+            NonFiniteError: a value is NaN or infinite.
+        """
+        expected = {name: getattr(self, name)[adapter_name] for name in self.tensor_names if self._has(name, adapter_name)}
+        if set(tensors) != set(expected):
+            allowed = ", ".join(expected) or "none"
+            raise AdapterFileError("an adapter has other tensors", got=sorted(tensors), allowed=allowed)
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                got, allowed = tuple(tensor.shape), str(tuple(expected[name].shape))
+                raise AdapterFileError("tensor has a wrong shape", where=name, got=got, allowed=allowed)
+            self.check_values(tensor, name)
+
+    def _has(self, name: str, adapter_name: str) -> bool:
+        return adapter_name in getattr(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.base_layer._apply(fn)

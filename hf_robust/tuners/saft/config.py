@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...errors import ConfigError
+from torch import Tensor
+
+from ...errors import AdapterFileError, ConfigError
 from ...peft_types import RobustPeftType
 from ..config import RobustConfig
 
@@ -80,6 +83,22 @@ class SAFTConfig(RobustConfig):
             raise ConfigError("seed is no seed", got=self.seed, allowed="a whole number from 0 on")
         if self.entry_counts is not None:
             self._check_counts(self.entry_counts)
+
+    def check_weights(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Looks whether a file holds as many entries as the config says.
+
+        Args:
+            tensors: of the file.
+            where: the file, for the message.
+
+        Raises:
+            AdapterFileError: it does not.
+        """
+        ending = ".saft_values"
+        found = {name.removesuffix(ending): len(t) for name, t in tensors.items() if name.endswith(ending)}
+        if self.entry_counts != found:
+            got, allowed = f"{sum(found.values())} in {len(found)} modules", "those of entry_counts"
+            raise AdapterFileError("numbers of entries differ", where=where, got=got, allowed=allowed)
 
     def _check_counts(self, counts: dict[str, int]) -> None:
         what = "entry_counts is filled by the selection"

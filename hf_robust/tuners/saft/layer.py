@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...errors import AdapterFileError, NonFiniteError, SelectionError
-from ..base import keep_precision
+from ..base import RobustLayer, keep_precision
 from .config import SAFTConfig
 from .kernels import Entries, ResidentAlias, SampledEmbedding, SampledLinear
 from .plan import Plan, Stamp, floating_parameters, make_plan
 from .resident import ResidentValues
 
 
-class SAFTLayer(nn.Module, BaseTunerLayer):
+class SAFTLayer(RobustLayer):
     """A unit of the base with its selected entries.
 
     A unit is the outermost module that owns a parameter: a Linear, LayerNorm, Embedding, Conv, or a module with bare
@@ -37,6 +37,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("saft_values",)
+    tensor_names = ("saft_indices", "saft_values")
     other_param_names = ("saft_indices", "saft_eligible", "saft_configs")
 
     def __init__(self, base_layer: nn.Module, unit: str) -> None:
@@ -264,6 +265,26 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         """The base's parameters as they were before any adapter, by name."""
         return {**dict(self.base_layer.named_parameters()), **self._resident.pretrained()}
 
+    def changed_entries(self, adapter_name: str) -> dict[str, Tensor]:
+        """Positions of an adapter's entries in the base's parameters."""
+        found: dict[str, Tensor] = {}
+        if adapter_name not in self.saft_indices:
+            return found
+        indices, offset = self.saft_indices[adapter_name], 0
+        for name, parameter in floating_parameters(self.base_layer).items():
+            end = offset + parameter.numel()
+            found[name] = indices[(indices >= offset) & (indices < end)].long() - offset
+            offset = end
+        return {name: positions for name, positions in found.items() if len(positions)}
+
+    def is_new(self, adapter_name: str) -> bool:
+        """Whether an adapter has no entries yet."""
+        return self.is_unselected(adapter_name)
+
+    def waiting_adapters(self) -> list[str]:
+        """Names of adapters that have no entries here."""
+        return [name for name in self.saft_configs if name not in self.saft_values]
+
     def _shown(self) -> tuple[str, ...]:
         """The adapters whose values the base shall hold now."""
         return self._with_entries(self.merged_adapters or ([] if self._disable_adapters else self.active_adapters))
@@ -310,9 +331,6 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in self.saft_configs:
-            tensors = {key: state_dict.get(f"{prefix}{key}.{name}") for key in ("saft_indices", "saft_values")}
-            self.make_room(name, {key: tensor for key, tensor in tensors.items() if tensor is not None})
         self._resident.forget(self.base_layer)  # what is loaded now is θ₀
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -321,14 +339,8 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: the adapter.
-            tensors: those that will be loaded: `saft_indices` and `saft_values`, or nothing.
-
-        Raises:
-            AdapterFileError: they do not fit the unit, or the entries the adapter has.
+            tensors: those that will be loaded, which have been checked.
         """
-        if not tensors:
-            return
-        self.check_tensors(adapter_name, tensors)
         if adapter_name not in self.saft_values or self._waits_for_file(adapter_name):
             count, config = len(tensors["saft_values"]), self.saft_configs[adapter_name]
             self.allocate(adapter_name, torch.empty(count, device=next(self.base_layer.parameters()).device))
@@ -349,18 +361,16 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             allowed = "saft_indices and saft_values"
             raise AdapterFileError("tensors are missing", where=self.unit, got=sorted(tensors), allowed=allowed)
         indices, values = tensors["saft_indices"], tensors["saft_values"]
-        if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in (indices, values)):
+        config = self.saft_configs.get(adapter_name)
+        if config is None:
+            raise AdapterFileError("the adapter does not have this module", where=self.unit, got=adapter_name)
+        if isinstance(values, DTensor) or indices.is_meta:
             return
-        config = self.saft_configs[adapter_name]
+        self.check_values(values, self.unit)
         count = len(values) if config.entry_counts is None else config.entry_counts.get(self.unit, 0)
         if indices.shape != values.shape or values.shape != (count,) or count == 0:
             got = f"{tuple(indices.shape)} indices, {tuple(values.shape)} values"
             raise AdapterFileError("numbers of entries differ", where=self.unit, got=got, allowed=f"({count},)")
-        if values.dtype != self._values_dtype:
-            got, allowed = str(values.dtype), str(self._values_dtype)
-            raise AdapterFileError("values have a wrong type", where=self.unit, got=got, allowed=allowed)
-        if not values.isfinite().all():
-            raise NonFiniteError("values of an adapter are NaN or infinite", where=self.unit, got=adapter_name)
         make_plan(self.base_layer, {adapter_name: indices}, Stamp.of([indices]))
 
     def __getattr__(self, name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import AdapterFileError
+from ...errors import AdapterFileError, SelectionError
 from ..base import RobustTuner
 from .config import SAFTConfig
 from .eligible import eligible_parameters
@@ -52,6 +52,17 @@ class SAFTModel(RobustTuner):
         if unknown:
             raise AdapterFileError("an adapter has entries in modules that the model does not have", got=unknown)
         return units
+
+    @classmethod
+    def check_saveable(cls, model: nn.Module, adapter_name: str) -> None:
+        """Refuses an adapter without entries.
+
+        Raises:
+            SelectionError: it has not selected them.
+        """
+        if any(isinstance(layer, SAFTLayer) and layer.is_unselected(adapter_name) for layer in model.modules()):
+            remedy = "Call select_saft first, or train."
+            raise SelectionError("the adapter has not selected its entries", got=adapter_name, remedy=remedy)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wraps the units of an adapter.

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the files of a saved adapter must be.
+
+`adapter_config.json` says, under `saved`, which format the adapter has, the SHA-256 of its tensors, and what base it
+belongs to. `adapter_model.safetensors` has the same digest once more, as a tensor: PEFT loads the tensors without the
+config where an adapter of that name is there already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..data.text_files import parse_json
+from ..errors import AdapterFileError, HfRobustError, UnsafeFileError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+FORMAT_VERSION = 1
+SEAL = "sha256"  # name of the tensor with the digest, behind the prefix of the method
+PEFT_PREFIX = "base_model.model."
+MAX_HEADER = 2**24  # bytes; that of an adapter of ViT-B/32 has 2**16
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of tensors: of their names, formats, shapes and bytes, in the order of the names.
+
+    Args:
+        tensors: by name.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> digest({"values": torch.zeros(2)})[:8]
+        '04cc85a0'
+    """
+    with ThreadPoolExecutor(2) as pool:  # hashing leaves Python's lock to the other
+        parts = pool.map(_digest_of_one, sorted(tensors.items()))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _digest_of_one(named: tuple[str, Tensor]) -> bytes:
+    name, tensor = named
+    head = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0)
+    found = hashlib.sha256(head)
+    found.update(content.numpy().data)
+    return found.digest()
+
+
+def as_seal(sha256: str) -> Tensor:
+    """A digest as a tensor, `(32,)`."""
+    return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
+
+
+def check_seal(tensors: Mapping[str, Tensor], seal: Tensor | None, saved: Mapping[str, Any] | None, where: str) -> None:
+    """Looks whether tensors are those that were saved.
+
+    Args:
+        tensors: those of the file, by the names `digest` has had for them, without the seal.
+        seal: the tensor with the digest, if there is one.
+        saved: what the config says, if it is of the same file.
+        where: the file, for the message.
+
+    Raises:
+        AdapterFileError: they are not.
+    """
+    known = [] if seal is None else [bytes(seal.flatten().to(torch.uint8).tolist()).hex()]
+    known += [str(saved.get("sha256"))] if saved else []
+    if not known:
+        return
+    if saved and seal is None:
+        raise AdapterFileError("an adapter's file lacks its digest", where=where, remedy="Save the adapter again.")
+    found = digest(tensors)
+    if any(sha256 != found for sha256 in known):
+        remedy = f"Get the files again. To load tensors you have changed, take out the one that ends in {SEAL!r}."
+        raise AdapterFileError("an adapter's tensors are not those that were saved", where=where, remedy=remedy)
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads an adapter's tensors. They may be mapped from the file.
+
+    Args:
+        path: a safetensors file.
+
+    Raises:
+        UnsafeFileError: it is a pipe, a device or a folder.
+        AdapterFileError: it is not a whole safetensors file, or has a name twice.
+    """
+    if not path.is_file():
+        raise UnsafeFileError("not a regular file", where=str(path))
+    try:
+        _read_header(path)
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError("no whole safetensors file", where=str(path), got=str(error)) from error
+
+
+def _read_header(path: Path) -> Any:
+    """The header, read strictly: the library takes the last of two tensors of one name."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= size <= min(MAX_HEADER, path.stat().st_size):
+            got, remedy = start[:8], "Is it a pickle? hf_robust reads safetensors only."
+            raise AdapterFileError("no safetensors file", where=str(path), got=got, remedy=remedy)
+        try:
+            return parse_json(file.read(size), str(path))
+        except HfRobustError as error:
+            raise AdapterFileError("header of a safetensors file is damaged", where=str(path), got=error.got) from error
+
+
+def check_files(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> dict[str, Tensor] | None:
+    """Looks whether the tensors in an adapter's folder are those that its config speaks of.
+
+    Args:
+        folder: of the adapter.
+        saved: what its config says under `saved`; None for one of an older version, which cannot be checked.
+        prefix: of the method's tensors.
+
+    Returns:
+        The tensors by name, without PEFT's prefix and the digest; None if there is a config alone.
+
+    Raises:
+        UnsafeFileError: the weights are a pickle, or no regular file.
+        AdapterFileError: the format is newer than this version, or the tensors are not those that were saved.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        if (folder / PICKLE_FILE).exists():
+            remedy = "Save it with safe_serialization=True where it was made."
+            raise UnsafeFileError("an adapter as a pickle could run code", where=str(folder), remedy=remedy)
+        return None
+    check_format(saved, str(folder))
+    tensors = plain_names(read_weights(path))
+    seal = tensors.pop(prefix + SEAL, None)
+    check_seal(tensors, seal, saved, str(path))
+    if not any(prefix in name for name in tensors):
+        raise AdapterFileError("file holds no tensor of its method", where=str(path), got=sorted(tensors)[:3])
+    return tensors
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names without PEFT's prefix."""
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def check_format(saved: Mapping[str, Any] | None, where: str) -> None:
+    """Refuses a format that this version does not know, and a description that lacks something.
+
+    Args:
+        saved: what a config says under `saved`.
+        where: the file, for the message.
+
+    Raises:
+        AdapterFileError: it is such a one.
+    """
+    if saved is None:
+        return
+    version = saved.get("format_version")
+    if type(version) is not int or version < 1:
+        raise AdapterFileError("unknown format of an adapter", where=where, got=version)
+    if version > FORMAT_VERSION:
+        remedy = "pip install --upgrade hf_robust"
+        allowed = f"up to {FORMAT_VERSION}"
+        raise AdapterFileError("an adapter's format is newer", where=where, got=version, allowed=allowed, remedy=remedy)
+    if not isinstance(saved.get("sha256"), str) or not isinstance(saved.get("base"), dict):
+        raise AdapterFileError("an adapter's config lacks its digest or its base", where=where, got=sorted(saved))
