@@ -52,10 +52,15 @@ def is_quantized(model: nn.Module, parameter: Tensor) -> bool:
 class RobustLayer(nn.Module, BaseTunerLayer):
     """A wrapper around one module of the base.
 
-    `tensor_names` are the attributes that hold its adapters' tensors, each by the adapter's name.
+    `tensor_names` are the attributes that hold its adapters' tensors, each by the adapter's name. The first layer of
+    an adapter holds the digest of its file, too: so every loader finds a place for it.
     """
 
     tensor_names: tuple[str, ...]
+
+    def hold_seal(self, adapter_name: str, prefix: str) -> None:
+        """Makes this the layer that holds the digest of an adapter's file."""
+        getattr(self, f"{prefix}{SEAL}")[adapter_name] = torch.zeros(32, dtype=torch.uint8)
 
     def check_values(self, tensor: Tensor, name: str) -> None:
         """Refuses tensors that cannot be trained values.
@@ -170,6 +175,8 @@ class RobustTuner(BaseTuner):
             del self.peft_config[adapter_name]  # which a model that PEFT injected into before shares
             raise
         config.target_modules, config.exclude_modules = patterns
+        first = next(layer for name, layer in _layers(type(self), model).items() if name in self._targets)
+        first.hold_seal(adapter_name, self.prefix)
         if config.saved is not None:
             for child in model.children():  # the towers: a user may call one of them, or get_image_features
                 child.register_forward_pre_hook(Arrival(type(self), model, config, adapter_name))
@@ -231,8 +238,13 @@ class RobustTuner(BaseTuner):
         changed = {f"{unit}.{n}": t for unit, layer in layers for n, t in layer.changed_entries(adapter_name).items()}
         base = fingerprint(cls._base_tensors(model, state_dict), changed)
         config.saved, config.checked = {"format_version": FORMAT_VERSION, "sha256": sha256, "base": base}, True
-        prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
-        return {**found, f"{prefix}{cls.prefix}{SEAL}": as_seal(sha256)}
+        return {**found, cls._seal_key(model, adapter_name): as_seal(sha256)}
+
+    @classmethod
+    def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
+        attribute = f"{cls.prefix}{SEAL}"
+        named = ((n, m) for n, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls))
+        return next(f"{n}.{attribute}.{adapter_name}" for n, m in named if adapter_name in getattr(m, attribute))
 
     @classmethod
     def check_saveable(cls, model: nn.Module, adapter_name: str) -> None:
@@ -242,27 +254,30 @@ class RobustTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        seals = [state_dict.pop(f"{prefix}{cls.prefix}{SEAL}", None) for prefix in (PEFT_PREFIX, "")]
-        seal = next((seal for seal in seals if seal is not None), None)
+        key = cls._seal_key(model, adapter_name).removesuffix(f".{adapter_name}")
+        keys = [name for name in state_dict if f"{PEFT_PREFIX}{name}".endswith(key.removeprefix(PEFT_PREFIX))]
+        seal = state_dict.pop(keys[0]) if keys else None
         try:
-            cls._check_load(model, config, adapter_name, state_dict, seal)
+            sha256 = cls._check_load(model, config, adapter_name, state_dict, seal)
         except HfRobustError:
             if config.saved is not None and not config.checked and isinstance(model, PeftModel):
                 _take_out(model, adapter_name)
             raise
+        state_dict[key] = as_seal(sha256)
         config.checked = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @classmethod
     def _check_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], seal: Tensor | None
-    ) -> None:
+    ) -> str:
         """Looks at everything that is about to be loaded, then gives an adapter without tensors room for them."""
         saved = None if config.checked else config.saved  # of an adapter that is there, the config is of another file
         where, inner = f"adapter {adapter_name}", f".modules_to_save.{adapter_name}."
         plain = {name.replace(inner, "."): tensor for name, tensor in plain_names(state_dict).items()}
         check_format(saved, where)
-        check_seal(plain, seal, saved, where)
+        sha256 = digest(plain)
+        check_seal(sha256, seal, saved, where)
         _check_whole_modules({n: t for n, t in state_dict.items() if inner in n}, model)
         layers, tensors = _layers(cls, model), _by_unit(plain, cls.prefix)
         others = [n for n in plain_names(state_dict) if inner not in n and n.rpartition(".")[0] not in tensors]
@@ -279,6 +294,7 @@ class RobustTuner(BaseTuner):
             layers[unit].check_tensors(adapter_name, found)
         for unit, found in tensors.items():
             layers[unit].make_room(adapter_name, found)
+        return sha256
 
     @classmethod
     def check_arrived(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -293,13 +309,15 @@ class RobustTuner(BaseTuner):
             AdapterFileError: they are not those that were saved, or the base is another one.
         """
         layers = [layer for layer in _layers(cls, model).values() if layer.has_adapter(adapter_name)]
-        off = any(layer.disable_adapters or adapter_name not in layer.active_adapters for layer in layers)
-        if off or all(layer.is_new(adapter_name) for layer in layers):
+        if any(layer.disable_adapters or adapter_name not in layer.active_adapters for layer in layers):
+            return
+        if all(layer.is_new(adapter_name) for layer in layers):
+            config.saved = None  # the settings of a file, but another adapter
             return
         where, state_dict = f"adapter {adapter_name}", model.state_dict()
         check_format(config.saved, where)
-        seal = as_seal(config.saved["sha256"])
-        check_seal(cls._plain_tensors(model, adapter_name, state_dict), seal, None, where)
+        sha256, seal = digest(cls._plain_tensors(model, adapter_name, state_dict)), as_seal(config.saved["sha256"])
+        check_seal(sha256, seal, config.saved, where)
         check_base(config.saved["base"], cls._base_tensors(model, state_dict))
         config.checked = True
 

@@ -64,28 +64,26 @@ def as_seal(sha256: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
 
 
-def check_seal(tensors: Mapping[str, Tensor], seal: Tensor | None, saved: Mapping[str, Any] | None, where: str) -> None:
+def check_seal(sha256: str, seal: Tensor | None, saved: Mapping[str, Any] | None, where: str) -> None:
     """Looks whether tensors are those that were saved.
 
     Args:
-        tensors: those of the file, by the names `digest` has had for them, without the seal.
-        seal: the tensor with the digest, if there is one.
+        sha256: their digest.
+        seal: the tensor with the digest of those that were saved, if there is one.
         saved: what the config says, if it is of the same file.
         where: the file, for the message.
 
     Raises:
         AdapterFileError: they are not.
     """
-    known = [] if seal is None else [bytes(seal.flatten().to(torch.uint8).tolist()).hex()]
-    known += [str(saved.get("sha256"))] if saved else []
-    if not known:
-        return
-    if saved and seal is None:
+    if saved is not None and seal is None:
         raise AdapterFileError("an adapter's file lacks its digest", where=where, remedy="Save the adapter again.")
-    found = digest(tensors)
-    if any(sha256 != found for sha256 in known):
-        remedy = f"Get the files again. To load tensors you have changed, take out the one that ends in {SEAL!r}."
+    if saved is not None and saved["sha256"] != sha256:
+        remedy = "Are config and tensors of two savings? Get the files again."
         raise AdapterFileError("an adapter's tensors are not those that were saved", where=where, remedy=remedy)
+    if seal is not None and not torch.equal(seal.cpu(), as_seal(sha256)):
+        remedy = f"Get the files again. To load tensors you have changed, take out the one that ends in {SEAL!r}."
+        raise AdapterFileError("an adapter's tensors have been changed since", where=where, remedy=remedy)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -147,8 +145,8 @@ def check_files(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> d
         return None
     check_format(saved, str(folder))
     tensors = plain_names(read_weights(path))
-    seal = tensors.pop(prefix + SEAL, None)
-    check_seal(tensors, seal, saved, str(path))
+    seals = [tensors.pop(name) for name in list(tensors) if name.endswith(f".{prefix}{SEAL}")]
+    check_seal(digest(tensors), seals[0] if seals else None, saved, str(path))
     if not any(prefix in name for name in tensors):
         raise AdapterFileError("file holds no tensor of its method", where=str(path), got=sorted(tensors)[:3])
     return tensors

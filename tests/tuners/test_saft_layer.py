@@ -289,7 +289,7 @@ def test_indices_are_checked_before_use(damage: object, message: str) -> None:
     model = tuned()
     expected = outputs(model)
     tensors = get_peft_model_state_dict(model)
-    del tensors["base_model.model.saft_sha256"]
+    del tensors["base_model.model.tower.tokens.saft_sha256"]
     key = next(k for k in tensors if k.endswith("twice.saft_indices"))
     tensors[key] = damage(tensors[key])
     with pytest.raises(AdapterFileError, match=message):

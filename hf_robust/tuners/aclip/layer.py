@@ -29,6 +29,7 @@ class ACLIPLayer(RobustLayer):
     """
 
     adapter_layer_names = tensor_names = ("aclip_weight", "aclip_bias")
+    other_param_names = ("aclip_sha256",)
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -36,6 +37,7 @@ class ACLIPLayer(RobustLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.aclip_weight = nn.ParameterDict()
         self.aclip_bias = nn.ParameterDict()
+        self.aclip_sha256 = BufferDict(persistent=True)
         self.merged_adapters: list[str] = []
         self._theta0 = BufferDict(persistent=False)  # the base's own tensors, while adapters are merged into it
 

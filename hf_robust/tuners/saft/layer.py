@@ -38,7 +38,7 @@ class SAFTLayer(RobustLayer):
 
     adapter_layer_names = ("saft_values",)
     tensor_names = ("saft_indices", "saft_values")
-    other_param_names = ("saft_indices", "saft_eligible", "saft_configs")
+    other_param_names = ("saft_indices", "saft_eligible", "saft_configs", "saft_sha256")
 
     def __init__(self, base_layer: nn.Module, unit: str) -> None:
         super().__init__()
@@ -46,6 +46,7 @@ class SAFTLayer(RobustLayer):
         self.unit = unit
         self.saft_values = nn.ParameterDict()
         self.saft_indices = BufferDict(persistent=True)
+        self.saft_sha256 = BufferDict(persistent=True)
         self.saft_eligible: dict[str, tuple[str, ...]] = {}  # names of the parameters an adapter may select from
         self.saft_configs: dict[str, SAFTConfig] = {}
         self._disable_adapters = False
