@@ -20,6 +20,9 @@ from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, check_format, che
 from .fingerprint import check_base, fingerprint
 
 
+TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Returns what `Module._apply` shall do to trained tensors when it does `fn` to a model: never fewer bits.
 
@@ -45,7 +48,7 @@ def is_quantized(model: nn.Module, parameter: Tensor) -> bool:
         model: the model; transformers notes the method where it has quantised one.
         parameter: a parameter of it; those of quantisation libraries are no plain parameters, or no floats.
     """
-    plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+    plain = type(parameter) is nn.Parameter and parameter.dtype in TRAINABLE
     return not plain or getattr(model, "quantization_method", None) is not None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -44,6 +44,8 @@ class SAFTLayer(RobustLayer):
         super().__init__()
         self.base_layer: Any = base_layer
         self.unit = unit
+        sized = isinstance(base_layer, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        self.in_features, self.out_features = _get_in_out_features(base_layer) if sized else (None, None)
         self.saft_values = nn.ParameterDict()
         self.saft_indices = BufferDict(persistent=True)
         self.saft_sha256 = BufferDict(persistent=True)
