@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -56,14 +57,28 @@ class RobustLayer(nn.Module, BaseTunerLayer):
     """A wrapper around one module of the base.
 
     `tensor_names` are the attributes that hold its adapters' tensors, each by the adapter's name. The first layer of
-    an adapter holds the digest of its file, too: so every loader finds a place for it.
+    an adapter also has a place for the digest of its file, so that every loader finds one; and it remembers what the
+    adapter's config says of a file that has not come yet.
     """
 
     tensor_names: tuple[str, ...]
+    expected_files: dict[str, dict[str, Any]]
 
-    def hold_seal(self, adapter_name: str, prefix: str) -> None:
-        """Makes this the layer that holds the digest of an adapter's file."""
-        getattr(self, f"{prefix}{SEAL}")[adapter_name] = torch.zeros(32, dtype=torch.uint8)
+    @property
+    def seals(self) -> BufferDict:
+        """Places for digests of files, by adapter; zeros where the file has been looked at."""
+        raise NotImplementedError
+
+    def be_first(self, adapter_name: str, saved: dict[str, Any] | None) -> None:
+        """Makes this the first layer of an adapter.
+
+        Args:
+            adapter_name: the adapter.
+            saved: what its config says of its file; None for one that has none.
+        """
+        self.seals[adapter_name] = torch.zeros(32, dtype=torch.uint8)
+        if saved is not None:
+            self.expected_files[adapter_name] = saved
 
     def check_values(self, tensor: Tensor, name: str) -> None:
         """Refuses tensors that cannot be trained values.
@@ -98,9 +113,6 @@ class RobustLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
-    def make_room(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-        """Prepares an adapter for tensors that are about to be loaded and have been checked."""
-
     def pretrained_parameters(self) -> dict[str, Tensor]:
         """The base's parameters as they were before any adapter, by name."""
         raise NotImplementedError
@@ -134,7 +146,6 @@ class RobustLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for adapter, tensors in self.tensors_in(state_dict, prefix).items():
             self.check_tensors(adapter, tensors)
-            self.make_room(adapter, tensors)
             for name, tensor in tensors.items():  # PEFT may assign them as they are, in the format of another base
                 state_dict[f"{prefix}{name}.{adapter}"] = tensor.to(getattr(self, name)[adapter].dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -166,23 +177,23 @@ class RobustTuner(BaseTuner):
             model: the model without its PEFT wrapper.
             adapter_name: the adapter to add.
         """
-        config: Any = copy.deepcopy(self.peft_config[adapter_name])  # the user's own may serve other adapters
+        config: Any = self.peft_config[adapter_name]
         try:
             self._targets = self.find_targets(model, config)
-            patterns = config.target_modules, config.exclude_modules
-            config.target_modules = config.exclude_modules = None  # PEFT would shorten the first and miss the second
-            self.peft_config[adapter_name] = config
+            self._config = config
+            # PEFT would shorten the first list and miss the second; and the user's own may serve other adapters
+            self.peft_config[adapter_name] = replace(config, target_modules=None, exclude_modules=None)
             self._required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             del self.peft_config[adapter_name]  # which a model that PEFT injected into before shares
             raise
-        config.target_modules, config.exclude_modules = patterns
-        first = next(layer for name, layer in _layers(type(self), model).items() if name in self._targets)
-        first.hold_seal(adapter_name, self.prefix)
-        if config.saved is not None:
-            for child in model.children():  # the towers: a user may call one of them, or get_image_features
-                child.register_forward_pre_hook(Arrival(type(self), model, config, adapter_name))
+        self.peft_config[adapter_name] = config
+        first = next(layer for unit, layer in _layers(type(self), model).items() if unit in self._targets)
+        first.be_first(adapter_name, config.saved)
+        for child in model.children():  # the towers: a user may call one of them, or get_image_features
+            if config.saved is not None:
+                child.register_forward_pre_hook(Arrival(type(self), model, adapter_name))
 
     def _prepare_adapter_config(self, peft_config: RobustConfig, model_config: dict) -> RobustConfig:
         return peft_config
@@ -234,58 +245,59 @@ class RobustTuner(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        cls.check_saveable(model, adapter_name)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         sha256 = digest(cls._plain_tensors(model, adapter_name, state_dict))
         layers = _layers(cls, model).items()
         changed = {f"{unit}.{n}": t for unit, layer in layers for n, t in layer.changed_entries(adapter_name).items()}
         base = fingerprint(cls._base_tensors(model, state_dict), changed)
-        config.saved, config.checked = {"format_version": FORMAT_VERSION, "sha256": sha256, "base": base}, True
+        saved = {"format_version": FORMAT_VERSION, "sha256": sha256, "base": base}
+        config.say_when_saved(saved=saved, **cls.settings_of_adapter(model, adapter_name))
         return {**found, cls._seal_key(model, adapter_name): as_seal(sha256)}
 
     @classmethod
-    def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
-        attribute = f"{cls.prefix}{SEAL}"
-        named = ((n, m) for n, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls))
-        return next(f"{n}.{attribute}.{adapter_name}" for n, m in named if adapter_name in getattr(m, attribute))
+    def settings_of_adapter(cls, model: nn.Module, adapter_name: str) -> dict[str, Any]:
+        """What an adapter's saved config has beside the settings it was made with."""
+        return {}
 
     @classmethod
-    def check_saveable(cls, model: nn.Module, adapter_name: str) -> None:
-        """Refuses an adapter that has nothing to save yet."""
+    def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
+        named = ((name, m) for name, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls))
+        first = next(name for name, layer in named if adapter_name in layer.seals)
+        return f"{first}.{cls.prefix}{SEAL}.{adapter_name}"
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         key = cls._seal_key(model, adapter_name).removesuffix(f".{adapter_name}")
-        keys = [name for name in state_dict if f"{PEFT_PREFIX}{name}".endswith(key.removeprefix(PEFT_PREFIX))]
-        seal = state_dict.pop(keys[0]) if keys else None
+        found = {name for name in state_dict if name.removeprefix(PEFT_PREFIX) == key.removeprefix(PEFT_PREFIX)}
+        seal = state_dict.pop(found.pop()) if found else None
+        first = next(layer for layer in _layers(cls, model).values() if adapter_name in layer.seals)
+        saved = first.expected_files.get(adapter_name)
         try:
-            sha256 = cls._check_load(model, config, adapter_name, state_dict, seal)
+            cls._check_load(model, adapter_name, state_dict, seal, saved)
         except HfRobustError:
-            if config.saved is not None and not config.checked and isinstance(model, PeftModel):
+            if saved is not None and isinstance(model, PeftModel):
                 _take_out(model, adapter_name)
             raise
-        state_dict[key] = as_seal(sha256)
-        config.checked = True
+        first.expected_files.pop(adapter_name, None)
+        state_dict[key] = first.seals[adapter_name]  # or PEFT would miss it
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @classmethod
     def _check_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], seal: Tensor | None
-    ) -> str:
+        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], seal: Tensor | None, saved: Any
+    ) -> None:
         """Looks at everything that is about to be loaded, then gives an adapter without tensors room for them."""
-        saved = None if config.checked else config.saved  # of an adapter that is there, the config is of another file
         where, inner = f"adapter {adapter_name}", f".modules_to_save.{adapter_name}."
         plain = {name.replace(inner, "."): tensor for name, tensor in plain_names(state_dict).items()}
         check_format(saved, where)
-        sha256 = digest(plain)
-        check_seal(sha256, seal, saved, where)
+        check_seal(plain, seal, saved, where)
         _check_whole_modules({n: t for n, t in state_dict.items() if inner in n}, model)
         layers, tensors = _layers(cls, model), _by_unit(plain, cls.prefix)
         others = [n for n in plain_names(state_dict) if inner not in n and n.rpartition(".")[0] not in tensors]
         unknown = sorted(set(tensors) - set(layers)) + others
-        if unknown or not tensors:
+        if unknown:
             raise AdapterFileError("file holds tensors the adapter does not have", where=where, got=unknown[:3])
         missing = sorted(unit for unit, layer in layers.items() if layer.has_adapter(adapter_name))
         missing = [unit for unit in missing if unit not in tensors]
@@ -295,34 +307,41 @@ class RobustTuner(BaseTuner):
             check_base(saved["base"], cls._base_tensors(model, model.state_dict()))
         for unit, found in tensors.items():
             layers[unit].check_tensors(adapter_name, found)
-        for unit, found in tensors.items():
-            layers[unit].make_room(adapter_name, found)
-        return sha256
+        cls.make_room(layers, adapter_name, tensors)
 
     @classmethod
-    def check_arrived(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """Looks at an adapter's tensors where they are, once they have been put there without passing PEFT.
+    def make_room(cls, layers: Any, adapter_name: str, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """Prepares an adapter for tensors that are about to be loaded and have been checked.
+
+        Args:
+            layers: by unit.
+            adapter_name: the adapter.
+            tensors: by unit and name.
+        """
+
+    @classmethod
+    def check_arrived(cls, model: nn.Module, adapter_name: str) -> None:
+        """Looks at an adapter's tensors where they are, if they have been put there without passing PEFT.
 
         Args:
             model: the model without its PEFT wrapper.
-            config: the adapter's config, from a file.
             adapter_name: the adapter.
 
         Raises:
-            AdapterFileError: they are not those that were saved, or the base is another one.
+            AdapterFileError: they are not those that its config tells of, or the base is another one.
         """
-        layers = [layer for layer in _layers(cls, model).values() if layer.has_adapter(adapter_name)]
-        if any(layer.disable_adapters or adapter_name not in layer.active_adapters for layer in layers):
+        all_layers = _layers(cls, model).values()
+        first = next((layer for layer in all_layers if adapter_name in layer.expected_files), None)
+        layers = [layer for layer in all_layers if layer.has_adapter(adapter_name)]
+        if first is None or any(one.disable_adapters or adapter_name not in one.active_adapters for one in layers):
             return
-        if all(layer.is_new(adapter_name) for layer in layers):
-            config.saved = None  # the settings of a file, but another adapter
-            return
-        where, state_dict = f"adapter {adapter_name}", model.state_dict()
-        check_format(config.saved, where)
-        sha256, seal = digest(cls._plain_tensors(model, adapter_name, state_dict)), as_seal(config.saved["sha256"])
-        check_seal(sha256, seal, config.saved, where)
-        check_base(config.saved["base"], cls._base_tensors(model, state_dict))
-        config.checked = True
+        if not all(layer.is_new(adapter_name) for layer in layers):  # else: the settings of a file, but a new adapter
+            saved, where, state_dict = first.expected_files[adapter_name], f"adapter {adapter_name}", model.state_dict()
+            check_format(saved, where)
+            check_seal(cls._plain_tensors(model, adapter_name, state_dict), first.seals[adapter_name], saved, where)
+            check_base(saved["base"], cls._base_tensors(model, state_dict))
+        del first.expected_files[adapter_name]
+        first.seals[adapter_name].zero_()
 
     @classmethod
     def _plain_tensors(
@@ -358,10 +377,13 @@ class RobustTuner(BaseTuner):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        for name, layer in self.named_modules():
-            if isinstance(layer, RobustLayer):
-                for adapter, tensors in layer.tensors_in(state_dict, f"{prefix}{name}.").items():
-                    layer.check_tensors(adapter, tensors)
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, RobustLayer)}
+        found = {name: layer.tensors_in(state_dict, f"{prefix}{name}.") for name, layer in layers.items()}
+        for name, adapters in found.items():
+            for adapter, tensors in adapters.items():
+                layers[name].check_tensors(adapter, tensors)
+        for adapter in {adapter for adapters in found.values() for adapter in adapters}:
+            self.make_room(layers, adapter, {n: adapters[adapter] for n, adapters in found.items() if adapter in adapters})
         if local_metadata.get("assign_to_params_buffers"):  # they may be mapped from a file, which others may change
             state_dict.update({name: tensor.clone() for name, tensor in state_dict.items()})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
@@ -375,17 +397,16 @@ class Arrival:
     Args:
         tuner: the adapter's method.
         model: the model without its PEFT wrapper.
-        config: the adapter's config.
         adapter_name: the adapter.
     """
 
-    def __init__(self, tuner: type[RobustTuner], model: nn.Module, config: Any, adapter_name: str) -> None:
-        self.tuner, self.model, self.config, self.adapter_name = tuner, model, config, adapter_name
+    def __init__(self, tuner: type[RobustTuner], model: nn.Module, adapter_name: str) -> None:
+        self.tuner, self.model, self.adapter_name = tuner, model, adapter_name
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Called before the forward of each tower."""
-        if not self.config.checked and self.config.saved is not None and not torch.compiler.is_compiling():
-            self.tuner.check_arrived(self.model, self.config, self.adapter_name)
+        if not torch.compiler.is_compiling():
+            self.tuner.check_arrived(self.model, self.adapter_name)
 
 
 def _layers(tuner: type[RobustTuner], model: nn.Module) -> dict[str, RobustLayer]:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -43,9 +44,6 @@ class RobustConfig(PeftConfig):
         ConfigError: a value is none of the allowed ones.
     """
 
-    # Whether the adapter's tensors are known to be those that `saved` speaks of. No field: it is not saved.
-    checked: ClassVar[bool] = False
-
     towers: Towers = field(default="both", metadata={"help": "Which towers of a dual encoder to train."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to take."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
@@ -73,6 +71,25 @@ class RobustConfig(PeftConfig):
             raise ConfigError("layers_pattern says where to count layers_to_transform, which is not given")
         if not isinstance(self.saved, dict | None):
             raise ConfigError("saved is not what a saved adapter says of itself", got=self.saved)
+
+    def say_when_saved(self, **values: Any) -> None:
+        """Sets fields of the file that `save_pretrained` writes next, which is of one adapter made with the settings.
+
+        Args:
+            values: by name.
+        """
+        vars(self)["_of_adapter"] = values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the settings, with what is to be said of the adapter that is being saved.
+
+        Args:
+            save_directory: the folder.
+            kwargs: as for `PeftConfig.save_pretrained`.
+        """
+        file: Any = copy.copy(self)
+        vars(file).update(vars(self).pop("_of_adapter", {}))
+        super(RobustConfig, file).save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

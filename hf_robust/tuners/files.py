@@ -25,7 +25,6 @@ from ..errors import AdapterFileError, HfRobustError, UnsafeFileError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 FORMAT_VERSION = 1
 SEAL = "sha256"  # name of the tensor with the digest, behind the prefix of the method
 PEFT_PREFIX = "base_model.model."
@@ -64,11 +63,11 @@ def as_seal(sha256: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
 
 
-def check_seal(sha256: str, seal: Tensor | None, saved: Mapping[str, Any] | None, where: str) -> None:
+def check_seal(tensors: Mapping[str, Tensor], seal: Tensor | None, saved: Mapping[str, Any] | None, where: str) -> None:
     """Looks whether tensors are those that were saved.
 
     Args:
-        sha256: their digest.
+        tensors: by the names they have in their file, without PEFT's prefix and the seal.
         seal: the tensor with the digest of those that were saved, if there is one.
         saved: what the config says, if it is of the same file.
         where: the file, for the message.
@@ -78,10 +77,13 @@ def check_seal(sha256: str, seal: Tensor | None, saved: Mapping[str, Any] | None
     """
     if saved is not None and seal is None:
         raise AdapterFileError("an adapter's file lacks its digest", where=where, remedy="Save the adapter again.")
+    if seal is None:
+        return
+    sha256 = digest(tensors)
     if saved is not None and saved["sha256"] != sha256:
         remedy = "Are config and tensors of two savings? Get the files again."
         raise AdapterFileError("an adapter's tensors are not those that were saved", where=where, remedy=remedy)
-    if seal is not None and not torch.equal(seal.cpu(), as_seal(sha256)):
+    if not torch.equal(seal.cpu(), as_seal(sha256)):
         remedy = f"Get the files again. To load tensors you have changed, take out the one that ends in {SEAL!r}."
         raise AdapterFileError("an adapter's tensors have been changed since", where=where, remedy=remedy)
 
@@ -131,23 +133,21 @@ def check_files(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> d
         prefix: of the method's tensors.
 
     Returns:
-        The tensors by name, without PEFT's prefix and the digest; None if there is a config alone.
+        The tensors by name, without PEFT's prefix and the digest; None if there is no safetensors file. (Of a pickle
+        PEFT unpickles tensors only, which are checked afterwards.)
 
     Raises:
-        UnsafeFileError: the weights are a pickle, or no regular file.
+        UnsafeFileError: the file is no regular one.
         AdapterFileError: the format is newer than this version, or the tensors are not those that were saved.
     """
     path = folder / WEIGHTS_FILE
     if not path.exists():
-        if (folder / PICKLE_FILE).exists():
-            remedy = "Save it with safe_serialization=True where it was made."
-            raise UnsafeFileError("an adapter as a pickle could run code", where=str(folder), remedy=remedy)
         return None
     check_format(saved, str(folder))
     tensors = plain_names(read_weights(path))
     seals = [tensors.pop(name) for name in list(tensors) if name.endswith(f".{prefix}{SEAL}")]
-    check_seal(digest(tensors), seals[0] if seals else None, saved, str(path))
-    if not any(prefix in name for name in tensors):
+    check_seal(tensors, seals[0] if seals else None, saved, str(path))
+    if not seals and not any(prefix in name for name in tensors):
         raise AdapterFileError("file holds no tensor of its method", where=str(path), got=sorted(tensors)[:3])
     return tensors
 

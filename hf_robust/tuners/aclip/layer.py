@@ -29,7 +29,7 @@ class ACLIPLayer(RobustLayer):
     """
 
     adapter_layer_names = tensor_names = ("aclip_weight", "aclip_bias")
-    other_param_names = ("aclip_sha256",)
+    other_param_names = ("aclip_sha256", "expected_files")
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ class ACLIPLayer(RobustLayer):
         self.aclip_weight = nn.ParameterDict()
         self.aclip_bias = nn.ParameterDict()
         self.aclip_sha256 = BufferDict(persistent=True)
+        self.expected_files: dict[str, dict[str, Any]] = {}
         self.merged_adapters: list[str] = []
         self._theta0 = BufferDict(persistent=False)  # the base's own tensors, while adapters are merged into it
 
@@ -150,6 +151,11 @@ class ACLIPLayer(RobustLayer):
     def pretrained_parameters(self) -> dict[str, Tensor]:
         """The base's parameters as they were before any adapter, by name."""
         return {name: self._start(name) for name, _ in self.base_layer.named_parameters()}
+
+    @property
+    def seals(self) -> BufferDict:
+        """Places for digests of files, by adapter."""
+        return self.aclip_sha256
 
     def is_new(self, adapter_name: str) -> bool:
         """Whether an adapter's copies are the base's tensors."""

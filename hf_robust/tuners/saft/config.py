@@ -47,7 +47,8 @@ class SAFTConfig(RobustConfig):
         exclude_input_embeddings: keep a dual encoder's patch embedding and token embedding out. They attract most
             entries of the global rule while every task goes through them. False for the rule of the re-implementation.
         seed: seed of the `random` score.
-        entry_counts: number of selected entries per module; filled by the selection, not by hand.
+        entry_counts: number of entries by module, in the config of a saved adapter; not to be filled by hand. A new
+            adapter selects its own, whatever stands here.
         others: see `RobustConfig`.
 
     Raises:
@@ -67,7 +68,7 @@ class SAFTConfig(RobustConfig):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random score."})
     entry_counts: dict[str, int] | None = field(
-        default=None, metadata={"help": "Selected entries per module, filled by the selection."}
+        default=None, metadata={"help": "Entries by module of a saved adapter, not to be filled by hand."}
     )
 
     def __post_init__(self) -> None:
@@ -96,12 +97,12 @@ class SAFTConfig(RobustConfig):
         """
         ending = ".saft_values"
         found = {name.removesuffix(ending): len(t) for name, t in tensors.items() if name.endswith(ending)}
-        if self.entry_counts != found:
+        if (self.entry_counts or {}) != found:
             got, allowed = f"{sum(found.values())} in {len(found)} modules", "those of entry_counts"
             raise AdapterFileError("numbers of entries differ", where=where, got=got, allowed=allowed)
 
     def _check_counts(self, counts: dict[str, int]) -> None:
-        what = "entry_counts is filled by the selection"
+        what = "entry_counts is filled when an adapter is saved"
         if not isinstance(counts, dict) or not counts:
             raise ConfigError(what, got=counts, allowed="numbers of entries by module")
         for unit, count in counts.items():

@@ -38,7 +38,7 @@ class SAFTLayer(RobustLayer):
 
     adapter_layer_names = ("saft_values",)
     tensor_names = ("saft_indices", "saft_values")
-    other_param_names = ("saft_indices", "saft_eligible", "saft_configs", "saft_sha256")
+    other_param_names = ("saft_indices", "saft_eligible", "saft_configs", "saft_sha256", "expected_files")
 
     def __init__(self, base_layer: nn.Module, unit: str) -> None:
         super().__init__()
@@ -49,6 +49,7 @@ class SAFTLayer(RobustLayer):
         self.saft_values = nn.ParameterDict()
         self.saft_indices = BufferDict(persistent=True)
         self.saft_sha256 = BufferDict(persistent=True)
+        self.expected_files: dict[str, dict[str, Any]] = {}
         self.saft_eligible: dict[str, tuple[str, ...]] = {}  # names of the parameters an adapter may select from
         self.saft_configs: dict[str, SAFTConfig] = {}
         self._disable_adapters = False
@@ -69,7 +70,8 @@ class SAFTLayer(RobustLayer):
         self.saft_eligible[adapter_name] = eligible
         self.saft_configs[adapter_name] = config
         count = (config.entry_counts or {}).get(self.unit, 0)
-        self.allocate(adapter_name, torch.empty(count, device="meta"))  # costs no memory: a config may say anything
+        if count:  # without memory: a config may say anything
+            self.allocate(adapter_name, torch.empty(count, device="meta"))
 
     def allocate(self, adapter_name: str, positions: Tensor) -> None:
         """Gives an adapter its entries, with values of zero.
@@ -97,23 +99,29 @@ class SAFTLayer(RobustLayer):
         parameters = floating_parameters(self.base_layer).values()
         return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
-    def is_unselected(self, adapter_name: str) -> bool:
-        """Whether the adapter still has to select its entries, or to get them from a file."""
-        config = self.saft_configs.get(adapter_name)
-        return config is not None and (config.entry_counts is None or self._waits_for_file(adapter_name))
+    def has_entries(self, adapter_name: str) -> bool:
+        """Whether an adapter has entries here that are there, and not only announced by its config."""
+        return adapter_name in self.saft_values and not self.saft_values[adapter_name].is_meta
 
-    def _waits_for_file(self, adapter_name: str) -> bool:
-        return adapter_name in self.saft_values and self.saft_values[adapter_name].is_meta
+    def has_selected(self, adapter_name: str) -> None:
+        """Notes that an adapter has its entries, here or elsewhere."""
+        self.saft_eligible[adapter_name] = ()
+
+    def is_unselected(self, adapter_name: str) -> bool:
+        """Whether an adapter still has to select its entries, or to get them from a file."""
+        if adapter_name in self.saft_values:
+            return not self.has_entries(adapter_name)
+        return bool(self.saft_eligible.get(adapter_name)) and self.saft_configs[adapter_name].entry_counts is None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:  # noqa: D102
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.refresh()
+        self._write(self._shown())
 
     def enable_adapters(self, enabled: bool) -> None:  # noqa: D102
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
-        self.refresh()
+        self._write(self._shown())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Makes the adapters a part of the base, which then is saved with them.
@@ -268,6 +276,11 @@ class SAFTLayer(RobustLayer):
         """The base's parameters as they were before any adapter, by name."""
         return {**dict(self.base_layer.named_parameters()), **self._resident.pretrained()}
 
+    @property
+    def seals(self) -> BufferDict:
+        """Places for digests of files, by adapter."""
+        return self.saft_sha256
+
     def changed_entries(self, adapter_name: str) -> dict[str, Tensor]:
         """Positions of an adapter's entries in the base's parameters."""
         found: dict[str, Tensor] = {}
@@ -293,7 +306,7 @@ class SAFTLayer(RobustLayer):
         return self._with_entries(self.merged_adapters or ([] if self._disable_adapters else self.active_adapters))
 
     def _with_entries(self, names: list[str]) -> tuple[str, ...]:
-        return tuple(name for name in names if name in self.saft_values and not self._waits_for_file(name))
+        return tuple(name for name in names if self.has_entries(name))
 
     def _write(self, adapters: tuple[str, ...]) -> bool:
         """Makes the base hold θ₀ plus the values of `adapters`; False when the base cannot be written."""
@@ -321,7 +334,7 @@ class SAFTLayer(RobustLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         device = device or next(self.base_layer.parameters()).device
-        if adapter_name in self.saft_values and not self._waits_for_file(adapter_name):
+        if self.has_entries(adapter_name):
             self.saft_values[adapter_name].data = self.saft_values[adapter_name].data.to(device)
             self.saft_indices[adapter_name] = self.saft_indices[adapter_name].to(device)
 
@@ -336,18 +349,6 @@ class SAFTLayer(RobustLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._resident.forget(self.base_layer)  # what is loaded now is θ₀
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def make_room(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-        """Gives an adapter that has no entries yet as many as are about to be loaded.
-
-        Args:
-            adapter_name: the adapter.
-            tensors: those that will be loaded, which have been checked.
-        """
-        if adapter_name not in self.saft_values or self._waits_for_file(adapter_name):
-            count, config = len(tensors["saft_values"]), self.saft_configs[adapter_name]
-            self.allocate(adapter_name, torch.empty(count, device=next(self.base_layer.parameters()).device))
-            config.entry_counts = {**(config.entry_counts or {}), self.unit: count}
 
     def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
         """Looks whether tensors can be those of an adapter; nothing is changed.
@@ -370,7 +371,9 @@ class SAFTLayer(RobustLayer):
         if isinstance(values, DTensor) or indices.is_meta:
             return
         self.check_values(values, self.unit)
-        count = len(values) if config.entry_counts is None else config.entry_counts.get(self.unit, 0)
+        count = len(values) if self.is_unselected(adapter_name) else 0  # what it has
+        if adapter_name in self.saft_values:
+            count = len(self.saft_values[adapter_name])
         if indices.shape != values.shape or values.shape != (count,) or count == 0:
             got = f"{tuple(indices.shape)} indices, {tuple(values.shape)} values"
             raise AdapterFileError("numbers of entries differ", where=self.unit, got=got, allowed=f"({count},)")

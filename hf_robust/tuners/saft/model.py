@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import AdapterFileError, SelectionError
+from ...errors import AdapterFileError
 from ..base import RobustTuner
 from .config import SAFTConfig
 from .eligible import eligible_parameters
@@ -54,15 +55,27 @@ class SAFTModel(RobustTuner):
         return units
 
     @classmethod
-    def check_saveable(cls, model: nn.Module, adapter_name: str) -> None:
-        """Refuses an adapter without entries.
+    def settings_of_adapter(cls, model: nn.Module, adapter_name: str) -> dict[str, Any]:
+        """How many entries an adapter has in each unit."""
+        layers = [layer for layer in model.modules() if isinstance(layer, SAFTLayer)]
+        counts = {layer.unit: len(layer.saft_values[adapter_name]) for layer in layers if layer.has_entries(adapter_name)}
+        return {"entry_counts": counts or None}
 
-        Raises:
-            SelectionError: it has not selected them.
+    @classmethod
+    def make_room(cls, layers: Any, adapter_name: str, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """Gives an adapter that has no entries yet as many as are about to be loaded.
+
+        Args:
+            layers: by unit.
+            adapter_name: the adapter.
+            tensors: by unit and name.
         """
-        if any(isinstance(layer, SAFTLayer) and layer.is_unselected(adapter_name) for layer in model.modules()):
-            remedy = "Call select_saft first, or train."
-            raise SelectionError("the adapter has not selected its entries", got=adapter_name, remedy=remedy)
+        for unit, found in tensors.items():
+            if not layers[unit].has_entries(adapter_name):
+                device = next(layers[unit].base_layer.parameters()).device
+                layers[unit].allocate(adapter_name, torch.empty(len(found["saft_values"]), device=device))
+        for layer in layers.values() if tensors else ():
+            layer.has_selected(adapter_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wraps the units of an adapter.
@@ -86,7 +99,7 @@ class SAFTModel(RobustTuner):
         current_key: str,
     ) -> None:
         layer = target if isinstance(target, SAFTLayer) else SAFTLayer(target, current_key)
-        layer.update_layer(adapter_name, peft_config, self._targets[current_key])
+        layer.update_layer(adapter_name, self._config, self._targets[current_key])
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 

@@ -27,7 +27,8 @@ class ResidentValues:
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
-        self.changed = False  # whether the base's bits differ from those of θ₀
+        self.changed = False  # whether the base holds values in the place of θ₀
+        self.has_changed = False  # whether it has done so before
         self._written: Stamp | None = None  # of the values the base shows; None: it shows θ₀
         self._copies: tuple[Tensor, ...] = ()  # of the values, as they were written
         self._base_versions: tuple[int, ...] = ()
@@ -72,17 +73,21 @@ class ResidentValues:
         stamp = Stamp.of([*indices.values(), *values])
         if self._written is not None and self._written.matches(stamp):
             return True
-        self.restore(base_layer)
         plan = self.plan_for(base_layer, indices)
         if not plan.is_writable(base_layer):
+            self.restore(base_layer)
             return False
-        plan = self.plan = plan.with_fresh_originals()
-        self._base_versions = plan.versions()
+        if not self.changed:
+            plan = self.plan = plan.with_fresh_originals()
+            self._base_versions = plan.versions()
+        elif plan.versions() != self._written_versions:
+            self.check_base()
         effective = plan.effective(plan.delta(values).detach())
-        if not all(map(same_bits, effective, plan.originals)):  # before the first step θ₀ is what shall be there
+        # Before the first step θ₀ is what shall be there; later this is not looked at, as it waits for the device.
+        if self.has_changed or not all(map(same_bits, effective, plan.originals)):
             plan.store(effective)
             set_versions(plan.parameters, self._versions_of(stamp))
-            self.changed = True
+            self.changed = self.has_changed = True
         self._written_versions = plan.versions()
         self._copies = tuple(value.detach().clone() for value in values)
         self._written = stamp

@@ -71,12 +71,10 @@ def select_saft(
         for parameter in layer.saft_eligible.get(name, ())
     }
     chosen = _choose(_scores(model, tensors, config, batches, loss_fn), config)
-    config.saved, config.entry_counts = None, {}
     for layer in layers:
-        positions = _positions_in_unit(layer, chosen)
-        layer.allocate(name, positions)
-        if len(positions):
-            config.entry_counts[layer.unit] = len(positions)
+        layer.allocate(name, _positions_in_unit(layer, chosen))
+        layer.has_selected(name)
+        layer.expected_files.pop(name, None)
     for layer in layers:
         layer.set_adapter(layer.active_adapters)
 
