@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -261,8 +261,7 @@ class RobustTuner(BaseTuner):
 
     @classmethod
     def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
-        named = ((name, m) for name, m in model.named_modules() if isinstance(m, cls.tuner_layer_cls))
-        first = next(name for name, layer in named if adapter_name in layer.seals)
+        first = next(name for name, module in _named(model) if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.seals)
         return f"{first}.{cls.prefix}{SEAL}.{adapter_name}"
 
     @classmethod
@@ -349,7 +348,7 @@ class RobustTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         """An adapter's tensors by the names they have in its file, but for PEFT's prefix."""
         found: dict[str, Tensor] = {}
-        for name, module in model.named_modules():
+        for name, module in _named(model):
             if isinstance(module, cls.tuner_layer_cls):
                 tensors: Any = module.tensors_in(state_dict, f"{name}.").get(adapter_name, {})
             elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -409,8 +408,13 @@ class Arrival:
             self.tuner.check_arrived(self.model, self.adapter_name)
 
 
-def _layers(tuner: type[RobustTuner], model: nn.Module) -> dict[str, RobustLayer]:
-    named = model.named_modules()
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by the names that their tensors have in a state dict, where FSDP's first version wraps the model."""
+    return ((name.removeprefix("_fsdp_wrapped_module."), module) for name, module in model.named_modules())
+
+
+def _layers(tuner: type[RobustTuner], model: nn.Module) -> dict[str, Any]:
+    named = _named(model)
     return {n.removeprefix(PEFT_PREFIX): module for n, module in named if isinstance(module, tuner.tuner_layer_cls)}
 
 

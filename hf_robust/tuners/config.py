@@ -106,6 +106,7 @@ class RobustConfig(PeftConfig):
         if not isinstance(found, dict) or not isinstance(found.get("saved"), dict | None):
             raise AdapterFileError("file holds no settings", where=str(path_json_file))
         check_format(found.get("saved"), str(path_json_file))
+        found.pop("runtime_config", None)  # as PEFT does: such settings hold for one run
         return found
 
     @classmethod
