@@ -23,6 +23,7 @@ from ..data.text_files import read_json
 from ..errors import AdapterFileError
 from ..ogen import OGENClassifier
 from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE, ZeroShotClassifier
+from ..tuners.matching import check_adapter_name
 from ..tuners.saft import SAFTConfig, saft_unselected
 
 ENCODER, HEAD = "model.", "class_head."  # prefixes in the classifier's state dict
@@ -35,11 +36,16 @@ def save_encoder(classifier: ZeroShotClassifier, folder: Path, state_dict: dict[
         classifier: the classifier.
         folder: where to.
         state_dict: the classifier's tensors, where they cannot be read from the modules (FSDP).
+
+    Raises:
+        ConfigError: the name of an adapter is none of a folder.
     """
     if state_dict is not None:
         state_dict = {name.removeprefix(ENCODER): tensor for name, tensor in state_dict.items()}
     encoder: Any = classifier.model
     if isinstance(encoder, PeftModel):
+        for name in encoder.peft_config:  # PEFT makes a folder of each
+            check_adapter_name(name)
         # "auto" would ask the Hub whether the vocabulary has grown
         encoder.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
     else:

@@ -10,6 +10,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from .matching import check_adapter_name
+
 
 def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Returns what `Module._apply` shall do to trained tensors when it does `fn` to a model: never fewer bits.
@@ -54,6 +56,7 @@ class RobustTuner(BaseTuner):
             model: the model without its PEFT wrapper.
             adapter_name: the adapter to add.
         """
+        check_adapter_name(adapter_name)
         config: Any = self.peft_config[adapter_name]
         self._targets = self.find_targets(model, config)
         patterns = config.target_modules, config.exclude_modules
