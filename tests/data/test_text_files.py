@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_robust.cards.push import push
+from hf_robust.data.images import load_rgb
 from hf_robust.data.sources import load_source
 from hf_robust.data.text_files import parse_json, read_json, read_text
 from hf_robust.errors import ConfigError, DataError, HfRobustError, HubError, UnsafeFileError
@@ -102,6 +103,19 @@ def test_every_entrance_is_as_strict(tmp_path, entrance, text):
     (file.parent / "adapter_model.safetensors").touch()
     with pytest.raises(HfRobustError, match="JSON|is there twice"):
         read(file)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_data_are_read_from_regular_files_alone(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UnsafeFileError, match=f"not a regular file .at .*{name}"):
+        load_source(str(tmp_path))
+
+
+def test_an_image_that_is_a_pipe_is_one_that_cannot_be_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="image cannot be opened .not a regular file"):
+        load_rgb(tmp_path / "a.png")
 
 
 def test_names_one_per_line_are_read_from_regular_files_alone(tmp_path):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_robust import ACLIPConfig, SAFTConfig
 from hf_robust.errors import ConfigError
@@ -91,6 +92,19 @@ def test_endless_patterns_are_refused_before_the_model_is_touched(config, argume
     with pytest.raises(ConfigError, match=f"{argument} takes longer"):
         get_peft_model(model, config(**{argument: ENDLESS}))
     assert names == [name for name, _ in model.named_modules()]
+
+
+def test_an_endless_pattern_in_a_file_is_refused(tmp_path: Path):
+    """Of A-CLIP; a SAFT file names its entries, and its pattern is not asked."""
+    model = get_peft_model(tiny_model("clip"), ACLIPConfig())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ENDLESS}))
+    with pytest.raises(ConfigError, match="target_modules takes longer"):
+        PeftModel.from_pretrained(tiny_model("clip"), tmp_path)
+    with pytest.raises(ConfigError, match="target_modules takes longer"):
+        model.load_adapter(tmp_path, "other")
+    assert list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("config", [SAFTConfig, ACLIPConfig])
