@@ -56,6 +56,10 @@ def test_auto_peft_model_loads_what_was_saved(tmp_path, family, method):
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's uploads
 def test_auto_peft_model_loads_what_was_pushed(tmp_path, hub, method):
     trainer = trained(tmp_path, method)
+    trainer.model.model.peft_config["default"].revision = "v1"
+    trainer.save_model()
+    push(tmp_path / "base", BASE, revision="v1")
+    tiny_model("clip", seed=1).save_pretrained(tmp_path / "base")  # the base has gone on since
     tiny_processor("clip").save_pretrained(tmp_path / "base")
     push(tmp_path / "base", BASE)
     push(tmp_path / "run", REPO, base_model_id=BASE)
