@@ -14,6 +14,7 @@ import regex
 from torch import nn
 
 from ..errors import ConfigError, close_matches
+from ..tasks.class_names import PROCESSOR_FOLDER
 
 SECONDS, COST = 1.0, 50_000  # for all names together; characters of a pattern with what its braces repeat
 COUNT = re.compile(r"\{(\d{0,3})(?:,(\d{0,3}))?\}")
@@ -39,8 +40,9 @@ def check_adapter_name(name: str) -> None:
     """
     if not isinstance(name, str) or re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) is None:
         raise ConfigError("adapter's name cannot be used", got=name, allowed="1 to 64 of A-Z, a-z, 0-9, _ and -")
-    if name.lower() in DEVICES or name in ATTRIBUTES:
-        raise ConfigError("adapter's name is taken by Windows or PyTorch", got=name, remedy="Choose another one.")
+    if name.lower() in DEVICES | {PROCESSOR_FOLDER} or name in ATTRIBUTES:
+        what = "adapter's name is taken by Windows, PyTorch or the folder of the processor"
+        raise ConfigError(what, got=name, remedy="Choose another one.")
 
 
 def matching(patterns: list[str] | str, names: set[str], argument: str) -> set[str]:
