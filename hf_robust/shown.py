@@ -53,7 +53,7 @@ def sendable(value: object) -> object:
 
 
 def printable(text: str, most: int) -> str:
-    r"""Returns text in which control characters, reversed writing and the like are escaped as `repr` does.
+    r"""Returns text in one line, in which control characters, reversed writing and the like are escaped as by `repr`.
 
     Raw from a file, they could erase or rewrite what stands on a terminal.
 
@@ -66,7 +66,11 @@ def printable(text: str, most: int) -> str:
         '\\x1b[2Jcat'
     """
     text = _cut(text, most)
-    return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), most)
+    return _cut("".join(c if c.isprintable() else _escaped(c) for c in text), most)
+
+
+def _escaped(character: str) -> str:
+    return " " if character.isspace() else character.encode("unicode_escape").decode()
 
 
 def _cut(text: str, most: int) -> str:

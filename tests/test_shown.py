@@ -110,7 +110,7 @@ ESCAPED = r"\x1b[2J\x07\r\n\u202egnp.exe\u2066\ud800"
 def test_no_part_of_a_message_reaches_the_terminal_raw(part, wrap):
     parts = {"what": "wrong", part: wrap(HOSTILE) if part == "got" else HOSTILE}
     message = str(ConfigError(parts.pop("what"), **parts))
-    assert ESCAPED in message and message.isprintable()
+    assert (ESCAPED if part == "got" else ESCAPED.replace(r"\r\n", "  ")) in message and message.isprintable()
     message.encode()
 
 
