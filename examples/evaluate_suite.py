@@ -38,7 +38,7 @@ from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.loading import load_adapter_config, load_model, load_processor
 from hf_robust.scripting.results import percent
 from hf_robust.scripting.run import run
-from hf_robust.tasks.class_names import WEIGHTS_FILE
+from hf_robust.tasks.class_names import PROCESSOR_FOLDER, WEIGHTS_FILE
 
 
 @dataclass
@@ -103,7 +103,8 @@ def evaluate(args: ScriptArguments, suite: RobustnessSuite) -> dict[str, SuiteRe
     reports = {"base": evaluate_suite(model, processor, suite, **how)}
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)
-        if has_file(args.adapter, PROCESSOR_NAME):  # it may have been trained with images of another size
+        saved = [f"{PROCESSOR_FOLDER}/{PROCESSOR_NAME}", PROCESSOR_NAME]
+        if any(has_file(args.adapter, name) for name in saved):  # it may have been trained with images of another size
             processor = load_processor(args.adapter)
         for alpha in args.alphas:
             if args.alphas != [1.0]:  # not every method can go part of the way

@@ -40,7 +40,7 @@ from hf_robust.interpolation.files import COMPANION_FILES, StoredTensor, read_ch
 from hf_robust.interpolation.publish import check_output, publish_folder
 from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.run import run
-from hf_robust.tasks.class_names import WEIGHTS_FILE
+from hf_robust.tasks.class_names import PROCESSOR_FOLDER, WEIGHTS_FILE
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -119,7 +119,7 @@ def merge_adapter(zero_shot: Path, adapter: Path, folders: dict[float, Path], ov
         merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
         with publish_folder(folder, overwrite, needed=merged.get_memory_footprint()) as temporary:
             merged.save_pretrained(temporary)
-            copy_companions([adapter, zero_shot], temporary)
+            copy_companions([adapter / PROCESSOR_FOLDER, adapter, zero_shot], temporary)
             if (adapter / WEIGHTS_FILE).exists():
                 merge_head(zero_shot / WEIGHTS_FILE, adapter / WEIGHTS_FILE, alpha, temporary / WEIGHTS_FILE)
 

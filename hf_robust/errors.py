@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from .shown import printable, sendable, shown
+
+LONGEST = 500  # characters of a part of a message; each may hold what was read from a file
+MOST_KNOWN, LONGEST_NAME = 20_000, 100  # names that one is compared with, which costs their product, and characters
+
 
 class HfRobustError(Exception):
     """Base of all errors raised by hf_robust.
 
     The message reads `what (at where): got …; allowed …. remedy`, so that a user sees the observed value, the allowed
-    values and what to do in one line.
+    values and what to do in one line. Whatever the parts hold, it is a short line that a terminal can show: a value is
+    cut to 80 characters and every other part to 500, and control characters are escaped.
 
     Args:
         what: what is wrong, in one clause.
@@ -35,15 +41,18 @@ class HfRobustError(Exception):
     ) -> None:
         if "Original Traceback" in what:  # how a DataLoader hands on what a worker has raised: the last line is ours
             what = what.rstrip().rpartition("\n")[2].partition(": ")[2]
-        self.what, self.where, self.got, self.allowed, self.remedy = what, where, got, allowed, remedy
-        message = what + (f" (at {where})" if where else "")
-        facts = [f"got {got!r}"] if got is not None else []
-        facts += [f"allowed {allowed}"] if allowed else []
+        self.what, self.got = printable(what, LONGEST), got
+        self.where, self.allowed, self.remedy = (
+            None if part is None else printable(part, LONGEST) for part in (where, allowed, remedy)
+        )
+        message = self.what + (f" (at {self.where})" if self.where else "")
+        facts = [f"got {shown(got)}"] if got is not None else []
+        facts += [f"allowed {self.allowed}"] if self.allowed else []
         message += (": " + "; ".join(facts)) if facts else ""
-        super().__init__(message + (f". {remedy}" if remedy else ""))
+        super().__init__(message + (f". {self.remedy}" if self.remedy else ""))
 
     def __reduce__(self) -> tuple:  # keyword arguments would be lost in the pickle a DataLoader worker sends
-        return _rebuild, (type(self), self.what, self.where, self.got, self.allowed, self.remedy)
+        return _rebuild, (type(self), self.what, self.where, sendable(self.got), self.allowed, self.remedy)
 
 
 def _rebuild(cls: type, what: str, where: str, got: object, allowed: str, remedy: str) -> HfRobustError:
@@ -99,5 +108,6 @@ def close_matches(name: str, known: list[str]) -> str:
     """
     import difflib
 
-    matches = difflib.get_close_matches(name, known, n=3) or known[:5]
-    return "Did you mean " + ", ".join(repr(match) for match in matches) + "?"
+    readable = [one for one in known[:MOST_KNOWN] if len(one) <= LONGEST_NAME]
+    matches = difflib.get_close_matches(name[:LONGEST_NAME], readable, n=3) or known[:5]
+    return "Did you mean " + ", ".join(shown(match) for match in matches) + "?"

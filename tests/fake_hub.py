@@ -119,7 +119,8 @@ class FakeHub:
 
     def resolve(self, repo: str, revision: str, file: str, **_: Any) -> tuple[int, Any]:
         branch = next(name for name in self.branches[repo] if revision in (name, self.sha(repo, name)))
-        return 200, self.files(repo, branch)[file]
+        files = self.files(repo, branch)
+        return (200, files[file]) if file in files else (404, {"error": "Entry not found"})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -152,6 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(raw)))
         if sha is not None:
             self.send_header("X-Repo-Commit", sha)
+            if status == 404:
+                self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("ETag", f'"{hashlib.sha1(raw).hexdigest()}"')
         self.end_headers()
         if self.command != "HEAD":
@@ -188,9 +191,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(
+            "huggingface_hub.hf_api.api.endpoint", running.url
+        )  # of its functions, such as file_exists
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one of an earlier test knows another address
         monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
         close_session()

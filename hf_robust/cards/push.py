@@ -22,7 +22,7 @@ from yaml import YAMLError
 from ..data.text_files import parse_json, read_json, read_text
 from ..data.yaml_files import parse_yaml
 from ..errors import ConfigError, DataError, HubError, UnsafeFileError
-from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
+from ..tasks.class_names import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE
 from .card import REPOSITORY
 from .markdown import hub_id
 
@@ -30,7 +30,6 @@ CARD, ADAPTER, ADAPTER_WEIGHTS = "README.md", "adapter_config.json", "adapter_mo
 MODEL, MODEL_WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 SETTINGS = (
-    CONFIG_FILE,
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer_config.json",
@@ -38,6 +37,7 @@ SETTINGS = (
     "added_tokens.json",
 )
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
+PROCESSOR = (*SETTINGS, *VOCABULARY)  # beside a whole model; in a folder of its own beside an adapter
 PICTURE = re.compile(r"!\[[^\]]*\]\((\w[\w.-]*\.png)\)", re.ASCII)
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 PRIVATE = {
@@ -118,7 +118,7 @@ def push(
     try:
         contents = _contents(folder, base_model_id, token)
     except (UnicodeDecodeError, YAMLError, SafetensorError) as error:
-        raise HubError("file is malformed; nothing has been pushed", where=str(folder), got=str(error)) from error
+        raise HubError(f"file is malformed ({error}); nothing has been pushed", where=str(folder)) from error
     except (DataError, ConfigError) as error:
         raise HubError(f"{error.what}; nothing has been pushed", where=error.where, got=error.got) from error
     with _explained(folder, repo_id):
@@ -137,6 +137,8 @@ def push(
             operations += [CommitOperationDelete(name) for name in sorted(names - set(contents)) if _is_model(name)]
         else:
             _check_same_model(api, repo_id, there.sha, names, contents)
+        if any(name.startswith(f"{PROCESSOR_FOLDER}/") for name in contents):  # one beside it, of an early version
+            operations += [CommitOperationDelete(name) for name in PROCESSOR if name in names - set(contents)]
         # with its parent the commit is refused if someone else has pushed meanwhile
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=there.sha
@@ -157,7 +159,8 @@ def _explained(folder: Path, repo_id: str) -> Iterator[None]:
         what, remedy = _reason(cause)
         remedy += f", then call push({str(folder)!r}, {repo_id!r}) again: what the Hub has already is not sent twice."
         remedy = f"The local copy in {str(folder)!r} is complete. {remedy}"
-        raise HubError(what, where=repo_id, got=" ".join(str(cause).split()), remedy=remedy) from error
+        what += f" ({' '.join(str(cause).split())})"
+        raise HubError(what, where=repo_id, remedy=remedy) from error
 
 
 def _reason(error: BaseException) -> tuple[str, str]:
@@ -216,9 +219,12 @@ def _contents(folder: Path, base_model_id: str | None, token: str | None) -> dic
     contents: dict[str, bytes | str] = {}
     for name in _model_files(folder):
         contents[name] = _cleaned(folder, name, base_model_id) if name.endswith(".json") else _weights(folder, name)
-    for name in (*SETTINGS, *VOCABULARY, WEIGHTS_FILE):
+    own_folder = ADAPTER in contents and os.path.lexists(folder / PROCESSOR_FOLDER)
+    processor = [f"{PROCESSOR_FOLDER}/{name}" for name in PROCESSOR] if own_folder else PROCESSOR
+    for name in (CONFIG_FILE, WEIGHTS_FILE, *processor):
         if os.path.lexists(folder / name):
-            contents[name] = _cleaned(folder, name, base_model_id) if name in SETTINGS else str(_file(folder, name))
+            is_settings = name == CONFIG_FILE or name.rpartition("/")[2] in SETTINGS
+            contents[name] = _cleaned(folder, name, base_model_id) if is_settings else str(_file(folder, name))
     if os.path.lexists(folder / CARD):
         card = _card(folder, base_model_id)
         contents[CARD] = card.encode()
@@ -260,11 +266,11 @@ def _model_files(folder: Path) -> list[str]:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """Returns the path of an ordinary file that lies in the folder itself."""
+    """Returns the path of an ordinary file that lies in the folder itself, or in its subfolder of the processor."""
     path = folder / name
     if not os.path.lexists(path):
         raise HubError("file is missing", where=str(folder), got=name)
-    if not S_ISREG(path.lstat().st_mode):
+    if not S_ISREG(path.lstat().st_mode) or (path.parent != folder and path.parent.is_symlink()):
         remedy = "Put the file itself in its place."
         raise UnsafeFileError("not an ordinary file; a link could lead anywhere", where=str(path), remedy=remedy)
     return path

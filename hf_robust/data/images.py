@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..errors import DataError
+from .text_files import check_regular
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT_RATIO = 20
@@ -102,7 +103,10 @@ def _open(image: Any, where: str | None) -> tuple[Image.Image, str | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `load_rgb` has a lower limit
-            return Image.open(io.BytesIO(Path(path).read_bytes() if content is None else content)), where
+            if content is None:
+                check_regular(path)
+                content = Path(path).read_bytes()
+            return Image.open(io.BytesIO(content)), where
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"image cannot be opened ({error})", where=where) from error
 

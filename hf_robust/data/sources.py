@@ -29,7 +29,7 @@ from .files import IMAGES, PARQUET, exists, files_of, kind_of, reading, split_of
 from .image_folders import load_image_folder
 from .splits import choose_split, file_splits, image_splits
 from .tables import check_same_columns, load_tables
-from .text_files import read_json
+from .text_files import check_regular, read_json
 
 NOTHING = "no such file, folder of images or dataset of the Hub"
 
@@ -50,6 +50,7 @@ def load_source(
 
     Raises:
         DataError: there is no such thing, it holds several splits and none is chosen, or it cannot be read.
+        UnsafeFileError: a file is no regular one.
 
     Example:
         >>> load_source("photos:test").column_names  # photos/{train,test}/<class>/*.jpg
@@ -102,6 +103,7 @@ def _load_files(name: str, split: str | None, where: str) -> Dataset:
 def _load_parquet(files: Sequence[str], where: str) -> Dataset:
     expected, rows = None, 0
     for file in files:
+        check_regular(file)
         with reading(file, where), pyarrow.parquet.ParquetFile(file) as content:
             found, rows = Features.from_arrow_schema(content.schema_arrow), rows + content.metadata.num_rows
         expected = expected or found

@@ -16,7 +16,7 @@ from datasets import Dataset, Image
 from ..errors import DataError
 from .files import reading
 from .splits import METADATA
-from .text_files import parse_json
+from .text_files import check_regular, parse_json
 
 DELIMITERS, JSON = {".csv": ",", ".tsv": "\t"}, (".jsonl", ".json")
 PATH_COLUMNS = ("image", "file_name", "filename", "path", "filepath", "image_path", "img", "file")
@@ -36,6 +36,7 @@ def load_tables(files: Sequence[str], where: str) -> Dataset:
 
     Raises:
         DataError: a file cannot be read, has other columns than the first, or names an image that is not there.
+        UnsafeFileError: a file is no regular one.
     """
     tables = []
     for file in files:
@@ -123,6 +124,7 @@ def _suffix(file: str) -> str:
 
 
 def _read(path: str) -> pa.Table:
+    check_regular(path)
     with open(path, encoding="utf-8-sig", newline="") as file:
         return _read_json(file) if _suffix(path) in JSON else _read_csv(file, DELIMITERS[_suffix(path)])
 

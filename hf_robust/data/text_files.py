@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small text files that others may have written: settings, names, JSON."""
+"""Files that others may have written, and those of small text: settings, names, JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -12,6 +13,25 @@ from typing import Any
 from ..errors import DataError, HfRobustError, UnsafeFileError
 
 LIMIT = 10 * 2**20  # bytes
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuses what is no file, or no link to one: reading a pipe waits for ever, and a device may never end.
+
+    Args:
+        path: what will be read.
+
+    Raises:
+        UnsafeFileError: it is no regular file.
+        OSError: it is not there.
+
+    Example:
+        >>> check_regular("/dev/zero")
+        Traceback (most recent call last):
+        hf_robust.errors.UnsafeFileError: not a regular file (at /dev/zero)
+    """
+    if not S_ISREG(os.stat(path).st_mode):
+        raise UnsafeFileError("not a regular file", where=str(path))
 
 
 def read_text(path: Path, limit: int = LIMIT, error: type[HfRobustError] = DataError) -> str:
@@ -23,7 +43,7 @@ def read_text(path: Path, limit: int = LIMIT, error: type[HfRobustError] = DataE
         error: the class of what is raised.
 
     Raises:
-        UnsafeFileError: it is no regular file: reading a pipe may wait, and a device may never end.
+        UnsafeFileError: it is no regular file.
         HfRobustError: of the class `error`: it is not there, too large, or no such text.
 
     Example:
@@ -32,8 +52,7 @@ def read_text(path: Path, limit: int = LIMIT, error: type[HfRobustError] = DataE
     """
     where = str(path)
     try:
-        if not S_ISREG(path.stat().st_mode):
-            raise UnsafeFileError("not a regular file", where=where)
+        check_regular(path)
         with path.open("rb") as file:
             content = file.read(limit + 1)  # and not by its size, which may change, or be 0 under /proc
     except OSError as problem:

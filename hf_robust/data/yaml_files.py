@@ -89,4 +89,4 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: 2001-13-32, or a number out of range
-        raise ConfigError("file is no YAML", where=where, got=" ".join(str(error).split())) from error
+        raise ConfigError(f"file is no YAML ({' '.join(str(error).split())})", where=where) from error

@@ -223,7 +223,7 @@ def _check_same_names(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, 
     )
     if not left and not right:
         return
-    got = "; ".join(
+    found = "; ".join(
         f"{len(names)} only in {side}" + (f": {some(names)}" if names else "")
         for side, names in zip(SIDES, (left, right), strict=False)
     )
@@ -231,7 +231,7 @@ def _check_same_names(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, 
     for prefix in PREFIXES:
         if [prefix + name for name in left] == right or left == [prefix + name for name in right]:
             remedy = f"The prefix {prefix!r} is the only difference; save the model without its wrapper."
-    raise MergeError("checkpoints have different tensors", got=got, remedy=remedy)
+    raise MergeError(f"checkpoints have different tensors: {found}", remedy=remedy)
 
 
 def _is_computed(name: str, tensor: StoredTensor) -> bool:
@@ -326,7 +326,7 @@ def _non_finite(
         n_values = _values(tensor)
         slices = [(start, min(SLICE, n_values - start)) for start in range(0, n_values, SLICE)]
         bad = sum(int((~_read_doubles(tensor, *part, sources, *buffer).isfinite()).sum()) for part in slices)
-        counts.append(f"{bad} of {n_values} in {side}")
+        counts += [f"{bad} of {n_values} in {side}"] if bad else []
     return NonFiniteError("tensor has NaN or infinity", where=name, got="; ".join(counts))
 
 

@@ -284,8 +284,8 @@ def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Sto
     wrong = sorted(name for name in weight_map.keys() | held.keys() if weight_map.get(name) != held.get(name))
     if wrong:
         name = wrong[0]
-        got = f"{name} in {held.get(name)} instead of {weight_map.get(name)}"
-        raise MergeError(f"index and shards disagree on {len(wrong)} tensors", where=str(index), got=got)
+        what = f"index and shards disagree on {len(wrong)} tensors: {name} in {held.get(name)} instead of "
+        raise MergeError(what + str(weight_map.get(name)), where=str(index))
 
 
 def _object(text: str | bytes, path: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def publish_folder(out_dir: Path, overwrite: bool, needed: int = 0) -> Iterator[
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise MergeError("files cannot be read or written", where=str(out_dir), got=str(error)) from error
+            raise MergeError(f"files cannot be read or written ({error})", where=str(out_dir)) from error
         raise
     _sync(out_dir.parent)
     if temporary.exists():  # it holds what was there before

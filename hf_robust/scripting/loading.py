@@ -18,6 +18,7 @@ from ..data.sources import load_source
 from ..data.text_files import read_json, read_text
 from ..encoders.dual_encoder import family
 from ..errors import ConfigError, DataError
+from ..tasks.class_names import PROCESSOR_FOLDER
 from ..training.arguments import RobustTrainingArguments
 from ..training.checkpoint import checkpoint_to_resume
 from .progress import is_silent
@@ -129,10 +130,11 @@ def load_model(name: str, dtype: str) -> Any:
 
 
 def load_processor(name: str) -> ProcessorMixin:
-    """Loads a model's processor.
+    """Loads the processor of a model, or the one that was saved with an adapter.
 
     Args:
-        name: folder or id on the Hub.
+        name: folder or id on the Hub; of an adapter, the processor lies in the subfolder `processor`, or beside it, as
+            early versions of this package wrote it.
 
     Raises:
         ConfigError: there is none.
@@ -142,7 +144,10 @@ def load_processor(name: str) -> ProcessorMixin:
         77
     """
     with _explained("processor", name):
-        return AutoProcessor.from_pretrained(name)
+        try:
+            return AutoProcessor.from_pretrained(name, subfolder=PROCESSOR_FOLDER)
+        except (OSError, ValueError):
+            return AutoProcessor.from_pretrained(name)
 
 
 def load_adapter_config(name: str) -> PeftConfig:
@@ -168,7 +173,7 @@ def _explained(what: str, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # of transformers, in many lines
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ConfigError(f"no {what} can be loaded", where=name, got=reason) from error
+        raise ConfigError(f"no {what} can be loaded ({reason})", where=name) from error
 
 
 def wish_to_resume(training_args: TrainingArguments) -> str | None:

@@ -29,6 +29,7 @@ from ..encoders.templates import TEMPLATES, check_class_names, check_templates
 from ..errors import ConfigError
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where its own part is saved
+PROCESSOR_FOLDER = "processor"  # beside an adapter; that of a whole model lies with it
 
 __all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]
 

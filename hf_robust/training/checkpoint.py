@@ -22,7 +22,8 @@ from ..data.class_spaces import ClassSpace
 from ..data.text_files import read_json
 from ..errors import AdapterFileError
 from ..ogen import OGENClassifier
-from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE, ZeroShotClassifier
+from ..tasks.class_names import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, ZeroShotClassifier
+from ..tuners.matching import check_adapter_name
 
 ENCODER, HEAD = "model.", "class_head."  # prefixes in the classifier's state dict
 
@@ -34,15 +35,37 @@ def save_encoder(classifier: ZeroShotClassifier, folder: Path, state_dict: dict[
         classifier: the classifier.
         folder: where to.
         state_dict: the classifier's tensors, where they cannot be read from the modules (FSDP).
+
+    Raises:
+        ConfigError: the name of an adapter is none of a folder.
     """
     if state_dict is not None:
         state_dict = {name.removeprefix(ENCODER): tensor for name, tensor in state_dict.items()}
     encoder: Any = classifier.model
     if isinstance(encoder, PeftModel):
+        for name in encoder.peft_config:  # PEFT makes a folder of each
+            check_adapter_name(name)
         # "auto" would ask the Hub whether the vocabulary has grown
         encoder.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
     else:
         encoder.save_pretrained(folder, state_dict=state_dict)
+
+
+def processor_folder(classifier: ZeroShotClassifier, folder: Path) -> Path:
+    """Returns where the processor of a saved classifier goes.
+
+    It does not lie beside an adapter: PEFT's `AutoPeftModel` takes a tokenizer there for a sign that the vocabulary
+    may have grown, and asks the base for its input embeddings, which a dual encoder does not give.
+
+    Args:
+        classifier: the classifier.
+        folder: where its encoder is saved.
+
+    Example:
+        >>> processor_folder(classifier, Path("my-adapter"))
+        PosixPath('my-adapter/processor')
+    """
+    return folder / PROCESSOR_FOLDER if isinstance(classifier.model, PeftModel) else folder
 
 
 def load_encoder(classifier: ZeroShotClassifier, folder: Path) -> None:

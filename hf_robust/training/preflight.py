@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import ProcessorMixin
 
@@ -18,6 +19,7 @@ from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.pretrained import ADAPTERS, check_vision_is_pretrained
 from ..errors import ConfigError, DataError
 from ..tasks.class_names import ZeroShotClassifier
+from ..tuners.matching import check_adapter_name
 from ..tuners.saft import saft_unselected
 from .arguments import RobustTrainingArguments
 
@@ -88,7 +90,8 @@ def check_training(classifier: ZeroShotClassifier, rows: LabelledImages | Labell
         rows: the training set.
 
     Raises:
-        ConfigError: nothing is trained, an adapter is frozen, or weights of 16 bits are trained themselves.
+        ConfigError: nothing is trained, an adapter is frozen, its name is none of a folder, or weights of 16 bits
+            are trained themselves.
         DataError: there is one class alone.
     """
     names = rows.class_names
@@ -101,6 +104,8 @@ def check_training(classifier: ZeroShotClassifier, rows: LabelledImages | Labell
     if found < 2:
         what = "there is nothing to tell apart: all images are of one class"
         raise DataError(what, where=rows.name, got=found, allowed="2 classes or more")
+    for name in classifier.model.peft_config if isinstance(classifier.model, PeftModel) else ():
+        check_adapter_name(name)  # of a stock method; those of this package have looked
     if saft_unselected(classifier.model):  # a checkpoint to resume from brings the entries
         return
     trained = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}

@@ -17,7 +17,7 @@ from ..cards.push import push, write_card
 from ..cards.results import CardResults, draw_curve
 from ..ogen.training import OGENTraining
 from .arguments import RobustTrainingArguments
-from .checkpoint import load_encoder, load_head, save_encoder, save_head
+from .checkpoint import load_encoder, load_head, processor_folder, save_encoder, save_head
 
 TRAINING_ARGS = "training_args.json"
 
@@ -25,8 +25,9 @@ TRAINING_ARGS = "training_args.json"
 class SavingTrainer(Trainer):
     """`Trainer` with the checkpoints, cards and pushes of a `ZeroShotClassifier`; the base of `RobustTrainer`.
 
-    A checkpoint is the adapter's folder (without adapter, the whole model's) with the processor, the class names, the
-    classifier's own weights and a card beside it, and what is needed to go on training.
+    A checkpoint is the adapter's folder (without adapter, the whole model's) with the class names, the classifier's
+    own weights and a card beside it, and what is needed to go on training. The processor lies beside a whole model,
+    and in the subfolder `processor` of an adapter's folder, see `processor_folder`.
     """
 
     model: Any  # a ZeroShotClassifier; mypy would take every attribute of a module for a tensor
@@ -106,7 +107,7 @@ class SavingTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_encoder(self.model, folder, state_dict)
         save_head(self.model, folder)
-        self.processing_class.save_pretrained(folder)
+        self.processing_class.save_pretrained(processor_folder(self.model, folder))
         (folder / TRAINING_ARGS).write_text(self.args.to_json_string())  # the Trainer's pickle would hold the token
         self._write_card(folder)  # last, as PEFT changes a card that is there
 

@@ -54,8 +54,9 @@ class RobustTrainer(ModelInitTrainer):
 
     Of a model that is trained whole it keeps the zero-shot weights in CPU memory, for WiSE-FT.
 
-    A saved model is the adapter's folder (without adapter, the whole model's) with the processor, the class names, the
-    classifier's own weights and a card beside it; the card shows the results of `wise_ft_sweep`.
+    A saved model is the adapter's folder (without adapter, the whole model's) with the class names, the classifier's
+    own weights and a card beside it, which shows the results of `wise_ft_sweep`. The processor lies beside a whole
+    model, and in an adapter's folder in the subfolder `processor`.
 
     Args:
         model: a `ZeroShotClassifier`, or a dual encoder, plain or `PeftModel`, that one is then built around with

@@ -20,8 +20,9 @@ from .config import RobustConfig
 from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, check_format, check_seal, digest, plain_names
 from .fingerprint import check_base, fingerprint
 
-
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+from .matching import check_adapter_name
 
 
 def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -177,6 +178,7 @@ class RobustTuner(BaseTuner):
             model: the model without its PEFT wrapper.
             adapter_name: the adapter to add.
         """
+        check_adapter_name(adapter_name)
         config: Any = self.peft_config[adapter_name]
         try:
             self._targets = self.find_targets(model, config)
@@ -261,7 +263,11 @@ class RobustTuner(BaseTuner):
 
     @classmethod
     def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
-        first = next(name for name, module in _named(model) if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.seals)
+        first = next(
+            name
+            for name, module in _named(model)
+            if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.seals
+        )
         return f"{first}.{cls.prefix}{SEAL}.{adapter_name}"
 
     @classmethod
@@ -335,7 +341,11 @@ class RobustTuner(BaseTuner):
         if first is None or any(one.disable_adapters or adapter_name not in one.active_adapters for one in layers):
             return
         if not all(layer.is_new(adapter_name) for layer in layers):  # else: the settings of a file, but a new adapter
-            saved, where, state_dict = first.expected_files[adapter_name], f"adapter {adapter_name}", model.state_dict()
+            saved, where, state_dict = (
+                first.expected_files[adapter_name],
+                f"adapter {adapter_name}",
+                model.state_dict(),
+            )
             check_format(saved, where)
             check_seal(cls._plain_tensors(model, adapter_name, state_dict), first.seals[adapter_name], saved, where)
             check_base(saved["base"], cls._base_tensors(model, state_dict))
@@ -382,7 +392,9 @@ class RobustTuner(BaseTuner):
             for adapter, tensors in adapters.items():
                 layers[name].check_tensors(adapter, tensors)
         for adapter in {adapter for adapters in found.values() for adapter in adapters}:
-            self.make_room(layers, adapter, {n: adapters[adapter] for n, adapters in found.items() if adapter in adapters})
+            self.make_room(
+                layers, adapter, {n: adapters[adapter] for n, adapters in found.items() if adapter in adapters}
+            )
         if local_metadata.get("assign_to_params_buffers"):  # they may be mapped from a file, which others may change
             state_dict.update({name: tensor.clone() for name, tensor in state_dict.items()})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)

@@ -130,7 +130,9 @@ class RobustConfig(PeftConfig):
             folder = _download(cls, str(pretrained_model_name_or_path), subfolder, kwargs)
         tensors = check_files(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
         if tensors is not None and config.saved is None:
-            what = "was saved by an older version of hf_robust: whether it is whole and fits its base cannot be checked"
+            what = (
+                "was saved by an older version of hf_robust: whether it is whole and fits its base cannot be checked"
+            )
             warnings.warn(f"The adapter in {folder} {what}. Load and save it once.", stacklevel=2)
         if tensors is not None:
             config.check_weights(tensors, str(folder))

@@ -63,7 +63,9 @@ def as_seal(sha256: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
 
 
-def check_seal(tensors: Mapping[str, Tensor], seal: Tensor | None, saved: Mapping[str, Any] | None, where: str) -> None:
+def check_seal(
+    tensors: Mapping[str, Tensor], seal: Tensor | None, saved: Mapping[str, Any] | None, where: str
+) -> None:
     """Looks whether tensors are those that were saved.
 
     Args:
@@ -121,7 +123,9 @@ def _read_header(path: Path) -> Any:
         try:
             return parse_json(file.read(size), str(path))
         except HfRobustError as error:
-            raise AdapterFileError("header of a safetensors file is damaged", where=str(path), got=error.got) from error
+            raise AdapterFileError(
+                "header of a safetensors file is damaged", where=str(path), got=error.got
+            ) from error
 
 
 def check_files(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> dict[str, Tensor] | None:
@@ -175,6 +179,8 @@ def check_format(saved: Mapping[str, Any] | None, where: str) -> None:
     if version > FORMAT_VERSION:
         remedy = "pip install --upgrade hf_robust"
         allowed = f"up to {FORMAT_VERSION}"
-        raise AdapterFileError("an adapter's format is newer", where=where, got=version, allowed=allowed, remedy=remedy)
+        raise AdapterFileError(
+            "an adapter's format is newer", where=where, got=version, allowed=allowed, remedy=remedy
+        )
     if not isinstance(saved.get("sha256"), str) or not isinstance(saved.get("base"), dict):
         raise AdapterFileError("an adapter's config lacks its digest or its base", where=where, got=sorted(saved))

@@ -31,9 +31,9 @@ ADAPTER_FILES = {
     "adapter_model.safetensors",
     "classifier.json",
     "curve.png",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    "processor/processor_config.json",
+    "processor/tokenizer.json",
+    "processor/tokenizer_config.json",
 }
 
 
@@ -92,7 +92,7 @@ def test_listed_files_go_in_one_commit_and_nothing_else(hub: FakeHub, folder: Pa
     assert hub.messages == ["A message"] and hub.visibility == {REPO: "private"}
     assert contents(folder) == before
     for name in ADAPTER_FILES - {"README.md", "adapter_config.json"}:
-        if not name.endswith(".json") or name == "tokenizer.json":
+        if not name.endswith(".json") or name.endswith("tokenizer.json"):
             assert hub.files(REPO)[name] == before[name]
         else:
             assert json.loads(hub.files(REPO)[name]) == json.loads(before[name])
@@ -101,7 +101,7 @@ def test_listed_files_go_in_one_commit_and_nothing_else(hub: FakeHub, folder: Pa
 def test_what_was_pushed_loads_as_what_was_saved(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     push(folder, REPO)
     for name, content in hub.files(REPO).items():
-        (tmp_path / "got").mkdir(exist_ok=True)
+        (tmp_path / "got" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "got" / name).write_bytes(content)
     config = SAFTConfig.from_pretrained(str(tmp_path / "got"))
     assert config.entry_counts == SAFTConfig.from_pretrained(str(folder)).entry_counts and config.density == 0.01
@@ -109,7 +109,7 @@ def test_what_was_pushed_loads_as_what_was_saved(hub: FakeHub, folder: Path, tmp
 
 def test_no_request_holds_token_or_home_folder(hub: FakeHub, folder: Path) -> None:
     set_base(folder, str(Path.home() / "models" / "clip"))
-    edit(folder, "tokenizer_config.json", name_or_path=str(Path.home() / "models" / "clip"))
+    edit(folder, "processor/tokenizer_config.json", name_or_path=str(Path.home() / "models" / "clip"))
     push(folder, REPO)
     sent = b"".join(hub.bodies) + b"".join(hub.files(REPO).values())
     for private in (TOKEN, str(Path.home()) + os.sep, str(folder)):
@@ -216,9 +216,30 @@ def test_links_are_refused(hub: FakeHub, folder: Path, tmp_path: Path, name: str
     assert not hub.requests
 
 
+def test_a_linked_folder_of_the_processor_is_refused(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    shutil.move(folder / "processor", tmp_path / "elsewhere")
+    (folder / "processor").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeFileError, match="processor"):
+        push(folder, REPO)
+    assert not hub.requests
+
+
+def test_a_processor_in_its_folder_takes_the_place_of_one_beside_the_adapter(hub: FakeHub, folder: Path) -> None:
+    """Early versions wrote it there, where `AutoPeftModel` stumbles over it."""
+    early = shutil.copytree(folder, folder.parent / "early")
+    for file in (early / "processor").iterdir():
+        file.rename(early / file.name)
+    (early / "processor").rmdir()
+    push(early, REPO)
+    assert {"tokenizer.json", "tokenizer_config.json", "processor_config.json"} < hub.files(REPO).keys()
+    shutil.copytree(folder / "processor", early / "processor")  # as after another training into the same folder
+    push(early, REPO)
+    assert hub.files(REPO).keys() == ADAPTER_FILES
+
+
 def test_special_files_are_refused(hub: FakeHub, folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    os.mkfifo(folder / "tokenizer.json")
+    (folder / "processor" / "tokenizer.json").unlink()
+    os.mkfifo(folder / "processor" / "tokenizer.json")
     with pytest.raises(UnsafeFileError, match="ordinary file"):
         push(folder, REPO)
 

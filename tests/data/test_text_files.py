@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_robust.cards.push import push
+from hf_robust.data.images import load_rgb
 from hf_robust.data.sources import load_source
 from hf_robust.data.text_files import parse_json, read_json, read_text
 from hf_robust.errors import ConfigError, DataError, HfRobustError, HubError, UnsafeFileError
@@ -104,6 +105,19 @@ def test_every_entrance_is_as_strict(tmp_path, entrance, text):
         read(file)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_data_are_read_from_regular_files_alone(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UnsafeFileError, match=f"not a regular file .at .*{name}"):
+        load_source(str(tmp_path))
+
+
+def test_an_image_that_is_a_pipe_is_one_that_cannot_be_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="image cannot be opened .not a regular file"):
+        load_rgb(tmp_path / "a.png")
+
+
 def test_names_one_per_line_are_read_from_regular_files_alone(tmp_path):
     os.mkfifo(tmp_path / "names.txt")
     with pytest.raises(UnsafeFileError):
@@ -124,5 +138,5 @@ def test_a_push_reads_the_card_with_the_limits_of_yaml(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     Path(tmp_path, "README.md").write_text("---\na: &x [1]\nb: *x\n---\nText\n")
-    with pytest.raises(HubError, match="no YAML; nothing has been pushed .at README.md.: got 'anchors"):
+    with pytest.raises(HubError, match="no YAML .anchors.*nothing has been pushed .at README.md"):
         push(tmp_path, "me/model")

@@ -110,13 +110,15 @@ def test_the_base_can_be_given(run):
     assert results["models"]["base"]["sets"] != results["models"]["alpha 1"]["sets"]
 
 
-def test_an_adapter_is_evaluated_with_images_of_its_own_size(run, folder, monkeypatch):
-    with_image_size(tiny_processor("clip"), 64, tiny_model("clip")).save_pretrained(folder / "larger")
-    save_adapter(folder / "larger", SAFTConfig(density=0.3, score="random"))
+@pytest.mark.parametrize("place", ["processor", ""])  # the second as early versions wrote it
+def test_an_adapter_is_evaluated_with_images_of_its_own_size(run, folder, monkeypatch, place):
+    name = f"larger {place}"
+    with_image_size(tiny_processor("clip"), 64, tiny_model("clip")).save_pretrained(folder / name / place)
+    save_adapter(folder / name, SAFTConfig(density=0.3, score="random"))
     sizes = image_sizes_seen(monkeypatch)
     run("--base", "base")
     assert sizes == {(32, 32)}
-    run("--adapter", "larger")
+    run("--adapter", name)
     assert sizes == {(32, 32), (64, 64)}
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from hf_robust import ACLIPConfig, SAFTConfig, select_saft
+from hf_robust import ACLIPConfig, SAFTConfig, select_saft, with_image_size
 from hf_robust.errors import ConfigError, MergeError
 from hf_robust.interpolation.arithmetic import interpolate_tensor
 from hf_robust.scripting.arguments import parse_arguments
@@ -88,6 +88,16 @@ def test_an_adapter_goes_part_of_the_way(merge, method, capsys):
     AutoProcessor.from_pretrained(folders[0.25])
     assert sorted(os.listdir("merged")) == sorted(Path(folder).name for folder in folders.values())
     assert not list(Path(folders[0.25]).glob("adapter*"))
+
+
+@pytest.mark.parametrize("place", ["adapter/processor", "adapter"])
+def test_the_processor_of_the_adapter_comes_before_that_of_the_base(merge, place):
+    """In its own folder, or beside the adapter, as early versions wrote it."""
+    save_adapter("adapter", CONFIGS["lora"])
+    with_image_size(tiny_processor("clip"), 64, tiny_model("clip")).save_pretrained(place)
+    merge("--fine_tuned", "adapter")
+    assert AutoProcessor.from_pretrained("merged").image_processor.crop_size["height"] == 64
+    assert not Path("merged/processor").exists()
 
 
 def test_all_files_may_be_read_by_whom_the_folder_may(merge):

@@ -180,7 +180,7 @@ def vision_tower(folder):
 BAD_INPUT = {
     "unknown method": (lambda _: ["--method", "soft"], ConfigError, "unknown method.*'soft'.*'saft'"),
     "no training data": (lambda _: ["--train_data", ""], ConfigError, "not given.*train_data"),
-    "no such names": (lambda _: ["--class_names_file", "no.txt"], ConfigError, "class names cannot be read.*no.txt"),
+    "no such names": (lambda _: ["--class_names_file", "no.txt"], DataError, "file cannot be read .at no.txt"),
     "no such model": (lambda _: ["--model_name_or_path", "no/where"], ConfigError, "no model can be.*no/where"),
     "no JSON": (lambda _: ["--eval_data", "a.parquet"], ConfigError, "no sets by name.*eval_data.*a.parquet"),
     "no checkpoint": (

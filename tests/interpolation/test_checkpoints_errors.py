@@ -35,7 +35,7 @@ def test_other_tensors(folders, alpha):
     message = r"7 only in zero-shot: extra_0, extra_1, extra_2, extra_3, extra_4 \(\+2 more\); 1 only in fine-tuned"
     refused(folders, MergeError, message, alpha)
     put(folders, "b", **{f"extra_{n}": torch.ones(1) for n in range(7)}, tower__half=None)
-    refused(folders, MergeError, "1 only in zero-shot: tower.half; 0 only in fine-tuned'", alpha)
+    refused(folders, MergeError, "1 only in zero-shot: tower.half; 0 only in fine-tuned", alpha)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "base_model.model."])
@@ -63,7 +63,7 @@ def test_not_finite(folders, monkeypatch, bad, name):
     tensor = pair()[0][name.replace("__", ".")]
     tensor.view(-1)[[0, 5]] = bad
     put(folders, "a", **{name: tensor})
-    found = rf"infinity \(at {name.replace('__', '.')}\): got '2 of {tensor.numel()} in zero-shot; 0 of"
+    found = rf"infinity \(at {name.replace('__', '.')}\): got '2 of {tensor.numel()} in zero-shot'"
     refused(folders, NonFiniteError, found)
 
 

@@ -112,7 +112,7 @@ def test_values_that_no_flag_has_are_kept(parse_file):
         ("save_strategy: no", "wrong value .at save_strategy in .*my.yaml.: got False.*choose from.*no"),
         ("words:", "wrong value .at words in .*my.yaml.: got 'no value'"),
         ("words: {a: b}", "wrong value .at words in .*my.yaml.: got {'a': 'b'}"),
-        ("a: [", "file is no YAML .at .*my.yaml.: got"),
+        ("a: [", "file is no YAML .while parsing.* .at .*my.yaml"),
         ("", "config file has no settings .at .*my.yaml."),
         ("- words", "config file has no settings .at .*my.yaml."),
     ],

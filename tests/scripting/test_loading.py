@@ -63,7 +63,7 @@ def test_a_model_that_is_not_there_is_one_short_error(tmp_path):
     assert load_model(str(tmp_path / "model"), "float32").config.model_type == "clip"
     (tmp_path / "empty").mkdir()
     for name in ("no/where", str(tmp_path / "empty")):
-        with pytest.raises(ConfigError, match=f"no model can be loaded .at {name}.: got") as caught:
+        with pytest.raises(ConfigError, match=f"no model can be loaded .*. .at {name}") as caught:
             load_model(name, "float32")
         assert "\n" not in str(caught.value)
 

@@ -77,11 +77,12 @@ def test_saved_folder_is_read_by_stock_libraries(tmp_path, method):
         loaded = AutoModel.from_pretrained(tmp_path)
     else:
         loaded = PeftModel.from_pretrained(tiny_model("clip"), tmp_path)
-    classifier = ZeroShotClassifier(loaded, AutoProcessor.from_pretrained(tmp_path), NAMES).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path, subfolder="" if method == "full" else "processor")
+    classifier = ZeroShotClassifier(loaded, processor, NAMES).eval()
     batch = ImageCollator(tiny_processor("clip"))(list(image_dataset(7, NAMES, seed=50)))
     with torch.no_grad():
         assert torch.equal(classifier(**batch).logits, trained.model.eval()(**batch).logits)
-    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert not any(name.endswith((".bin", ".pt", ".pkl")) or b"secret" in content for name, content in written.items())
     expected = {"class_names": NAMES, "templates": ["a photo of a {}."], "head": "live"}
     assert json.loads(written["classifier.json"]) == expected

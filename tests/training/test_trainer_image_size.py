@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel
 
 from hf_robust import ImageCollator, OGENConfig, ZeroShotClassifier, with_image_embeds, with_image_size
 from hf_robust.encoders.dual_encoder import base_model
@@ -15,6 +15,7 @@ from hf_robust.errors import ConfigError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.run import evaluate_suite
 from hf_robust.evaluation.suite import RobustnessSuite, SuiteSet
+from hf_robust.scripting.loading import load_processor
 from tests.tiny_models import image_dataset, tiny_lora, tiny_model, tiny_processor
 from tests.trainers import METHODS, NAMES, build, same, weights
 
@@ -59,7 +60,7 @@ def test_every_method_trains_evaluates_and_comes_back_at_the_size(tmp_path, meth
     assert sizes == {(SIZE, SIZE)}
     after = logits(trained.model, trained.processing_class)
 
-    processor, base = AutoProcessor.from_pretrained(tmp_path), tiny_model("clip")
+    processor, base = load_processor(str(tmp_path)), tiny_model("clip")
     encoder = AutoModel.from_pretrained(tmp_path) if method == "full" else PeftModel.from_pretrained(base, tmp_path)
     assert processor.image_processor.to_dict()["crop_size"] == {"height": SIZE, "width": SIZE}
     again = ZeroShotClassifier(encoder, processor, NAMES)
@@ -73,7 +74,7 @@ def test_what_is_evaluated_elsewhere_has_the_size_too(tmp_path):
     images = image_dataset(12, NAMES, seed=50)
     accuracy = trained.evaluate(images)["eval_accuracy"]
 
-    processor = AutoProcessor.from_pretrained(tmp_path)
+    processor = load_processor(str(tmp_path))
     model = PeftModel.from_pretrained(tiny_model("clip"), tmp_path).eval()
     sizes = watched(model)
     report = evaluate_suite(model, processor, RobustnessSuite([SuiteSet("photos", "id", images)]), silent=True)

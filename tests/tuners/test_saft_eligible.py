@@ -24,9 +24,7 @@ from .zoo import zoo
 def eligible(config: SAFTConfig, model: nn.Module) -> set[str]:
     wrapped = get_peft_model(model, config)
     return {
-        f"{layer.unit}.{name}"
-        for layer in find_layers(wrapped, None)[0]
-        for name in layer.saft_eligible["default"]
+        f"{layer.unit}.{name}" for layer in find_layers(wrapped, None)[0] for name in layer.saft_eligible["default"]
     }
 
 

@@ -174,7 +174,9 @@ class ACLIPLayer(RobustLayer):
             AdapterFileError: one is missing, or has a wrong form.
             NonFiniteError: a value is NaN or infinite.
         """
-        expected = {name: getattr(self, name)[adapter_name] for name in self.tensor_names if self._has(name, adapter_name)}
+        expected = {
+            name: getattr(self, name)[adapter_name] for name in self.tensor_names if self._has(name, adapter_name)
+        }
         if set(tensors) != set(expected):
             allowed = ", ".join(expected) or "none"
             raise AdapterFileError("an adapter has other tensors", got=sorted(tensors), allowed=allowed)

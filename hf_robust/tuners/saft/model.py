@@ -58,7 +58,9 @@ class SAFTModel(RobustTuner):
     def settings_of_adapter(cls, model: nn.Module, adapter_name: str) -> dict[str, Any]:
         """How many entries an adapter has in each unit."""
         layers = [layer for layer in model.modules() if isinstance(layer, SAFTLayer)]
-        counts = {layer.unit: len(layer.saft_values[adapter_name]) for layer in layers if layer.has_entries(adapter_name)}
+        counts = {
+            layer.unit: len(layer.saft_values[adapter_name]) for layer in layers if layer.has_entries(adapter_name)
+        }
         return {"entry_counts": counts or None}
 
     @classmethod
