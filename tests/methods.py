@@ -126,7 +126,8 @@ def base_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if prefix_of(model) in name}
+    state, prefix = model.state_dict(), prefix_of(model)
+    return {n: t.clone() for n, t in state.items() if prefix in n and "sha256" not in n}  # that of a file, else zeros
 
 
 def shown_tensors(model: PeftModel) -> dict[str, Tensor]:

@@ -19,10 +19,9 @@ from ..errors import AdapterFileError, HfRobustError, NonFiniteError
 from .config import RobustConfig
 from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, check_format, check_seal, digest, plain_names
 from .fingerprint import check_base, fingerprint
+from .matching import check_adapter_name
 
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-from .matching import check_adapter_name
 
 
 def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -63,23 +62,29 @@ class RobustLayer(nn.Module, BaseTunerLayer):
     """
 
     tensor_names: tuple[str, ...]
-    expected_files: dict[str, dict[str, Any]]
+    expected_files: dict[str, Arrival]
 
     @property
     def seals(self) -> BufferDict:
         """Places for digests of files, by adapter; zeros where the file has been looked at."""
         raise NotImplementedError
 
-    def be_first(self, adapter_name: str, saved: dict[str, Any] | None) -> None:
+    def be_first(self, adapter_name: str, arrival: Arrival | None) -> None:
         """Makes this the first layer of an adapter.
 
         Args:
             adapter_name: the adapter.
-            saved: what its config says of its file; None for one that has none.
+            arrival: of the file that its config speaks of; None where it speaks of none.
         """
         self.seals[adapter_name] = torch.zeros(32, dtype=torch.uint8)
-        if saved is not None:
-            self.expected_files[adapter_name] = saved
+        if arrival is not None:
+            self.expected_files[adapter_name] = arrival
+
+    def train(self, mode: bool = True) -> RobustLayer:  # noqa: D102
+        super().train(mode)
+        for arrival in list(self.expected_files.values()):
+            arrival.check()
+        return self
 
     def check_values(self, tensor: Tensor, name: str) -> None:
         """Refuses tensors that cannot be trained values.
@@ -191,11 +196,12 @@ class RobustTuner(BaseTuner):
             del self.peft_config[adapter_name]  # which a model that PEFT injected into before shares
             raise
         self.peft_config[adapter_name] = config
+        arrival = None if config.saved is None else Arrival(type(self), model, adapter_name, config.saved)
         first = next(layer for unit, layer in _layers(type(self), model).items() if unit in self._targets)
-        first.be_first(adapter_name, config.saved)
+        first.be_first(adapter_name, arrival)
         for child in model.children():  # the towers: a user may call one of them, or get_image_features
-            if config.saved is not None:
-                child.register_forward_pre_hook(Arrival(type(self), model, adapter_name))
+            if arrival is not None:
+                child.register_forward_pre_hook(arrival)
 
     def _prepare_adapter_config(self, peft_config: RobustConfig, model_config: dict) -> RobustConfig:
         return peft_config
@@ -263,11 +269,8 @@ class RobustTuner(BaseTuner):
 
     @classmethod
     def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
-        first = next(
-            name
-            for name, module in _named(model)
-            if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.seals
-        )
+        layers = ((name, module) for name, module in _named(model) if isinstance(module, cls.tuner_layer_cls))
+        first = next(name for name, layer in layers if adapter_name in layer.seals)
         return f"{first}.{cls.prefix}{SEAL}.{adapter_name}"
 
     @classmethod
@@ -278,7 +281,7 @@ class RobustTuner(BaseTuner):
         found = {name for name in state_dict if name.removeprefix(PEFT_PREFIX) == key.removeprefix(PEFT_PREFIX)}
         seal = state_dict.pop(found.pop()) if found else None
         first = next(layer for layer in _layers(cls, model).values() if adapter_name in layer.seals)
-        saved = first.expected_files.get(adapter_name)
+        saved = first.expected_files[adapter_name].saved if adapter_name in first.expected_files else None
         try:
             cls._check_load(model, adapter_name, state_dict, seal, saved)
         except HfRobustError:
@@ -325,32 +328,22 @@ class RobustTuner(BaseTuner):
         """
 
     @classmethod
-    def check_arrived(cls, model: nn.Module, adapter_name: str) -> None:
-        """Looks at an adapter's tensors where they are, if they have been put there without passing PEFT.
+    def check_arrived(cls, model: nn.Module, adapter_name: str, saved: Mapping[str, Any], first: RobustLayer) -> None:
+        """Looks at an adapter's tensors where they are.
 
         Args:
             model: the model without its PEFT wrapper.
             adapter_name: the adapter.
+            saved: what its config says of its file.
+            first: its first layer.
 
         Raises:
-            AdapterFileError: they are not those that its config tells of, or the base is another one.
+            AdapterFileError: the tensors are not those of the file, or the base is another one.
         """
-        all_layers = _layers(cls, model).values()
-        first = next((layer for layer in all_layers if adapter_name in layer.expected_files), None)
-        layers = [layer for layer in all_layers if layer.has_adapter(adapter_name)]
-        if first is None or any(one.disable_adapters or adapter_name not in one.active_adapters for one in layers):
-            return
-        if not all(layer.is_new(adapter_name) for layer in layers):  # else: the settings of a file, but a new adapter
-            saved, where, state_dict = (
-                first.expected_files[adapter_name],
-                f"adapter {adapter_name}",
-                model.state_dict(),
-            )
-            check_format(saved, where)
-            check_seal(cls._plain_tensors(model, adapter_name, state_dict), first.seals[adapter_name], saved, where)
-            check_base(saved["base"], cls._base_tensors(model, state_dict))
-        del first.expected_files[adapter_name]
-        first.seals[adapter_name].zero_()
+        where, state_dict = f"adapter {adapter_name}", model.state_dict()
+        check_format(saved, where)
+        check_seal(cls._plain_tensors(model, adapter_name, state_dict), first.seals[adapter_name], saved, where)
+        check_base(saved["base"], cls._base_tensors(model, state_dict))
 
     @classmethod
     def _plain_tensors(
@@ -401,23 +394,44 @@ class RobustTuner(BaseTuner):
 
 
 class Arrival:
-    """Looks at an adapter from a file before the model's first forward, if its tensors did not come through PEFT.
+    """Waits for the tensors that an adapter's config tells of, where they do not come through PEFT.
 
-    transformers' `load_adapter` puts them where they belong by itself.
+    transformers' `load_adapter` puts them in their places by itself; it calls `eval()` afterwards, and at the latest
+    they are looked at before the first forward.
 
     Args:
         tuner: the adapter's method.
         model: the model without its PEFT wrapper.
         adapter_name: the adapter.
+        saved: what its config says of its file.
     """
 
-    def __init__(self, tuner: type[RobustTuner], model: nn.Module, adapter_name: str) -> None:
-        self.tuner, self.model, self.adapter_name = tuner, model, adapter_name
+    def __init__(self, tuner: type[RobustTuner], model: nn.Module, adapter_name: str, saved: dict[str, Any]) -> None:
+        self.tuner, self.model, self.adapter_name, self.saved = tuner, model, adapter_name, saved
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Called before the forward of each tower."""
         if not torch.compiler.is_compiling():
-            self.tuner.check_arrived(self.model, self.adapter_name)
+            self.check(at_forward=True)
+
+    def check(self, at_forward: bool = False) -> None:
+        """Looks at the adapter if it has come, and is on.
+
+        Args:
+            at_forward: whether the model is about to be used; if nothing has come, the adapter is a new one, that was
+                made with the settings of a file.
+        """
+        layers = _layers(self.tuner, self.model).values()
+        first = next((layer for layer in layers if self.adapter_name in layer.expected_files), None)
+        mine = [layer for layer in layers if layer.has_adapter(self.adapter_name)]
+        if first is None or any(one.disable_adapters or self.adapter_name not in one.active_adapters for one in mine):
+            return
+        has_come = not all(layer.is_new(self.adapter_name) for layer in mine)
+        if has_come:
+            self.tuner.check_arrived(self.model, self.adapter_name, self.saved, first)
+        if has_come or at_forward:
+            del first.expected_files[self.adapter_name]
+            first.seals[self.adapter_name].zero_()
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -78,7 +78,7 @@ class RobustConfig(PeftConfig):
         Args:
             values: by name.
         """
-        vars(self)["_of_adapter"] = values
+        self.__dict__["_of_adapter"] = values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the settings, with what is to be said of the adapter that is being saved.
@@ -88,7 +88,8 @@ class RobustConfig(PeftConfig):
             kwargs: as for `PeftConfig.save_pretrained`.
         """
         file: Any = copy.copy(self)
-        vars(file).update(vars(self).pop("_of_adapter", {}))
+        file.__dict__.update(file.__dict__.pop("_of_adapter", {}))
+        self.__dict__.pop("_of_adapter", None)
         super(RobustConfig, file).save_pretrained(save_directory, **kwargs)
 
     @classmethod

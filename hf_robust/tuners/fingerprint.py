@@ -16,6 +16,7 @@ from ..errors import AdapterFileError
 
 SAMPLES = 4  # of every tensor
 ENTRIES = 512  # of those an adapter changes, at most
+ALPHABET = b"+."  # the two last digits of base64; with / it would look like a path of this machine
 
 
 def fingerprint(base: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -130,8 +131,8 @@ def _spread(size: int, count: int) -> Tensor:
 
 
 def _encode(tensor: Tensor) -> str:
-    return base64.b64encode(tensor.numpy().tobytes()).decode()
+    return base64.b64encode(tensor.numpy().tobytes(), ALPHABET).decode()
 
 
 def _decode(text: str, dtype: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), dtype).copy())
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text, ALPHABET, validate=True), dtype).copy())

@@ -110,7 +110,7 @@ def test_an_endless_pattern_in_a_file_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("config", [SAFTConfig, ACLIPConfig])
 @pytest.mark.parametrize("value", [5, ["fc1", 5], {"fc1": None}, [["fc1"]]])
 def test_what_is_no_text_is_no_pattern(config, value):
-    with pytest.raises(ConfigError, match="target_modules holds no names: got"):
+    with pytest.raises(ConfigError, match="target_modules is no list of names: got"):
         config(target_modules=value)
 
 

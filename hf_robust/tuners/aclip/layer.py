@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ...encoders.dual_encoder import at_least_float32
 from ...errors import AdapterFileError, NonFiniteError
-from ..base import RobustLayer, keep_precision
+from ..base import Arrival, RobustLayer, keep_precision
 from .config import ACLIPConfig
 
 
@@ -38,7 +38,7 @@ class ACLIPLayer(RobustLayer):
         self.aclip_weight = nn.ParameterDict()
         self.aclip_bias = nn.ParameterDict()
         self.aclip_sha256 = BufferDict(persistent=True)
-        self.expected_files: dict[str, dict[str, Any]] = {}
+        self.expected_files: dict[str, Arrival] = {}
         self.merged_adapters: list[str] = []
         self._theta0 = BufferDict(persistent=False)  # the base's own tensors, while adapters are merged into it
 
@@ -160,8 +160,8 @@ class ACLIPLayer(RobustLayer):
     def is_new(self, adapter_name: str) -> bool:
         """Whether an adapter's copies are the base's tensors."""
         copies: Any = {"weight": self.aclip_weight, "bias": self.aclip_bias}
-        pairs = [(c[adapter_name], self._start(name)) for name, c in copies.items() if adapter_name in c]
-        return all(torch.equal(copy, start.to(copy.dtype)) for copy, start in pairs)
+        mine = {name: copy[adapter_name] for name, copy in copies.items() if adapter_name in copy}
+        return all(torch.equal(copy, self._start(name).to(copy.dtype)) for name, copy in mine.items())
 
     def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
         """Looks whether tensors can be those of an adapter; nothing is changed.
@@ -174,8 +174,9 @@ class ACLIPLayer(RobustLayer):
             AdapterFileError: one is missing, or has a wrong form.
             NonFiniteError: a value is NaN or infinite.
         """
-        expected = {
-            name: getattr(self, name)[adapter_name] for name in self.tensor_names if self._has(name, adapter_name)
+        copies: Any = {name: getattr(self, name) for name in self.tensor_names}
+        expected: dict[str, Tensor] = {
+            name: copy[adapter_name] for name, copy in copies.items() if adapter_name in copy
         }
         if set(tensors) != set(expected):
             allowed = ", ".join(expected) or "none"
@@ -185,9 +186,6 @@ class ACLIPLayer(RobustLayer):
                 got, allowed = tuple(tensor.shape), str(tuple(expected[name].shape))
                 raise AdapterFileError("tensor has a wrong shape", where=name, got=got, allowed=allowed)
             self.check_values(tensor, name)
-
-    def _has(self, name: str, adapter_name: str) -> bool:
-        return adapter_name in getattr(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.base_layer._apply(fn)

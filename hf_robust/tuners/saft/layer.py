@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...errors import AdapterFileError, NonFiniteError, SelectionError
-from ..base import RobustLayer, keep_precision
+from ..base import Arrival, RobustLayer, keep_precision
 from .config import SAFTConfig
 from .kernels import Entries, ResidentAlias, SampledEmbedding, SampledLinear
 from .plan import Plan, Stamp, floating_parameters, make_plan
@@ -45,11 +45,12 @@ class SAFTLayer(RobustLayer):
         self.base_layer: Any = base_layer
         self.unit = unit
         sized = isinstance(base_layer, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        self.in_features, self.out_features = _get_in_out_features(base_layer) if sized else (None, None)
+        sizes: Any = _get_in_out_features(base_layer) if sized else (None, None)
+        self.in_features, self.out_features = sizes
         self.saft_values = nn.ParameterDict()
         self.saft_indices = BufferDict(persistent=True)
         self.saft_sha256 = BufferDict(persistent=True)
-        self.expected_files: dict[str, dict[str, Any]] = {}
+        self.expected_files: dict[str, Arrival] = {}
         self.saft_eligible: dict[str, tuple[str, ...]] = {}  # names of the parameters an adapter may select from
         self.saft_configs: dict[str, SAFTConfig] = {}
         self._disable_adapters = False
