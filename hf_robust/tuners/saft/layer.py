@@ -9,6 +9,7 @@ inference tensors), the same numbers are put into a copy of the weight at every 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -217,7 +218,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     def _replaced(self, plan: Plan, delta: Tensor) -> dict[str, Tensor]:
         weights = {}
         for tensor, values in zip(plan.tensors, plan.effective(delta), strict=True):
-            weight = self.base_layer.get_parameter(tensor.name)
+            weight = attrgetter(tensor.name)(self.base_layer)  # FSDP1 puts a tensor that is no parameter there
             weights[tensor.name] = weight.flatten().scatter(0, tensor.entries.positions, values).view_as(weight)
         return weights
 
@@ -246,6 +247,10 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
         adapters = self._shown()
         if not any(self.saft_values[name].is_meta for name in adapters):  # else they are still being loaded
             self._write(adapters)
+
+    def show_base(self) -> None:
+        """Gives the base its own values until the next forward: what takes its place then must hold θ₀."""
+        self._restore()
 
     def written_values(self) -> list[tuple[Tensor, Tensor]]:
         """The values that stand in the base, each with the copy taken when they were written."""

@@ -94,6 +94,8 @@ class Plan:
 
     def is_writable(self, base_layer: nn.Module) -> bool:
         """Whether the base still owns the very parameters planned for: FSDP and offloading put others there."""
+        if getattr(base_layer, "_is_fsdp_managed_module", False):  # both FSDPs set it; inside forward shards look whole
+            return False
         return all(
             tensor.parameter.is_contiguous()
             and not tensor.parameter.is_inference()
