@@ -30,6 +30,7 @@ class ShardingTrainer(Trainer):
     """
 
     model: Any
+    optimizer: Any
     shards = False  # whether training shards
     whole: Any = None  # the model, while `self.model` is its sharded copy
     replicas: list[nn.Parameter]  # trained parameters of the copy that are not sharded
@@ -46,13 +47,12 @@ class ShardingTrainer(Trainer):
     ) -> tuple[nn.Module, DataLoader]:
         if not self.shards:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        whole = self.model  # with the weights of the checkpoint
-        self.model = self.model_wrapped = _copy_of(whole)
+        self.whole = self.model.to(self.args.device)  # with the weights of the checkpoint
+        self.model = self.model_wrapped = _copy_of(self.whole)
         self.optimizer = None  # one of an earlier training has the shards of that
         _say_how_to_shard(self.model, self.accelerator.state.fsdp_plugin)
         with replaced(self, is_fsdp_enabled=True):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self.whole = whole
         self._make_room()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.replicas = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
@@ -109,8 +109,7 @@ class ShardingTrainer(Trainer):
         """Gives the whole model the weights of its sharded copy; all ranks have to call it."""
         if self.whole is None:
             return
-        pairs = [*zip(self.whole.parameters(), self.model.parameters(), strict=True)]
-        for own, trained in pairs:
+        for own, trained in zip(self.whole.parameters(), self.model.parameters(), strict=True):
             if trained.requires_grad:
                 own.copy_(_full(trained))
         for own, buffer in zip(self.whole.buffers(), self.model.buffers(), strict=True):
@@ -169,7 +168,7 @@ def _say_how_to_shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin) 
     plugin.transformer_cls_names_to_wrap = sorted(layers)
 
 
-def _full(value: Any) -> Any:
+def _full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -185,7 +184,8 @@ def _shard_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dic
     return {**saved, "state": state}
 
 
-def _like(parameter: Tensor, value: Any) -> Any:
-    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:  # a number of steps
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)  # all ranks have it

@@ -34,7 +34,7 @@ from .image_size import processor_of_size
 from .model_init import ClassNames, ModelInitTrainer, as_classifier, model_or_first
 from .preflight import check_arguments, check_best_metric, check_training, columns_of
 from .replaced import replaced
-from .unsupported import check_accelerator, check_optimizer, check_options
+from .unsupported import check_accelerator, check_optimizer, check_options, check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ class RobustTrainer(ModelInitTrainer):
             )
         self.model_init = model_init  # type: ignore[assignment]  # of any module, not of a PreTrainedModel alone
         check_accelerator(self.accelerator, args)
+        check_sharding(self.accelerator, self.model, optimizers)
         check_optimizer(self.optimizer, self.model)
         self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
         self.can_return_loss = True

@@ -9,7 +9,6 @@ inference tensors), the same numbers are put into a copy of the weight at every 
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -218,7 +217,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
     def _replaced(self, plan: Plan, delta: Tensor) -> dict[str, Tensor]:
         weights = {}
         for tensor, values in zip(plan.tensors, plan.effective(delta), strict=True):
-            weight = attrgetter(tensor.name)(self.base_layer)  # FSDP1 puts a tensor that is no parameter there
+            weight = self.base_layer.get_parameter(tensor.name)
             weights[tensor.name] = weight.flatten().scatter(0, tensor.entries.positions, values).view_as(weight)
         return weights
 
@@ -249,7 +248,7 @@ class SAFTLayer(nn.Module, BaseTunerLayer):
             self._write(adapters)
 
     def show_base(self) -> None:
-        """Gives the base its own values until the next forward: what takes its place then must hold θ₀."""
+        """Gives the base its own values back until the next forward: weights that are sharded must be θ₀."""
         self._restore()
 
     def written_values(self) -> list[tuple[Tensor, Tensor]]:
