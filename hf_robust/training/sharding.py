@@ -53,6 +53,7 @@ class ShardingTrainer(Trainer):
         _say_how_to_shard(self.model, self.accelerator.state.fsdp_plugin)
         with replaced(self, is_fsdp_enabled=True):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.callback_handler.model = self.whole  # a callback may call it on one rank alone
         self._make_room()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.replicas = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
@@ -119,7 +120,7 @@ class ShardingTrainer(Trainer):
         """Goes on with the whole model, as it is."""
         if self.whole is None:
             return
-        self.model = self.model_wrapped = self.callback_handler.model = self.whole.to(self.args.device)
+        self.model = self.model_wrapped = self.whole.to(self.args.device)
         self.whole = None
         self.accelerator._models.clear()
 

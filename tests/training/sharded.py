@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import nn
 
+from hf_robust import WiSEFTCallback
 from hf_robust.errors import NonFiniteError
 from hf_robust.training.trainer import RobustTrainer
+from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model
 from tests.trainers import NAMES, build, entries, weights
 
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+SHIPPED = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / "fsdp2.yaml").read_text())
+FSDP = {"fsdp": True, "fsdp_config": SHIPPED["fsdp_config"]}
 SIMILAR = {"similarity_weight": 2.0, "similarity_towers": "both"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 BEST = {
@@ -48,7 +52,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {  # by name: family, method,
     "siglip aclip": (SIGLIP, "aclip", {"cls": Broken}),
     "siglip lora": (SIGLIP, "lora", {"head": "trainable"}),
     "siglip similar": (SIGLIP, "full", SIMILAR),
-    "both full": (BOTH, "full", {}),
+    "both full": (BOTH, "full", {"callbacks": [WiSEFTCallback(0.5)]}),
     "both saft": (BOTH, "saft", {"head": "trainable"}),
     "both aclip": (BOTH, "aclip", {"head": "frozen"}),
     "both lora": (BOTH, "lora", {}),
@@ -124,7 +128,7 @@ def main(folder: str) -> None:
                     parameter.add_(parameter.requires_grad)
         if name == "clip aclip":
             found["zero-shot"] = metrics(trained)
-        found[name] = outcome(trained)
+        found[name] = {**outcome(trained), "unsharded": [tuple(replica.shape) for replica in trained.replicas]}
         if name == "clip aclip":
             found["evaluated"] = metrics(trained)
             validation = image_dataset(7, NAMES, seed=50)

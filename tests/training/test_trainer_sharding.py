@@ -44,6 +44,7 @@ def test_two_ranks_equal_one_process(ranks, tmp_path, name):
     """Gradients of 0-dim parameters are averaged too; the head, the losses, accumulation, recomputation, errors."""
     folder, (first, second) = ranks
     assert same(first[name]["weights"], second[name]["weights"])
+    assert first[name]["unsharded"] == ([()] if name in ("clip full", "both full") else [])  # the scale
     one = trainer(tmp_path, name, 1)
     expected = metrics(one) if name == "clip aclip" else None
     assert_equal(first[name], outcome(one))
@@ -86,8 +87,7 @@ REFUSED = {
 
 
 def plugin_of(monkeypatch, **settings):
-    for variable in ("FSDP_CPU_RAM_EFFICIENT_LOADING",):
-        monkeypatch.setenv(variable, "false")  # the plugin sets it
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it
     return FullyShardedDataParallelPlugin(
         **{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False, **settings}
     )
