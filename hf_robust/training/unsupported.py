@@ -167,7 +167,7 @@ def check_sharding(accelerator: Accelerator, classifier: nn.Module, optimizers: 
         optimizers: an optimizer and a schedule given, or None.
 
     Raises:
-        ConfigError: a setting of FSDP is not served, or OGEN or an optimizer given do not go with it.
+        ConfigError: a setting of FSDP is not served, or fp16, OGEN or an optimizer given do not go with it.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -179,6 +179,10 @@ def check_sharding(accelerator: Accelerator, classifier: nn.Module, optimizers: 
     for attribute, (option, allowed, reason, remedy) in UNSUPPORTED_SHARDING.items():
         if getattr(plugin, attribute) not in allowed:
             raise ConfigError(reason, where=option, got=getattr(plugin, attribute), remedy=remedy)
+    if accelerator.mixed_precision == "fp16":  # torch's scaler takes shards or whole tensors, not both
+        raise ConfigError(
+            "FSDP cannot scale the loss of a scale it leaves whole", where="fp16", remedy="Use bf16=True."
+        )
     if isinstance(classifier, OGENClassifier):
         what, remedy = "OGEN averages the weights of epochs, which FSDP shards", "Use DDP: fewer weights are trained."
         raise ConfigError(what, where="ogen", got="FSDP", remedy=remedy)

@@ -93,8 +93,9 @@ def plugin_of(monkeypatch, **settings):
     )
 
 
-def check(plugin, classifier=None, optimizers=(None, None)):
-    check_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), classifier, optimizers)
+def check(plugin, classifier=None, optimizers=(None, None), mixed_precision="no"):
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=mixed_precision)
+    check_sharding(accelerator, classifier, optimizers)
 
 
 @pytest.mark.parametrize("attribute", UNSUPPORTED_SHARDING)
@@ -111,6 +112,8 @@ def test_what_is_left_is_served_but_not_with_everything(monkeypatch, policy):
     check(plugin)
     with pytest.raises(ConfigError, match=r"optimizers.*optimizer_cls_and_kwargs"):
         check(plugin, optimizers=(object(), None))
+    with pytest.raises(ConfigError, match=r"fp16.*bf16=True"):
+        check(plugin, mixed_precision="fp16")
     ogen = OGENClassifier.__new__(OGENClassifier)
     with pytest.raises(ConfigError, match=r"ogen.*DDP"):
         check(plugin, ogen)
