@@ -22,8 +22,9 @@ from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, LabelledStream, labelled_images
 from ..errors import ConfigError, NonFiniteError
 from ..interpolation.sweep import AlphaSweep, alpha_sweep
-from .evaluation_loop import EvaluationLoopTrainer, replaced
+from .evaluation_loop import EvaluationLoopTrainer
 from .preflight import check_rows
+from .replaced import replaced
 
 TENTHS = tuple(step / 10 for step in range(11))
 SPEEDS = ("_runtime", "_per_second", "epoch")  # what Trainer adds to the metrics
@@ -73,7 +74,7 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
                 None if eval_dataset is None else sets, ignore_keys, metric_key_prefix
             )  # calls this method for each
         rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, metric_key_prefix)
-        with self._head_for(rows):
+        with self.whole_model(), self._head_for(rows):
             metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
         if rows.skipped:
             metrics[f"{metric_key_prefix}_skipped_images"] = len(rows.skipped)
@@ -101,7 +102,7 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
             NonFiniteError: a logit is NaN or infinite.
         """
         rows: Any = self._rows(test_dataset, metric_key_prefix, labels=False)
-        with self._head_for(rows):
+        with self.whole_model(), self._head_for(rows):
             output = super().predict(rows, ignore_keys, metric_key_prefix)
         predictions = output.predictions if isinstance(output.predictions, list) else [output.predictions]
         if not all(np.isfinite(logits).all() for logits in predictions if logits is not None):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from .accuracy import AccuracyAndLoss, correct_and_loss
+from .replaced import replaced
 from .saving import SavingTrainer
 
 
@@ -71,25 +71,3 @@ class EvaluationLoopTrainer(SavingTrainer):
                 yield
         finally:
             self.accelerator._models[:] = prepared  # else the copy would stay, and training not prepare the model
-
-
-@contextmanager
-def replaced(of: Any, **attributes: Any) -> Iterator[None]:
-    """Inside the context an object has other values of some attributes.
-
-    Args:
-        of: the object.
-        attributes: the values by name.
-
-    Example:
-        >>> with replaced(args, dataloader_drop_last=False):
-        ...     loader = trainer.get_test_dataloader(photos)
-    """
-    before = {name: getattr(of, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(of, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(of, name, value)

@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..cards.card import model_card
@@ -18,11 +17,12 @@ from ..cards.results import CardResults, draw_curve
 from ..ogen.training import OGENTraining
 from .arguments import RobustTrainingArguments
 from .checkpoint import load_encoder, load_head, processor_folder, save_encoder, save_head
+from .sharding import ShardingTrainer
 
 TRAINING_ARGS = "training_args.json"
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(ShardingTrainer):
     """`Trainer` with the checkpoints, cards and pushes of a `ZeroShotClassifier`; the base of `RobustTrainer`.
 
     A checkpoint is the adapter's folder (without adapter, the whole model's) with the class names, the classifier's
@@ -118,14 +118,10 @@ class SavingTrainer(Trainer):
             self.ogen.save(Path(self._get_output_dir(trial=trial)) / folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:  # sharded files, named after the whole classifier
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_encoder(self.model, Path(resume_from_checkpoint))
         load_head(self.model, Path(resume_from_checkpoint))
         if self.ogen is not None:
             self.ogen.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            return super()._load_best_model()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -30,11 +30,11 @@ from .accuracy import AccuracyAndLoss, check_metrics
 from .arguments import RobustTrainingArguments
 from .checkpoint import checkpoint_to_resume
 from .evaluating import Metrics
-from .evaluation_loop import replaced
 from .image_size import processor_of_size
 from .model_init import ClassNames, ModelInitTrainer, as_classifier, model_or_first
 from .preflight import check_arguments, check_best_metric, check_training, columns_of
-from .unsupported import check_accelerator, check_optimizer, check_options
+from .replaced import replaced
+from .unsupported import check_accelerator, check_optimizer, check_options, check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class RobustTrainer(ModelInitTrainer):
             )
         self.model_init = model_init  # type: ignore[assignment]  # of any module, not of a PreTrainedModel alone
         check_accelerator(self.accelerator, args)
+        check_sharding(self.accelerator, self.model, optimizers)
         check_optimizer(self.optimizer, self.model)
         self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
         self.can_return_loss = True
@@ -205,8 +206,12 @@ class RobustTrainer(ModelInitTrainer):
         check_training(self.model, self.train_dataset)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except NonFiniteError:  # on all ranks at once, which gathering needs
+            self.gather_shards()
+            raise
         finally:
             self.is_in_train = False  # it would stay so after an error
+            self.drop_shards()
 
     def _unprepare(self) -> None:
         """Takes back what `evaluate` did to the model.
@@ -214,9 +219,8 @@ class RobustTrainer(ModelInitTrainer):
         Accelerate takes a model that was prepared for evaluation for one prepared for training: it would not be
         wrapped in DistributedDataParallel, and every rank would train its own. Entries are ranked without autocast.
         """
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model._is_accelerate_prepared = False
+        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model._is_accelerate_prepared = False
 
     def select_entries(self) -> None:
         """Selects the entries of the active SAFT adapter by the loss of the classification on the training set."""
@@ -284,7 +288,8 @@ class RobustTrainer(ModelInitTrainer):
         if self.ogen is not None and self.model.training:
             with self.accelerator.autocast():
                 self.ogen.start_epoch(int(self.state.epoch), self.state.num_train_epochs)
-        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != REFERENCE_EMBEDS})
+        with self.accelerator.autocast():  # which Accelerate puts around the forward, but not with FSDP2
+            outputs = model(**{name: tensor for name, tensor in inputs.items() if name != REFERENCE_EMBEDS})
         if not self.model.training:  # evaluation is by the plain cross-entropy
             num_items_in_batch = None  # `Trainer` counts them here, too, for a compute_loss_func
         else:

@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import OffloadPolicy, StateDictType
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError
+from ..ogen import OGENClassifier
 from ..tuners.saft import saft_unselected
+
+logger = logging.getLogger(__name__)
 
 COMPILING = (
     "a compiled model would keep class embeddings and base weights that training changes",
@@ -74,6 +81,42 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     ),
 }
 
+# by attribute of Accelerate's FSDP plugin: its name in a config, the values that are served, why no others are
+UNSUPPORTED_SHARDING: dict[str, tuple[str, tuple[Any, ...], str, str]] = {
+    "fsdp_version": ("fsdp_version", (2,), "the first FSDP cannot shard CLIP's scale, nor SAFT", "Set it to 2."),
+    "state_dict_type": (
+        "fsdp_state_dict_type",
+        (StateDictType.FULL_STATE_DICT,),
+        "what is saved is what it is without FSDP: whole",
+        "Set it to FULL_STATE_DICT.",
+    ),
+    "cpu_ram_efficient_loading": (
+        "fsdp_cpu_ram_efficient_loading",
+        (False,),
+        "every rank needs the pre-trained weights before training: for zero-shot heads, selection and references",
+        "Set it to false.",
+    ),
+    "cpu_offload": (
+        "fsdp_offload_params",
+        (OffloadPolicy(),),
+        "weights on the CPU would have to be clipped together with a scale that is not",
+        "Set it to false.",
+    ),
+    "auto_wrap_policy": (
+        "fsdp_auto_wrap_policy",
+        (transformer_auto_wrap_policy, None),
+        "modules of any size would be cut out of adapters and attention, which read the weights inside them",
+        "Set it to TRANSFORMER_BASED_WRAP.",
+    ),
+    "transformer_cls_names_to_wrap": (
+        "fsdp_transformer_layer_cls_to_wrap",
+        (None,),
+        "the layers of both towers are found in the model",
+        "Leave it out.",
+    ),
+    "ignored_modules": ("fsdp_ignored_modules", (None,), "all that can be sharded is", "Leave it out."),
+}
+
 
 def check_options(args: TrainingArguments) -> None:
     """Refuses settings that `RobustTrainer` does not serve.
@@ -102,8 +145,7 @@ def check_accelerator(accelerator: Accelerator, args: TrainingArguments) -> None
         args: its arguments.
 
     Raises:
-        ConfigError: ranks would get batches of other sizes, weights are sharded in a way that is not served, or a CPU
-            would use fp16.
+        ConfigError: ranks would get batches of other sizes, DeepSpeed is used, or a CPU would use fp16.
     """
     if args.fp16 and args.device.type == "cpu":
         remedy = "Use bf16=True."
@@ -111,14 +153,42 @@ def check_accelerator(accelerator: Accelerator, args: TrainingArguments) -> None
     if not accelerator.even_batches:
         what = "ranks with fewer images would count as much as others in the mean gradient"
         raise ConfigError(what, where="accelerator_config", got={"even_batches": False}, allowed="even_batches=True")
-    plugins = {"DeepSpeed": "deepspeed_plugin", "FSDP": "fsdp_plugin"}
-    sharded = [name for name, plugin in plugins.items() if getattr(accelerator.state, plugin, None) is not None]
-    if "DeepSpeed" in sharded:
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         _, reason, remedy = UNSUPPORTED["deepspeed"]
-        raise ConfigError(reason, where="accelerate launch", got=sharded, remedy=remedy)
-    if sharded and (args.bf16_full_eval or args.fp16_full_eval):
-        what, remedy = "a sharded model is not copied to evaluate it in half precision", "Use bf16=True."
-        raise ConfigError(what, where="bf16_full_eval, fp16_full_eval", got=sharded, remedy=remedy)
+        raise ConfigError(reason, where="accelerate launch", got="DeepSpeed", remedy=remedy)
+
+
+def check_sharding(accelerator: Accelerator, classifier: nn.Module, optimizers: tuple[Any, Any]) -> None:
+    """Refuses what cannot be trained with FSDP, and warns where Accelerate does not use the FSDP that was asked for.
+
+    Args:
+        accelerator: the trainer's.
+        classifier: the model to train.
+        optimizers: an optimizer and a schedule given, or None.
+
+    Raises:
+        ConfigError: a setting of FSDP is not served, or fp16, OGEN or an optimizer given do not go with it.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # Accelerate sets it, too
+        if asked and accelerator.is_main_process:
+            where = f"{accelerator.num_processes} processes on {accelerator.device.type}"
+            logger.warning("FSDP is not used: Accelerate shards over several GPUs alone, and these are %s.", where)
+        return
+    for attribute, (option, allowed, reason, remedy) in UNSUPPORTED_SHARDING.items():
+        if getattr(plugin, attribute) not in allowed:
+            raise ConfigError(reason, where=option, got=getattr(plugin, attribute), remedy=remedy)
+    if accelerator.mixed_precision == "fp16":  # torch's scaler takes shards or whole tensors, not both
+        raise ConfigError(
+            "FSDP cannot scale the loss of a scale it leaves whole", where="fp16", remedy="Use bf16=True."
+        )
+    if isinstance(classifier, OGENClassifier):
+        what, remedy = "OGEN averages the weights of epochs, which FSDP shards", "Use DDP: fewer weights are trained."
+        raise ConfigError(what, where="ogen", got="FSDP", remedy=remedy)
+    if any(part is not None for part in optimizers):
+        remedy = "Pass optimizer_cls_and_kwargs=(torch.optim.SGD, {'lr': 0.1}): it is made when training starts."
+        raise ConfigError("an optimizer made before FSDP shards has no shards", where="optimizers", remedy=remedy)
 
 
 def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:

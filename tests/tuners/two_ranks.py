@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_robust import SAFTConfig, mask_summary, select_saft
+from hf_robust.errors import ConfigError
 from tests.tuners.zoo import batches, exact_loss, zoo
 
 
@@ -64,4 +66,10 @@ def main(folder: str) -> None:
         batch = batches()[0]
         logits = model(batch["pixel_values"], batch["ids"])
         torch.testing.assert_close(logits, zoo()(batch["pixel_values"], batch["ids"]), rtol=0, atol=0)
+
+    model = adapted(uneven)
+    flat = {"use_orig_params": True, "ignored_states": [model.base_model.model.scale]}
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **flat)
+    with pytest.raises(ConfigError, match="no parameters.*FSDP2.*fsdp_version: 2"):
+        exact_loss(wrapped, batches()[0])
     print("two ranks agree")

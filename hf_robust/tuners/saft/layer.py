@@ -269,6 +269,10 @@ class SAFTLayer(RobustLayer):
         self.refresh()
         return self
 
+    def show_base(self) -> None:
+        """Gives the base its own values back until the next forward: weights that are sharded must be θ₀."""
+        self._resident.restore(self.base_layer)
+
     def written_values(self) -> list[tuple[Tensor, Tensor]]:
         """The values that stand in the base, each with the copy taken when they were written."""
         return self._resident.written_values()

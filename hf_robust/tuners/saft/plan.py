@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import AdapterFileError
+from ...errors import AdapterFileError, ConfigError
 from .kernels import Entries
 
 
@@ -96,7 +96,13 @@ class Plan:
         """Whether the base still owns the very parameters planned for, and this process alone does.
 
         FSDP and offloading put others there; `share_memory()` would show one process's adapters to all.
+
+        Raises:
+            ConfigError: FSDP1 has put tensors there that are no parameters.
         """
+        if getattr(base_layer, "_is_fsdp_managed_module", False):  # a gathered weight looks like one of the base's own
+            self._check_owned(base_layer)
+            return False
         return all(
             tensor.parameter.is_contiguous()
             and not tensor.parameter.is_inference()
@@ -112,6 +118,13 @@ class Plan:
     def entries_now(self) -> list[Tensor]:
         """What stands at the entries now, by parameter."""
         return [tensor.parameter.detach().flatten()[tensor.entries.positions] for tensor in self.tensors]
+
+    def _check_owned(self, base_layer: nn.Module) -> None:
+        owned = dict(base_layer.named_parameters())
+        if not all(isinstance(owned.get(tensor.name), nn.Parameter) for tensor in self.tensors):  # FSDP1: views of one
+            what, allowed = "SAFT cannot put its values into weights that are no parameters", "FSDP2"
+            remedy = "Use torch.distributed.fsdp.fully_shard, or set fsdp_version: 2 for Accelerate."
+            raise ConfigError(what, got="FullyShardedDataParallel", allowed=allowed, remedy=remedy)
 
     def delta(self, values: Sequence[Tensor]) -> Tensor:
         """The adapters' values added up, `(size,)`, with their gradient."""
