@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import AdapterFileError, HfRobustError, NonFiniteError
+from ..errors import AdapterFileError, ConfigError, HfRobustError, NonFiniteError
 from .config import RobustConfig
 from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, check_format, check_seal, digest, plain_names
 from .fingerprint import check_base, fingerprint
@@ -42,15 +42,24 @@ def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return apply
 
 
-def is_quantized(model: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter holds codes in the place of weights, or belongs to a model that does.
+def check_unquantized(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Refuses parameters that hold codes in the place of weights, or belong to a model or tower that does.
 
     Args:
         model: the model; transformers notes the method where it has quantised one.
-        parameter: a parameter of it; those of quantisation libraries are no plain parameters, or no floats.
+        parameters: of it, by name; those of quantisation libraries are no plain parameters, or no floats.
+
+    Raises:
+        ConfigError: one is quantised.
     """
-    plain = type(parameter) is nn.Parameter and parameter.dtype in TRAINABLE
-    return not plain or getattr(model, "quantization_method", None) is not None
+    noted = {n: vars(m)["quantization_method"] for n, m in model.named_modules() if "quantization_method" in vars(m)}
+    for name in sorted(parameters):
+        parameter = parameters[name]
+        methods = [f"{method}" for part, method in noted.items() if not part or name.startswith(f"{part}.")]
+        if methods or type(parameter) is not nn.Parameter or parameter.dtype not in TRAINABLE:
+            got = methods[0] if methods else f"{type(parameter).__name__} of {parameter.dtype}"
+            remedy = "Load the model unquantised, or leave the module out with exclude_modules."
+            raise ConfigError("quantised weights cannot be trained", where=name, got=got, remedy=remedy)
 
 
 class RobustLayer(nn.Module, BaseTunerLayer):
@@ -166,6 +175,16 @@ class RobustTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     tuner_layer_cls: Any
     _targets: Mapping[str, Any]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+            if not isinstance(layer, self.tuner_layer_cls):
+                got, remedy = type(layer).__name__, "Give each method a model of its own."
+                raise ConfigError("the model holds an adapter of another method", got=got, remedy=remedy)
+            if adapter_name in layer.seals:  # PEFT would put the new config in the place of the old one
+                remedy = "Choose another name, or delete that adapter first."
+                raise ConfigError("the model has an adapter of this name", got=adapter_name, remedy=remedy)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def find_targets(self, model: nn.Module, config: Any) -> Mapping[str, Any]:
         """Returns the modules to wrap by name, each with what the tuner needs to know about it.

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Set
 
 import regex
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import ConfigError, close_matches
@@ -141,9 +142,9 @@ def in_layers(names: set[str], config: RobustConfig) -> set[str]:
 
 
 def _layer(name: str, patterns: list[str]) -> int | None:
-    """The number of the innermost layer around a module."""
+    """The number of the outermost layer around a module, as in LoRA."""
     parts = name.split(".")
-    for place in reversed(range(len(parts) - 1)):
+    for place in range(len(parts) - 1):
         before = "." + ".".join(parts[:place])
         if parts[place].isdigit() and any(before.endswith(f".{pattern}" if pattern else "") for pattern in patterns):
             return int(parts[place])
@@ -158,16 +159,23 @@ def modules_to_save(model: nn.Module, config: RobustConfig) -> set[str]:
         config: has `modules_to_save`.
 
     Raises:
-        ConfigError: a name matches nothing. Those that PEFT adds by itself for a `task_type` need not.
+        ConfigError: a name matches nothing, or what holds an adapter. Those that PEFT adds by itself for a `task_type`
+            need not match.
     """
     names = {name for name, _ in model.named_modules()}
     known = {name.removesuffix(".original_module") for name in names}
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     found: set[str] = set()
     for wanted in config.modules_to_save or []:
         matched = {name for name in known if name.endswith(wanted)}
         if not matched and not (config.task_type and wanted in PEFTS_OWN):
-            remedy = close_matches(wanted, sorted({name.split(".")[-1] for name in known if name}))
+            last = {name.split(".")[-1] for name in known}
+            remedy = close_matches(wanted, sorted(name for name in last if name and not name.isdigit()))
             raise ConfigError("modules_to_save matches no module", got=wanted, remedy=remedy)
+        inside = adapted - outside(adapted, matched)
+        if inside:
+            remedy = "Add the adapter with modules_to_save first, or give it a model of its own."
+            raise ConfigError("modules_to_save names what holds another adapter", got=min(inside), remedy=remedy)
         found |= matched
     return found
 

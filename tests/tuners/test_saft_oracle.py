@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_robust import SAFTConfig, mask_summary, select_saft
+from hf_robust.tuners.saft.forward import tuned_tensors
 from hf_robust.tuners.saft.plan import Plan
 
 from .zoo import batches, exact_loss, oracle_masks, oracle_train, zoo
@@ -75,10 +76,9 @@ def effective(model: nn.Module) -> dict[str, torch.Tensor]:
     """The effective weights, whichever path is taken: those of a merged copy made by hand."""
     found = weights(model)
     for unit, layer in model.base_model.model.named_modules():
-        if "default" in getattr(layer, "saft_values", {}) and not layer.written_values():
-            for tensor in layer._resident.plan.tensors:
-                name = f"{unit}.{tensor.name}"
-                found[name] = layer._replaced(layer._resident.plan, layer.saft_values["default"])[tensor.name].detach()
+        if "default" in getattr(layer, "saft_values", {}) and not layer.resident.changed:
+            tuned = tuned_tensors(layer.base_layer, layer.resident.plan, layer.saft_values["default"], in_place=False)
+            found.update({f"{unit}.{name}": tensor.detach() for name, tensor in tuned.items()})
     return found
 
 

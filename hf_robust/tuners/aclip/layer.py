@@ -161,7 +161,7 @@ class ACLIPLayer(RobustLayer):
         """Whether an adapter's copies are the base's tensors."""
         copies: Any = {"weight": self.aclip_weight, "bias": self.aclip_bias}
         mine = {name: copy[adapter_name] for name, copy in copies.items() if adapter_name in copy}
-        return all(torch.equal(copy, self._start(name).to(copy.dtype)) for name, copy in mine.items())
+        return all(copy.is_meta or torch.equal(copy, self._start(name).to(copy.dtype)) for name, copy in mine.items())
 
     def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
         """Looks whether tensors can be those of an adapter; nothing is changed.

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...encoders.dual_encoder import family, tower_modules
 from ...errors import ConfigError
-from ..base import RobustTuner, is_quantized
+from ..base import RobustTuner, check_unquantized
 from ..matching import in_layers, matching, modules_to_save, outside
 from .config import ACLIPConfig
 from .layer import ACLIPLayer
@@ -58,8 +58,9 @@ class ACLIPModel(RobustTuner):
             chosen = chosen - matching(config.exclude_modules, set(linears), "exclude_modules")
         if not chosen:
             raise ConfigError("no module is left to train", remedy="Widen target_modules, or exclude less.")
-        for name in chosen:
-            if type(linears[name]) is not nn.Linear or is_quantized(model, linears[name].weight):
+        check_unquantized(model, {f"{unit}.{n}": p for unit in chosen for n, p in linears[unit].named_parameters()})
+        for name in sorted(chosen):
+            if type(linears[name]) is not nn.Linear:
                 remedy = "Load the model unquantised, or leave the module out with exclude_modules."
                 got = type(linears[name]).__name__
                 raise ConfigError("A-CLIP trains plain Linear modules", where=name, got=got, remedy=remedy)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...encoders.dual_encoder import input_embeddings, is_dual_encoder, tower_modules
 from ...errors import ConfigError
-from ..base import is_quantized
+from ..base import check_unquantized
 from ..matching import in_layers, matching, modules_to_save, outside
 from .config import SAFTConfig
 from .layer import SAFTLayer
@@ -41,10 +41,7 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
     chosen = _chosen(model, config, parameters)
     if not chosen:
         raise ConfigError("no parameter is left to select from", remedy=REMEDY)
-    for name in sorted(chosen):
-        if is_quantized(model, parameters[name]):
-            got, remedy = type(parameters[name]).__name__, "Load the model unquantised, or leave it out."
-            raise ConfigError("SAFT cannot train quantised parameters", where=name, got=got, remedy=remedy)
+    check_unquantized(model, {name: parameters[name] for name in chosen})
     found = {
         unit: tuple(n for n, p in module.named_parameters() if f"{unit}.{n}" in chosen and p.is_floating_point())
         for unit, module in units.items()

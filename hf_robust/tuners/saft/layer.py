@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from ...errors import AdapterFileError, NonFiniteError, SelectionError
 from ..base import Arrival, RobustLayer, keep_precision
 from .config import SAFTConfig
-from .kernels import Entries, ResidentAlias, SampledEmbedding, SampledLinear
-from .plan import Plan, Stamp, floating_parameters, make_plan
-from .resident import ResidentValues
+from .forward import forward_tuned, tuned_tensors
+from .plan import Plan, Stamp, by_parameter, floating_parameters, make_plan
+from .resident import ResidentValues, see_edits
 
 
 class SAFTLayer(RobustLayer):
@@ -55,7 +55,7 @@ class SAFTLayer(RobustLayer):
         self.saft_configs: dict[str, SAFTConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._resident = ResidentValues()
+        self.resident = ResidentValues(unit)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     # --- adapters ------------------------------------------------------------------------------------------------
@@ -153,8 +153,7 @@ class SAFTLayer(RobustLayer):
         if merge:
             self.merge(safe_merge, adapter_names)
         else:
-            self._resident.check_base()
-            self._resident.restore(self.base_layer)
+            self.resident.restore(self.base_layer)
         return self.base_layer
 
     def check_finite(self, adapter_names: list[str]) -> None:
@@ -189,13 +188,7 @@ class SAFTLayer(RobustLayer):
         plan = self._plan_for(adapters)
         if in_place and not self._trains(adapters):
             return self.base_layer(*args, **kwargs)
-        delta = self._delta(plan)  # (entries,)
-        if in_place and not kwargs and _is_plain(self.base_layer, nn.Linear):
-            return self._linear(plan, delta, *args)
-        if in_place and not kwargs and _is_plain(self.base_layer, nn.Embedding):
-            weight, padding_idx = self.base_layer.weight, self.base_layer.padding_idx
-            return SampledEmbedding.apply(delta, *args, weight, padding_idx, plan.tensors[0].entries)
-        return torch.func.functional_call(self.base_layer, self._tensors(plan, delta, in_place), args, kwargs)
+        return forward_tuned(self.base_layer, plan, self._delta(plan), in_place, args, kwargs)
 
     @property
     def weight(self) -> Tensor:
@@ -205,35 +198,11 @@ class SAFTLayer(RobustLayer):
         if self.merged or not adapters or (in_place and not self._trains(adapters)):
             return self.base_layer.weight
         plan = self._plan_for(adapters)
-        return self._tensors(plan, self._delta(plan), in_place).get("weight", self.base_layer.weight)
+        tuned = tuned_tensors(self.base_layer, plan, self._delta(plan), in_place)
+        return tuned.get("weight", self.base_layer.weight)
 
     def _trains(self, adapters: tuple[str, ...]) -> bool:
         return torch.is_grad_enabled() and any(self.saft_values[name].requires_grad for name in adapters)
-
-    def _tensors(self, plan: Plan, delta: Tensor, in_place: bool) -> dict[str, Tensor]:
-        if not in_place:
-            return self._replaced(plan, delta)
-        return {t.name: ResidentAlias.apply(t.parameter, delta[t.part], t.entries.positions) for t in plan.tensors}
-
-    def _linear(self, plan: Plan, delta: Tensor, inputs: Tensor) -> Tensor:
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        entries = {tensor.name: tensor.entries for tensor in plan.tensors}
-        nothing = torch.empty(0, dtype=torch.int64, device=weight.device)
-        biases = entries["bias"].positions if "bias" in entries else nothing
-        device = inputs.device.type
-        if torch.is_autocast_enabled(device) and inputs.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            inputs, weight = inputs.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        weights = entries.get("weight") or Entries.of(nothing, weight.shape)
-        return SampledLinear.apply(inputs, delta, weight, bias, weights, biases)
-
-    def _replaced(self, plan: Plan, delta: Tensor) -> dict[str, Tensor]:
-        weights = {}
-        for tensor, values in zip(plan.tensors, plan.effective(delta), strict=True):
-            weight = self.base_layer.get_parameter(tensor.name)
-            weights[tensor.name] = weight.flatten().scatter(0, tensor.entries.positions, values).view_as(weight)
-        return weights
 
     def _check_forward(self) -> None:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -260,26 +229,29 @@ class SAFTLayer(RobustLayer):
 
         Done by itself whenever that may have changed, but for the moment between an optimizer's step and what comes
         next: a forward, `train()` or `eval()`.
+
+        Raises:
+            BaseWeightsError: weights of the base were changed where they held values.
         """
-        self._resident.see_data_edits(self.base_layer)
+        see_edits([self.resident])
         self._write(self._shown())
 
     def train(self, mode: bool = True) -> SAFTLayer:  # noqa: D102
+        in_training = mode and self.training  # as a Trainer asks for before every step: nothing here waits then
         super().train(mode)
-        self.refresh()
+        if in_training:
+            self._write(self._shown())
+        else:
+            self.refresh()
         return self
 
     def show_base(self) -> None:
         """Gives the base its own values back until the next forward: weights that are sharded must be θ₀."""
-        self._resident.restore(self.base_layer)
-
-    def written_values(self) -> list[tuple[Tensor, Tensor]]:
-        """The values that stand in the base, each with the copy taken when they were written."""
-        return self._resident.written_values()
+        self.resident.restore(self.base_layer)
 
     def pretrained_parameters(self) -> dict[str, Tensor]:
         """The base's parameters as they were before any adapter, by name."""
-        return {**dict(self.base_layer.named_parameters()), **self._resident.pretrained()}
+        return {**dict(self.base_layer.named_parameters()), **self.resident.pretrained()}
 
     @property
     def seals(self) -> BufferDict:
@@ -288,15 +260,9 @@ class SAFTLayer(RobustLayer):
 
     def changed_entries(self, adapter_name: str) -> dict[str, Tensor]:
         """Positions of an adapter's entries in the base's parameters."""
-        found: dict[str, Tensor] = {}
         if adapter_name not in self.saft_indices:
-            return found
-        indices, offset = self.saft_indices[adapter_name], 0
-        for name, parameter in floating_parameters(self.base_layer).items():
-            end = offset + parameter.numel()
-            found[name] = indices[(indices >= offset) & (indices < end)].long() - offset
-            offset = end
-        return {name: positions for name, positions in found.items() if len(positions)}
+            return {}
+        return by_parameter(self.base_layer, self.saft_indices[adapter_name])
 
     def is_new(self, adapter_name: str) -> bool:
         """Whether an adapter has no entries yet."""
@@ -315,13 +281,13 @@ class SAFTLayer(RobustLayer):
 
     def _write(self, adapters: tuple[str, ...]) -> bool:
         """Makes the base hold θ₀ plus the values of `adapters`; False when the base cannot be written."""
-        return self._resident.write(self.base_layer, self._indices(adapters), [self.saft_values[n] for n in adapters])
+        return self.resident.write(self.base_layer, self._indices(adapters), [self.saft_values[n] for n in adapters])
 
     def _indices(self, adapters: tuple[str, ...]) -> dict[str, Tensor]:
         return {name: self.saft_indices[name] for name in adapters}
 
     def _plan_for(self, adapters: tuple[str, ...]) -> Plan:
-        return self._resident.plan_for(self.base_layer, self._indices(adapters))
+        return self.resident.plan_for(self.base_layer, self._indices(adapters))
 
     def _delta(self, plan: Plan) -> Tensor:
         return plan.delta([self.saft_values[name] for name in plan.adapters])
@@ -329,7 +295,7 @@ class SAFTLayer(RobustLayer):
     # --- moving, saving, loading ---------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._resident.forget(self.base_layer)
+        self.resident.forget(self.base_layer)
         self.base_layer._apply(fn)
         self.saft_indices._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor))
         self.saft_values._apply(lambda tensor: tensor if tensor.is_meta else keep_precision(fn)(tensor))
@@ -348,11 +314,12 @@ class SAFTLayer(RobustLayer):
         state = super().state_dict(*args, **kwargs)
         if not self.merged:
             prefix = f"{kwargs.get('prefix', '')}base_layer."
-            state.update({prefix + name: base for name, base in self._resident.pretrained().items()})
+            state.update({prefix + name: base for name, base in self.resident.pretrained().items()})
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._resident.forget(self.base_layer)  # what is loaded now is θ₀
+        whole = all(f"{prefix}base_layer.{name}" in state_dict for name, _ in self.base_layer.named_parameters())
+        self.resident.forget(self.base_layer, check=not whole)  # what is loaded now is θ₀
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
@@ -399,11 +366,3 @@ class SAFTLayer(RobustLayer):
 
 def _refresh_after_load(layer: SAFTLayer, incompatible_keys: Any) -> None:
     layer.refresh()
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the kernel instead of the module loses nothing: no subclass, no hooks, no patched forward."""
-    if type(module) is not kind or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    special = isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq)
-    return not special and not any(parameter.requires_grad for parameter in module.parameters())

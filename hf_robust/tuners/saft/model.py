@@ -14,6 +14,7 @@ from ..base import RobustTuner
 from .config import SAFTConfig
 from .eligible import eligible_parameters
 from .layer import SAFTLayer
+from .resident import ResidentValues, check_bases, see_edits
 
 
 class SAFTModel(RobustTuner):
@@ -112,7 +113,39 @@ class SAFTModel(RobustTuner):
                 if submodule is child and module is not new_module:
                     module._modules[name] = new_module
 
+    # --- all units or none: an edit of the base that cannot be undone is found before anything is changed ---
+
+    def train(self, mode: bool = True) -> SAFTModel:
+        """Sets the mode, after which the weights of the base are those of the forward.
+
+        Args:
+            mode: training or evaluation.
+
+        Raises:
+            BaseWeightsError: weights of the base were changed where they held values.
+        """
+        see_edits(_residents(self.model))
+        super().train(mode)
+        return self
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        check_bases(_residents(self.model))
+        super().set_adapter(*args, **kwargs)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        check_bases(_residents(self.model))
+        super()._enable_adapter_layers(enabled)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        check_bases(_residents(self.model))
+        super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:  # noqa: D102
+        check_bases(_residents(self.model))
+        super().unmerge_adapter()
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        check_bases(_residents(self.model))
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for child in model.children():
             for key in [key for key, hook in child._forward_pre_hooks.items() if hook is _see_data_edits]:
@@ -121,17 +154,10 @@ class SAFTModel(RobustTuner):
 
 
 def _see_data_edits(module: nn.Module, args: Any) -> None:
-    """Writes values again that were changed behind autograd's back (`.data` edits, optimizers with own kernels).
+    """Looks for changes behind autograd's back before the forward of a tower."""
+    if not torch.compiler.is_compiling():
+        see_edits(_residents(module))
 
-    One comparison a device and tower, since each one waits for the device.
-    """
-    if torch.compiler.is_compiling():
-        return
-    layers = [m for m in module.modules() if isinstance(m, SAFTLayer)]
-    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    for values, copy in (pair for layer in layers for pair in layer.written_values()):
-        by_device.setdefault(values.device, []).append((values, copy))
-    same = [torch.equal(torch.cat(v), torch.cat(c)) for v, c in (zip(*p, strict=True) for p in by_device.values())]
-    if not all(same):
-        for layer in layers:
-            layer.refresh()
+
+def _residents(module: nn.Module) -> list[ResidentValues]:
+    return [layer.resident for layer in module.modules() if isinstance(layer, SAFTLayer)]

@@ -169,21 +169,28 @@ def make_plan(base_layer: nn.Module, indices: dict[str, Tensor], stamp: Stamp) -
     if len(checked) > 1:
         joined, lookup = torch.unique(torch.cat(checked), return_inverse=True)
         lookups = lookup.split([len(index) for index in checked])
-    tensors, offset = [], 0
-    for name, parameter in parameters.items():
-        edges = torch.tensor([offset, offset + parameter.numel()], device=joined.device)
-        start, stop = torch.searchsorted(joined, edges).tolist()
-        if start < stop:
-            entries = Entries.of(joined[start:stop] - offset, parameter.shape)
-            originals = parameter.detach().flatten()[entries.positions]
-            tensors.append(TensorPlan(name, parameter, entries, slice(start, stop), originals))
-        offset += parameter.numel()
+    tensors, start = [], 0
+    for name, positions in by_parameter(base_layer, joined).items():
+        parameter, stop = parameters[name], start + len(positions)
+        originals = parameter.detach().flatten()[positions]
+        entries = Entries.of(positions, parameter.shape)
+        tensors.append(TensorPlan(name, parameter, entries, slice(start, stop), originals))
+        start = stop
     return Plan(tuple(indices), tuple(tensors), tuple(lookups), len(joined), stamp)
 
 
 def floating_parameters(base_layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that entries are counted through, in order."""
     return {name: p for name, p in base_layer.named_parameters() if p.is_floating_point()}
+
+
+def by_parameter(base_layer: nn.Module, positions: Tensor) -> dict[str, Tensor]:
+    """Splits sorted positions in a unit into positions in those of its parameters that have some, by name."""
+    parameters = floating_parameters(base_layer)
+    edges = torch.tensor([0, *(parameter.numel() for parameter in parameters.values())]).cumsum(0)
+    bounds = torch.searchsorted(positions.long(), edges.to(positions.device)).tolist()
+    parts = zip(parameters, edges.tolist()[:-1], bounds[:-1], bounds[1:], strict=True)
+    return {name: positions[start:stop].long() - edge for name, edge, start, stop in parts if start < stop}
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -23,14 +23,19 @@ class ResidentValues:
     """What a unit's base shows: θ₀, or θ₀ plus the values of some adapters.
 
     It is told what shall be there, by tensors of positions and values, and knows when nothing has to be done.
+
+    Args:
+        unit: name of the unit, for messages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
         self.plan: Plan | None = None
         self.changed = False  # whether the base holds values in the place of θ₀
         self.has_changed = False  # whether it has done so before
         self._written: Stamp | None = None  # of the values the base shows; None: it shows θ₀
         self._copies: tuple[Tensor, ...] = ()  # of the values, as they were written
+        self._stored: tuple[Tensor, ...] = ()  # what was put at the entries of the base
         self._base_versions: tuple[int, ...] = ()
         self._written_versions: tuple[int, ...] = ()
         self._last: tuple[Stamp, tuple[int, ...], tuple[int, ...]] | None = None
@@ -86,6 +91,7 @@ class ResidentValues:
         # Before the first step θ₀ is what shall be there; later this is not looked at, as it waits for the device.
         if self.has_changed or not all(map(same_bits, effective, plan.originals)):
             plan.store(effective)
+            self._stored = tuple(effective)
             set_versions(plan.parameters, self._versions_of(stamp))
             self.changed = self.has_changed = True
         self._written_versions = plan.versions()
@@ -93,11 +99,12 @@ class ResidentValues:
         self._written = stamp
         return True
 
-    def restore(self, base_layer: nn.Module) -> None:
+    def restore(self, base_layer: nn.Module, check: bool = True) -> None:
         """Gives the base its own values back, and its version counters: what autograd saved of θ₀ is valid again.
 
         Args:
             base_layer: the unit's base.
+            check: look first whether the entries of the base are what was written there.
 
         Raises:
             BaseWeightsError: the base has been changed, replaced or shared while it held values.
@@ -105,10 +112,10 @@ class ResidentValues:
         if self.changed and self.plan is not None:
             if not self.plan.is_writable(base_layer):
                 what = "weights of the base were replaced or shared while they held a SAFT adapter's values"
-                raise BaseWeightsError(what, got=self.plan.adapters, remedy=REMEDY)
-            edited = self.plan.versions() != self._written_versions
-            if edited:
+                raise BaseWeightsError(what, where=self.unit, got=self.plan.adapters, remedy=REMEDY)
+            if check:
                 self.check_base()
+            edited = self.plan.versions() != self._written_versions
             self.plan.store(self.plan.originals)
             if not edited:
                 set_versions(self.plan.parameters, self._base_versions)
@@ -121,27 +128,27 @@ class ResidentValues:
         Raises:
             BaseWeightsError: they are not, so that the base without the adapter cannot be known.
         """
-        if self.changed and self.plan is not None:
-            written = self.plan.effective(self.plan.delta(self._copies))
-            if not all(map(same_bits, self.plan.entries_now(), written)):
-                what = "weights of the base were changed while they held a SAFT adapter's values"
-                raise BaseWeightsError(what, got=self.plan.adapters, remedy=REMEDY)
+        check_bases([self])
 
-    def forget(self, base_layer: nn.Module) -> None:
-        """Gives the base back and forgets the plan: what is in the base from now on is θ₀."""
-        self.restore(base_layer)
+    def forget(self, base_layer: nn.Module, check: bool = True) -> None:
+        """Gives the base back, as `restore` does, and forgets the plan: what is in it from now on is θ₀."""
+        self.restore(base_layer, check)
         self.plan = self._last = None
 
-    def see_data_edits(self, base_layer: nn.Module) -> None:
-        """Gives the base back if its values have been edited behind autograd's back, to be written again."""
-        if not all(same_bits(value, copy) for value, copy in self.written_values()):
-            self.restore(base_layer)
-            self._last = None
+    def write_again(self) -> None:
+        """Notes that the next `write` has to write, whatever the version counters of the values say."""
+        self._written = self._last = None
 
-    def written_values(self) -> list[tuple[Tensor, Tensor]]:
-        """The values that stand in the base, each with the copy taken when they were written."""
-        if self._written is None:
+    def standing_entries(self) -> list[tuple[Tensor, Tensor]]:
+        """The entries of the base that hold values, each with what was put there."""
+        if not self.changed or self.plan is None:
             return []
+        return list(zip(self.plan.entries_now(), self._stored, strict=True))
+
+    def unmoved_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The values whose counters have not moved since they were written, each with the copy taken then."""
+        if self._written is None or not self._written.matches(Stamp.of(self._written.tensors)):
+            return []  # they will be written again anyway
         values = self._written.tensors[len(self._written.tensors) - len(self._copies) :]
         return [(value.detach(), copy) for value, copy in zip(values, self._copies, strict=True)]
 
@@ -163,3 +170,40 @@ class ResidentValues:
         versions = (self._next_version,) * len(self._base_versions)
         self._last = (stamp, self._base_versions, versions)
         return versions
+
+
+def check_bases(residents: Sequence[ResidentValues]) -> None:
+    """Looks whether the entries of several units' bases are what was written there, with one wait for each device.
+
+    Raises:
+        BaseWeightsError: in one they are not, so that the base without the adapter cannot be known.
+    """
+    if not _all_same([pair for resident in residents for pair in resident.standing_entries()]):
+        edited = next(resident for resident in residents if not _all_same(resident.standing_entries()))
+        what, got = "weights of the base were changed while they held a SAFT adapter's values", edited.plan
+        raise BaseWeightsError(what, where=edited.unit, got=got and got.adapters, remedy=REMEDY)
+
+
+def see_edits(residents: Sequence[ResidentValues]) -> None:
+    """Finds what was changed behind autograd's back, as `.data` edits and optimizers with own kernels do.
+
+    Values are written again at the next write. One wait for each device, and one more where something will be written.
+
+    Raises:
+        BaseWeightsError: entries of a base that will be written were changed.
+    """
+    unmoved = [resident.unmoved_values() for resident in residents]
+    if not _all_same([pair for pairs in unmoved for pair in pairs]):
+        for resident, pairs in zip(residents, unmoved, strict=True):
+            if not _all_same(pairs):
+                resident.write_again()
+    check_bases([resident for resident in residents if not resident.unmoved_values()])
+
+
+def _all_same(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the tensors of all pairs have the same bits."""
+    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for first, second in pairs:
+        by_device.setdefault(first.device, []).append((first.view(torch.uint8), second.view(torch.uint8)))
+    joined = [[torch.cat(side) for side in zip(*group, strict=True)] for group in by_device.values()]
+    return all(same_bits(first, second) for first, second in joined)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .layer import SAFTLayer
@@ -90,13 +89,9 @@ def mask_summary(model: nn.Module, adapter_name: str | None = None) -> MaskSumma
 
 def _per_parameter(layer: SAFTLayer, adapter_name: str) -> list[tuple[str, int, int]]:
     """For each parameter of a unit: its name, its selected entries, its size."""
-    indices = layer.saft_indices[adapter_name] if adapter_name in layer.saft_indices else torch.empty(0)
-    found, offset = [], 0
-    for name, parameter in floating_parameters(layer.base_layer).items():
-        end = offset + parameter.numel()
-        found.append((name, int(((indices >= offset) & (indices < end)).sum()), parameter.numel()))
-        offset = end
-    return found
+    entries = layer.changed_entries(adapter_name)
+    parameters = floating_parameters(layer.base_layer).items()
+    return [(name, len(entries.get(name, ())), parameter.numel()) for name, parameter in parameters]
 
 
 def _size_of_base(model: nn.Module) -> int:
