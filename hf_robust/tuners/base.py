@@ -158,12 +158,19 @@ class RobustLayer(nn.Module, BaseTunerLayer):
         """Names of adapters that have no tensors here yet."""
         return []
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         for adapter, tensors in self.tensors_in(state_dict, prefix).items():
             self.check_tensors(adapter, tensors)
             for name, tensor in tensors.items():  # PEFT may assign them as they are, in the format of another base
-                state_dict[f"{prefix}{name}.{adapter}"] = tensor.to(getattr(self, name)[adapter].dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                own = getattr(self, name)[adapter]
+                found = tensor.to(own.dtype)
+                if local_metadata.get("assign_to_params_buffers") and not own.is_meta:  # an optimizer may have it
+                    with torch.no_grad():
+                        found = own.copy_(found)
+                state_dict[f"{prefix}{name}.{adapter}"] = found
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
 
 class RobustTuner(BaseTuner):

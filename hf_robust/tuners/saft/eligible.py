@@ -47,7 +47,7 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
         for unit, module in units.items()
     }
     found = {unit: names for unit, names in found.items() if names}
-    _refuse_tied({unit: units[unit] for unit in found}, units, chosen)
+    _refuse_tied({unit: units[unit] for unit in found}, _owners(model, units), chosen)
     for unit in found:
         _refuse_renormalising(unit, units[unit])
     return found
@@ -56,7 +56,8 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
 def _chosen(model: nn.Module, config: SAFTConfig, parameters: dict[str, nn.Parameter]) -> set[str]:
     names = set(parameters)
     chosen = matching(config.target_modules, names, "target_modules") if config.target_modules else names
-    excluded = names - outside(names, modules_to_save(model, config))
+    heads = modules_to_save(model, config)
+    excluded = names - outside(names, heads)
     if config.exclude_modules:
         excluded |= matching(config.exclude_modules, names, "exclude_modules")
     chosen = in_layers(chosen, config)
@@ -64,6 +65,7 @@ def _chosen(model: nn.Module, config: SAFTConfig, parameters: dict[str, nn.Param
         prefixes = tower_modules(model, config.towers)
         chosen = {name for name in chosen if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
     left_out = {id(parameters[name]) for name in excluded}
+    left_out |= {id(parameter) for name in heads for parameter in model.get_submodule(name).parameters()}
     if config.exclude_input_embeddings and is_dual_encoder(model):
         left_out |= {id(p) for module in input_embeddings(model) for p in module.parameters()}
     return {name for name in chosen if id(parameters[name]) not in left_out}
@@ -84,11 +86,17 @@ def _units(module: nn.Module, prefix: str = "", seen: set[int] | None = None) ->
             yield from _units(base, f"{prefix}{name}.", seen)
 
 
-def _refuse_tied(taken: dict[str, nn.Module], units: dict[str, nn.Module], chosen: set[str]) -> None:
-    owners: dict[int, list[str]] = {}
-    for unit, module in units.items():
+def _owners(model: nn.Module, units: dict[str, nn.Module]) -> dict[int, list[str]]:
+    """The names of the units, and of what cannot be one, that have a parameter, by its id."""
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+    owners: dict[int, list[str]] = {id(parameter): ["the model"] for parameter in model.parameters(recurse=False)}
+    for unit, module in {**units, **wrapped}.items():
         for parameter in module.parameters():
             owners.setdefault(id(parameter), []).append(unit)
+    return owners
+
+
+def _refuse_tied(taken: dict[str, nn.Module], owners: dict[int, list[str]], chosen: set[str]) -> None:
     for unit, module in taken.items():
         for name, parameter in module.named_parameters():
             if len(owners[id(parameter)]) > 1 and f"{unit}.{name}" in chosen:
