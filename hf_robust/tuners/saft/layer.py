@@ -116,13 +116,13 @@ class SAFTLayer(RobustLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:  # noqa: D102
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._write(self._shown())
+        self._show()
 
     def enable_adapters(self, enabled: bool) -> None:  # noqa: D102
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
-        self._write(self._shown())
+        self._show()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Makes the adapters a part of the base, which then is saved with them.
@@ -262,7 +262,11 @@ class SAFTLayer(RobustLayer):
         next: a forward, `train()` or `eval()`.
         """
         self._resident.see_data_edits(self.base_layer)
-        self._write(self._shown())
+        self._show()
+
+    def _show(self) -> None:
+        if not any(isinstance(parameter, DTensor) for parameter in self.base_layer.parameters()):  # else: sharded
+            self._write(self._shown())
 
     def train(self, mode: bool = True) -> SAFTLayer:  # noqa: D102
         super().train(mode)
