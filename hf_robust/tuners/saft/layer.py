@@ -401,6 +401,17 @@ class SAFTLayer(RobustLayer):
         return "saft." + super().__repr__()
 
 
+def show_values(model: nn.Module) -> None:
+    """Makes the base's weights in a model hold what its active SAFT adapters say now.
+
+    Args:
+        model: any module.
+    """
+    for layer in model.modules():
+        if isinstance(layer, SAFTLayer):
+            layer.refresh()
+
+
 def _refresh_after_load(layer: SAFTLayer, incompatible_keys: Any) -> None:
     layer.refresh()
 

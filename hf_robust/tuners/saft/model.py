@@ -87,9 +87,9 @@ class SAFTModel(RobustTuner):
             adapter_name: the adapter to add.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _remove_hooks(model)
         for child in model.children():  # the towers: a user may call one of them, or get_image_features
-            if _see_data_edits not in child._forward_pre_hooks.values():
-                child.register_forward_pre_hook(_see_data_edits)
+            child.register_forward_pre_hook(DataEdits(child))
 
     def _create_and_replace(
         self,
@@ -114,24 +114,36 @@ class SAFTModel(RobustTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for child in model.children():
-            for key in [key for key, hook in child._forward_pre_hooks.items() if hook is _see_data_edits]:
-                del child._forward_pre_hooks[key]
+        _remove_hooks(model)
         return model
 
 
-def _see_data_edits(module: nn.Module, args: Any) -> None:
+class DataEdits:
     """Writes values again that were changed behind autograd's back (`.data` edits, optimizers with own kernels).
 
-    One comparison a device and tower, since each one waits for the device.
+    Called before a tower's forward. One comparison a device and tower, since each one waits for the device.
+
+    Args:
+        tower: a module with SAFT layers.
     """
-    if torch.compiler.is_compiling():
-        return
-    layers = [m for m in module.modules() if isinstance(m, SAFTLayer)]
-    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    for values, copy in (pair for layer in layers for pair in layer.written_values()):
-        by_device.setdefault(values.device, []).append((values, copy))
-    same = [torch.equal(torch.cat(v), torch.cat(c)) for v, c in (zip(*p, strict=True) for p in by_device.values())]
-    if not all(same):
-        for layer in layers:
-            layer.refresh()
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.layers = [module for module in tower.modules() if isinstance(module, SAFTLayer)]
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Compares, and writes what was changed."""
+        if torch.compiler.is_compiling():
+            return
+        by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for values, copy in (pair for layer in self.layers for pair in layer.written_values()):
+            by_device.setdefault(values.device, []).append((values, copy))
+        pairs = (zip(*found, strict=True) for found in by_device.values())
+        if not all(torch.equal(torch.cat(values), torch.cat(copies)) for values, copies in pairs):
+            for layer in self.layers:
+                layer.refresh()
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    for child in model.children():
+        for key in [key for key, hook in child._forward_pre_hooks.items() if isinstance(hook, DataEdits)]:
+            del child._forward_pre_hooks[key]
