@@ -65,6 +65,8 @@ FLOORS = [
     {"cards"},
     {"training"},
     {"scripting"},
+    {"cli"},
+    {"__main__"},
 ]
 PACKAGE = Path(hf_robust.__file__).parent
 

@@ -14,7 +14,7 @@ from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, MergeError
 from ..ogen.generator import FeatureGenerator
 from ..tasks.class_names import ZeroShotClassifier
-from ..tuners.saft.layer import SAFTLayer
+from ..tuners.saft.layer import show_values
 from .arithmetic import check_alpha, check_finite
 from .files import some
 from .linear import (
@@ -74,9 +74,7 @@ def wise_ft(model: nn.Module, alpha: float, zero_shot: Mapping[str, Tensor] | No
     _check_frozen_heads(model, tensors, tuned)
     for tensor, value in zip(tensors, tuned, strict=True):
         tensor.write(value, alpha)
-    for module in model.modules():
-        if isinstance(module, SAFTLayer):
-            module.refresh()
+    show_values(model)
 
 
 def _tuned_values(tensors: Sequence[LinearTensor]) -> list[Tensor]:

@@ -25,6 +25,7 @@ from ..losses.log import LossLog
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
+from ..tuners.saft.layer import show_values
 from ..tuners.saft.selection import scores_single_images
 from .accuracy import AccuracyAndLoss, check_metrics
 from .arguments import RobustTrainingArguments
@@ -212,6 +213,7 @@ class RobustTrainer(ModelInitTrainer):
         finally:
             self.is_in_train = False  # it would stay so after an error
             self.drop_shards()
+            show_values(self.model)
 
     def _unprepare(self) -> None:
         """Takes back what `evaluate` did to the model.

@@ -276,6 +276,7 @@ def test_saved_adapter_is_that_of_a_training_without_ogen(tmp_path, method):
             {name: tensor.dtype for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
         )
         configs.append(json.loads((folder / "adapter_config.json").read_text()))
+        configs[-1].get("saved", {}).pop("sha256", None)  # of the values
     assert files[0] == files[1] and tensors[0] == tensors[1]
     assert configs[0] == configs[1]
 

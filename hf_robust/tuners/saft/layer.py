@@ -116,13 +116,13 @@ class SAFTLayer(RobustLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:  # noqa: D102
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._write(self._shown())
+        self.show_values()
 
     def enable_adapters(self, enabled: bool) -> None:  # noqa: D102
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
-        self._write(self._shown())
+        self.show_values()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Makes the adapters a part of the base, which then is saved with them.
@@ -234,13 +234,18 @@ class SAFTLayer(RobustLayer):
             BaseWeightsError: weights of the base were changed where they held values.
         """
         see_edits([self.resident])
-        self._write(self._shown())
+        self.show_values()
+
+    def show_values(self) -> None:
+        """Makes the base hold what the active adapters say, as far as version counters tell of it."""
+        if not any(isinstance(parameter, DTensor) for parameter in self.base_layer.parameters()):  # else: sharded
+            self._write(self._shown())
 
     def train(self, mode: bool = True) -> SAFTLayer:  # noqa: D102
         in_training = mode and self.training  # as a Trainer asks for before every step: nothing here waits then
         super().train(mode)
         if in_training:
-            self._write(self._shown())
+            self.show_values()
         else:
             self.refresh()
         return self
@@ -362,6 +367,18 @@ class SAFTLayer(RobustLayer):
 
     def __repr__(self) -> str:
         return "saft." + super().__repr__()
+
+
+def show_values(model: nn.Module) -> None:
+    """Makes the base's weights in a model hold what its active SAFT adapters say now.
+
+    Args:
+        model: any module.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SAFTLayer)]
+    see_edits([layer.resident for layer in layers])
+    for layer in layers:
+        layer.show_values()
 
 
 def _refresh_after_load(layer: SAFTLayer, incompatible_keys: Any) -> None:

@@ -88,9 +88,9 @@ class SAFTModel(RobustTuner):
             adapter_name: the adapter to add.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _remove_hooks(model)
         for child in model.children():  # the towers: a user may call one of them, or get_image_features
-            if _see_data_edits not in child._forward_pre_hooks.values():
-                child.register_forward_pre_hook(_see_data_edits)
+            child.register_forward_pre_hook(DataEdits(child))
 
     def _create_and_replace(
         self,
@@ -147,16 +147,30 @@ class SAFTModel(RobustTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_bases(_residents(self.model))
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for child in model.children():
-            for key in [key for key, hook in child._forward_pre_hooks.items() if hook is _see_data_edits]:
-                del child._forward_pre_hooks[key]
+        _remove_hooks(model)
         return model
 
 
-def _see_data_edits(module: nn.Module, args: Any) -> None:
-    """Looks for changes behind autograd's back before the forward of a tower."""
-    if not torch.compiler.is_compiling():
-        see_edits(_residents(module))
+class DataEdits:
+    """Looks for changes behind autograd's back before the forward of a tower.
+
+    Args:
+        tower: a module with SAFT layers.
+    """
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.layers = [module for module in tower.modules() if isinstance(module, SAFTLayer)]
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Called before the forward."""
+        if not torch.compiler.is_compiling():
+            see_edits([layer.resident for layer in self.layers])
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    for child in model.children():
+        for key in [key for key, hook in child._forward_pre_hooks.items() if isinstance(hook, DataEdits)]:
+            del child._forward_pre_hooks[key]
 
 
 def _residents(module: nn.Module) -> list[ResidentValues]:

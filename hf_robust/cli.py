@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `hf-robust`."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .data.text_files import read_json
+from .errors import AdapterFileError, HfRobustError
+from .tuners.aclip import ACLIPConfig
+from .tuners.files import CONFIG_FILE, WEIGHTS_FILE
+from .tuners.saft import SAFTConfig
+
+CONFIGS: dict[str, Any] = {"SAFT": SAFTConfig, "ACLIP": ACLIPConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line `hf-robust check FOLDER`.
+
+    Args:
+        arguments: of the command; by default those of the process.
+
+    Returns:
+        The exit status: 0 for an adapter that is whole, 1 for one that is refused.
+
+    Example:
+        >>> main(["check", "runs/saft"])
+        runs/saft: whole
+        ...
+        0
+    """
+    parser = argparse.ArgumentParser(prog="hf-robust", description="Robust fine-tuning of CLIP-like models.")
+    commands = parser.add_subparsers(required=True)
+    check = commands.add_parser("check", help="look whether the folder of a saved adapter is whole")
+    check.add_argument("folder", type=Path, help="with adapter_config.json and adapter_model.safetensors")
+    folder = parser.parse_args(arguments).folder
+    try:
+        found = check_folder(folder)
+    except (HfRobustError, ValueError, OSError) as error:
+        print(f"{folder}: refused\n  {type(error).__name__}: {error}")
+        return 1
+    print("\n".join([f"{folder}: whole", *(f"  {line}" for line in found)]))
+    return 0
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Looks at an adapter's folder as loading does, but for what only the base can tell.
+
+    Args:
+        folder: of a saved SAFT or A-CLIP adapter.
+
+    Returns:
+        What was looked at, and what could not be, in words.
+
+    Raises:
+        AdapterFileError: the folder is not that of an adapter, or is not as it was saved.
+        UnsafeFileError: a file is no regular file.
+    """
+    settings = read_json(folder / CONFIG_FILE)
+    method = settings.get("peft_type") if isinstance(settings, dict) else None
+    if method not in CONFIGS:
+        allowed = ", ".join(CONFIGS)
+        raise AdapterFileError("not an adapter of hf_robust", where=str(folder), got=method, allowed=allowed)
+    if not (folder / WEIGHTS_FILE).exists():
+        raise AdapterFileError("adapter's tensors are not there", where=str(folder), allowed=WEIGHTS_FILE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = CONFIGS[method].from_pretrained(str(folder))
+    lines = [f"settings: of {method}, each of the right kind"]
+    if config.saved is not None:
+        base = config.base_model_name_or_path or "a base without a name"
+        lines.append(f"tensors: format {config.saved['format_version']}, SHA-256 {config.saved['sha256'][:16]}…")
+        lines.append(f"not looked at: the base; loading compares it with {base}, as described in the settings")
+    return lines + [f"note: {warning.message}" for warning in caught]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, in a process of its own once, else in this one."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from hf_robust.cli import main
+
+from .methods import CLIP, Method, prepared
+from .tiny_models import tiny_model
+
+
+@pytest.fixture
+def folder(method: Method, tmp_path: Path) -> Path:
+    prepared(method, tiny_model(CLIP), CLIP).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return tmp_path / "adapter"
+
+
+def changed(folder: Path, **settings: object) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_a_whole_adapter(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    sha256 = json.loads((folder / "adapter_config.json").read_text())["saved"]["sha256"]
+    assert lines[0] == f"{folder}: whole" and sha256[:16] in lines[2] and "not looked at: the base" in lines[3]
+
+
+def test_a_damaged_adapter(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, file)
+    assert main(["check", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"{folder}: refused\n  AdapterFileError: an adapter's tensors are not those that were saved")
+
+
+def test_an_adapter_of_an_older_version_says_what_is_not_known(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    changed(folder, saved=None)
+    assert main(["check", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "note: " in out and "older version" in out and "SHA-256" not in out
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_half_an_adapter(folder: Path, missing: str, capsys: pytest.CaptureFixture) -> None:
+    (folder / missing).unlink()
+    assert main(["check", str(folder)]) == 1
+    assert missing in capsys.readouterr().out
+
+
+def test_another_method_and_no_method(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    LoraConfig().save_pretrained(str(tmp_path))
+    assert main(["check", str(tmp_path)]) == 1
+    (tmp_path / "adapter_config.json").write_text("[]")
+    assert main(["check", str(tmp_path)]) == 1
+    assert main(["check", str(tmp_path / "nowhere")]) == 1
+    out = capsys.readouterr().out
+    assert "got 'LORA'; allowed SAFT, ACLIP" in out and out.count("not an adapter of hf_robust") == 2
+
+
+def test_as_a_module(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf_robust", "check", str(folder)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("hf_robust", run_name="__main__")
+    assert "whole" in capsys.readouterr().out
