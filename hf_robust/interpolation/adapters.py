@@ -14,7 +14,7 @@ from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, MergeError
 from ..ogen.generator import FeatureGenerator
 from ..tasks.class_names import ZeroShotClassifier
-from ..tuners.saft.layer import show_values
+from ..tuners.saft.edits import show_values
 from .arithmetic import check_alpha, check_finite
 from .files import some
 from .linear import (

@@ -25,7 +25,7 @@ from ..losses.log import LossLog
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
-from ..tuners.saft.layer import show_values
+from ..tuners.saft.edits import show_values
 from ..tuners.saft.selection import scores_single_images
 from .accuracy import AccuracyAndLoss, check_metrics
 from .arguments import RobustTrainingArguments

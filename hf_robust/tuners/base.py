@@ -220,6 +220,8 @@ class RobustTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             del self.peft_config[adapter_name]  # which a model that PEFT injected into before shares
+            if not self.peft_config:
+                vars(model).pop("_hf_peft_config_loaded", None)  # of transformers, which has been set already
             raise
         self.peft_config[adapter_name] = config
         arrival = None if config.saved is None else Arrival(type(self), model, adapter_name, config.saved)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from hf_robust import SAFTConfig, export_shira, select_saft
@@ -18,28 +18,7 @@ from hf_robust.tuners.saft.plan import Plan
 
 from ..programs import run_programs
 from ..tiny_models import tiny_batch, tiny_model
-from .zoo import batches, zoo
-
-
-def tuned(density: float = 0.3, dtype: torch.dtype = torch.float64, **settings: object) -> PeftModel:
-    """A zoo with values that are not zero."""
-    model = get_peft_model(zoo(dtype), SAFTConfig(density=density, score="random", **settings))
-    select_saft(model)
-    randomise(model)
-    return model
-
-
-def randomise(model: nn.Module, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "saft_values" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-
-
-def outputs(model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
-    batch = batches(1, dtype=dtype)[0]
-    return model(batch["pixel_values"], batch["ids"])
+from .zoo import batches, outputs, randomise, tuned, zoo
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -7,8 +7,11 @@ import copy
 from collections.abc import Callable
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hf_robust import SAFTConfig, select_saft
 
 DIM = 8
 
@@ -86,6 +89,27 @@ def batches(count: int = 3, size: int = 4, dtype: torch.dtype = torch.float64) -
         }
         for _ in range(count)
     ]
+
+
+def tuned(density: float = 0.3, dtype: torch.dtype = torch.float64, **settings: object) -> PeftModel:
+    """A zoo with values that are not zero."""
+    model = get_peft_model(zoo(dtype), SAFTConfig(density=density, score="random", **settings))
+    select_saft(model)
+    randomise(model)
+    return model
+
+
+def randomise(model: nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "saft_values" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+
+def outputs(model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
+    batch = batches(1, dtype=dtype)[0]
+    return model(batch["pixel_values"], batch["ids"])
 
 
 def exact_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

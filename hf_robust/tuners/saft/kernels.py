@@ -8,7 +8,7 @@ special is the backward: it returns the gradient of the k selected entries, in p
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,16 +50,6 @@ class Entries:
         rows, columns = positions // width, positions % width
         row_starts = torch.searchsorted(rows, torch.arange(height + 1, device=rows.device))
         return cls(positions, rows, columns, row_starts, positions.numel() / max(shape.numel(), 1))
-
-    def map(self, fn: Any) -> Entries:
-        """The same entries with `fn` applied to every tensor, to move them between devices."""
-        return replace(
-            self,
-            positions=fn(self.positions),
-            rows=fn(self.rows),
-            columns=fn(self.columns),
-            row_starts=fn(self.row_starts),
-        )
 
 
 def sampled_weight_gradient(grad_output: Tensor, inputs: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:

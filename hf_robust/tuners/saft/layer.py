@@ -369,17 +369,5 @@ class SAFTLayer(RobustLayer):
         return "saft." + super().__repr__()
 
 
-def show_values(model: nn.Module) -> None:
-    """Makes the base's weights in a model hold what its active SAFT adapters say now.
-
-    Args:
-        model: any module.
-    """
-    layers = [module for module in model.modules() if isinstance(module, SAFTLayer)]
-    see_edits([layer.resident for layer in layers])
-    for layer in layers:
-        layer.show_values()
-
-
 def _refresh_after_load(layer: SAFTLayer, incompatible_keys: Any) -> None:
     layer.refresh()

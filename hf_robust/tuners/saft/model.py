@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ...errors import AdapterFileError
 from ..base import RobustTuner
 from .config import SAFTConfig
+from .edits import DataEdits, remove_hooks, residents
 from .eligible import eligible_parameters
 from .layer import SAFTLayer
-from .resident import ResidentValues, check_bases, see_edits
+from .resident import check_bases, see_edits
 
 
 class SAFTModel(RobustTuner):
@@ -88,7 +89,7 @@ class SAFTModel(RobustTuner):
             adapter_name: the adapter to add.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _remove_hooks(model)
+        remove_hooks(model)
         for child in model.children():  # the towers: a user may call one of them, or get_image_features
             child.register_forward_pre_hook(DataEdits(child))
 
@@ -124,54 +125,28 @@ class SAFTModel(RobustTuner):
         Raises:
             BaseWeightsError: weights of the base were changed where they held values.
         """
-        see_edits(_residents(self.model))
+        see_edits(residents(self.model))
         super().train(mode)
         return self
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        check_bases(_residents(self.model))
+        check_bases(residents(self.model))
         super().set_adapter(*args, **kwargs)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        check_bases(_residents(self.model))
+        check_bases(residents(self.model))
         super()._enable_adapter_layers(enabled)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        check_bases(_residents(self.model))
+        check_bases(residents(self.model))
         super().merge_adapter(*args, **kwargs)
 
     def unmerge_adapter(self) -> None:  # noqa: D102
-        check_bases(_residents(self.model))
+        check_bases(residents(self.model))
         super().unmerge_adapter()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        check_bases(_residents(self.model))
+        check_bases(residents(self.model))
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        _remove_hooks(model)
+        remove_hooks(model)
         return model
-
-
-class DataEdits:
-    """Looks for changes behind autograd's back before the forward of a tower.
-
-    Args:
-        tower: a module with SAFT layers.
-    """
-
-    def __init__(self, tower: nn.Module) -> None:
-        self.layers = [module for module in tower.modules() if isinstance(module, SAFTLayer)]
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """Called before the forward."""
-        if not torch.compiler.is_compiling():
-            see_edits([layer.resident for layer in self.layers])
-
-
-def _remove_hooks(model: nn.Module) -> None:
-    for child in model.children():
-        for key in [key for key, hook in child._forward_pre_hooks.items() if isinstance(hook, DataEdits)]:
-            del child._forward_pre_hooks[key]
-
-
-def _residents(module: nn.Module) -> list[ResidentValues]:
-    return [layer.resident for layer in module.modules() if isinstance(layer, SAFTLayer)]
