@@ -51,9 +51,10 @@ class ACLIPModel(RobustTuner):
         chosen = matching(config.target_modules, set(linears), "target_modules") if config.target_modules else None
         if chosen is None:
             chosen = _attention(model, config, set(linears))
-        chosen = in_layers(outside(chosen, modules_to_save(model, config)), config)
+        chosen = outside(chosen, modules_to_save(model, config))
         if config.towers != "both":
             chosen = {name for name in chosen if _is_in_tower(name, model, config.towers)}
+        chosen = in_layers(chosen, config)
         if config.exclude_modules:
             chosen = chosen - matching(config.exclude_modules, set(linears), "exclude_modules")
         if not chosen:

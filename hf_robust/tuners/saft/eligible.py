@@ -60,10 +60,10 @@ def _chosen(model: nn.Module, config: SAFTConfig, parameters: dict[str, nn.Param
     excluded = names - outside(names, heads)
     if config.exclude_modules:
         excluded |= matching(config.exclude_modules, names, "exclude_modules")
-    chosen = in_layers(chosen, config)
     if config.towers != "both":
         prefixes = tower_modules(model, config.towers)
         chosen = {name for name in chosen if any(name.startswith(f"{prefix}.") for prefix in prefixes)}
+    chosen = in_layers(chosen, config)
     left_out = {id(parameters[name]) for name in excluded}
     left_out |= {id(parameter) for name in heads for parameter in model.get_submodule(name).parameters()}
     if config.exclude_input_embeddings and is_dual_encoder(model):
