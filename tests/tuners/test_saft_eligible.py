@@ -18,7 +18,7 @@ from hf_robust.tuners.saft.eligible import eligible_parameters
 from hf_robust.tuners.saft.selection import _budget, find_layers
 
 from ..tiny_models import FAMILIES, tiny_model
-from .zoo import zoo
+from .zoo import batches, exact_loss, zoo
 
 
 def eligible(config: SAFTConfig, model: nn.Module) -> set[str]:
@@ -109,12 +109,65 @@ def test_settings_that_do_not_fit_the_model_leave_it_untouched(settings_: dict, 
     assert [type(m) for m in model.modules()] == [type(m) for m in zoo().modules()]
 
 
-def test_shared_parameters_and_renormalising_embeddings_are_refused() -> None:
-    tied = zoo()
-    tied.tower.other = nn.Linear(8, 3, bias=False)
-    tied.tower.other.weight = tied.tower.head.weight
+def tied_zoo() -> nn.Module:
+    model = zoo()
+    model.tower.other = nn.Linear(8, 3, bias=True).double()
+    model.tower.other.weight = model.tower.head.weight
+    return model
+
+
+def test_an_eligible_tied_parameter_is_refused() -> None:
+    for settings_ in ({}, {"target_modules": ["head"]}, {"target_modules": ["other"]}):
+        with pytest.raises(ConfigError, match=r"share a parameter.*tower\.head.*tower\.other.*with exclude_modules"):
+            get_peft_model(tied_zoo(), SAFTConfig(**settings_))
+    of_the_root = zoo()
+    of_the_root.weight = of_the_root.tower.head.weight
+    with pytest.raises(ConfigError, match=r"share a parameter.*'the model', 'tower\.head'"):
+        get_peft_model(of_the_root, SAFTConfig())
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"exclude_modules": ["head"]},  # as the message recommends, by either name
+        {"exclude_modules": ["other.weight"]},
+        {"exclude_modules": r".*\.other"},
+        {"modules_to_save": ["head"]},
+        {"target_modules": ["twice"]},
+        {"target_modules": ["other"], "exclude_modules": ["head"]},
+    ],
+)
+def test_a_tied_parameter_is_left_out_as_a_whole(settings_: dict) -> None:
+    found = eligible(SAFTConfig(**settings_), tied_zoo())
+    assert found and not found & {"tower.head.weight", "tower.other.weight"}
+    targeted = "other" in settings_.get("target_modules", ["other"])
+    assert ("tower.other.bias" in found) == (targeted and settings_.get("exclude_modules") != r".*\.other")
+
+
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning")
+def test_a_parameter_tied_to_a_head_that_is_saved_whole() -> None:
+    """For the second adapter the head is in PEFT's wrapper."""
+    config = SAFTConfig(density=0.1, score="random", modules_to_save=["other"])
+    model = get_peft_model(tied_zoo(), config)
+    model.add_adapter("second", config)
+    layers = find_layers(model, None)[0]
+    assert all(layer.saft_eligible["default"] == layer.saft_eligible["second"] for layer in layers)
+    assert not any(layer.unit == "tower.head" for layer in layers)
     with pytest.raises(ConfigError, match=r"share a parameter.*tower\.head.*tower\.other"):
-        get_peft_model(tied, SAFTConfig())
+        model.add_adapter("third", SAFTConfig())
+
+
+def test_a_model_with_a_tied_parameter_trains() -> None:
+    model = get_peft_model(tied_zoo(), SAFTConfig(density=0.1, score="random", exclude_modules=["head"]))
+    select_saft(model)
+    batch = batches()[0]
+    exact_loss(model, batch).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    plain = model.unload()
+    assert plain.tower.other.weight is plain.tower.head.weight
+
+
+def test_renormalising_embeddings_are_refused() -> None:
     renormalising = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0))
     with pytest.raises(ConfigError, match="max_norm=1.0"):
         get_peft_model(renormalising, SAFTConfig())
