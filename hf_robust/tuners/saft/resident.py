@@ -139,8 +139,11 @@ class ResidentValues:
             self._last = None
 
     def written_values(self) -> list[tuple[Tensor, Tensor]]:
-        """The values that stand in the base, each with the copy taken when they were written."""
-        if self._written is None:
+        """The values that stand in the base, each with the copy taken when they were written.
+
+        Not those that autograd knows to have been changed since: they are written at the next forward anyway.
+        """
+        if self._written is None or not self._written.matches(Stamp.of(self._written.tensors)):
             return []
         values = self._written.tensors[len(self._written.tensors) - len(self._copies) :]
         return [(value.detach(), copy) for value, copy in zip(values, self._copies, strict=True)]
