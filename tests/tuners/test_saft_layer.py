@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_robust import SAFTConfig, export_shira, select_saft
 from hf_robust.errors import AdapterFileError, BaseWeightsError, ConfigError
+from hf_robust.tuners.saft import resident
 from hf_robust.tuners.saft.plan import Plan
 
 from ..programs import run_programs
@@ -182,6 +183,24 @@ def test_data_edits_are_seen_at_the_next_forward() -> None:
         if "saft_values" in name:
             mine.data.copy_(theirs.data)
     assert torch.equal(outputs(model), outputs(expected))
+
+
+def test_fused_optimizers_are_seen_with_one_comparison_a_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of `Trainer`: it moves no version counter, and each comparison waits for the device."""
+    model, expected, calls = tuned(), tuned(), []
+    for one, fused in ((model, True), (expected, False)):
+        values = [p for n, p in one.named_parameters() if "saft_values" in n]
+        optimizer = torch.optim.AdamW(values, lr=1e-2, fused=fused)
+        for step in range(4):
+            if step == 3:
+                monkeypatch.setattr(resident, "same_bits", lambda *_: calls.append("unit") or True)
+                monkeypatch.setattr(torch, "equal", lambda *_, real=torch.equal: calls.append("tower") or real(*_))
+            optimizer.zero_grad()
+            outputs(one).square().sum().backward()
+            optimizer.step()
+        monkeypatch.undo()
+    assert calls == ["tower"]  # the plain optimizer's steps are known without
+    torch.testing.assert_close(outputs(model), outputs(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_autocast_trains_in_the_low_precision_with_float32_gradients() -> None:

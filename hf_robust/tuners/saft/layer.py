@@ -261,7 +261,12 @@ class SAFTLayer(RobustLayer):
         Done by itself whenever that may have changed, but for the moment between an optimizer's step and what comes
         next: a forward, `train()` or `eval()`.
         """
-        self._resident.see_data_edits(self.base_layer)
+        self._resident.see_data_edits()
+        self._show()
+
+    def rewrite(self) -> None:
+        """Writes the values again though autograd's version counters have not moved."""
+        self._resident.write_again()
         self._show()
 
     def _show(self) -> None:

@@ -119,7 +119,7 @@ class SAFTModel(RobustTuner):
 
 
 class DataEdits:
-    """Writes values again that were changed behind autograd's back (`.data` edits, optimizers with own kernels).
+    """Writes values again that were changed behind autograd's back (`.data` edits, fused optimizers).
 
     Called before a tower's forward. One comparison a device and tower, since each one waits for the device.
 
@@ -140,7 +140,7 @@ class DataEdits:
         pairs = (zip(*found, strict=True) for found in by_device.values())
         if not all(torch.equal(torch.cat(values), torch.cat(copies)) for values, copies in pairs):
             for layer in self.layers:
-                layer.refresh()
+                layer.rewrite()
 
 
 def _remove_hooks(model: nn.Module) -> None:

@@ -132,11 +132,14 @@ class ResidentValues:
         self.restore(base_layer)
         self.plan = self._last = None
 
-    def see_data_edits(self, base_layer: nn.Module) -> None:
-        """Gives the base back if its values have been edited behind autograd's back, to be written again."""
+    def see_data_edits(self) -> None:
+        """Has the values written again if they were edited behind autograd's back."""
         if not all(same_bits(value, copy) for value, copy in self.written_values()):
-            self.restore(base_layer)
-            self._last = None
+            self.write_again()
+
+    def write_again(self) -> None:
+        """Has the next `write` write, whatever the version counters say."""
+        self._written = self._last = None
 
     def written_values(self) -> list[tuple[Tensor, Tensor]]:
         """The values that stand in the base, each with the copy taken when they were written.
