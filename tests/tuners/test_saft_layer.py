@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hf_robust import SAFTConfig, export_shira, select_saft
 from hf_robust.errors import AdapterFileError, BaseWeightsError, ConfigError
-from hf_robust.tuners.saft.plan import Plan
+from hf_robust.tuners.saft import resident
+from hf_robust.tuners.saft.plan import Plan, same_bits
 
 from ..programs import run_programs
 from ..tiny_models import tiny_batch, tiny_model
@@ -161,6 +162,25 @@ def test_data_edits_are_seen_at_the_next_forward() -> None:
         if "saft_values" in name:
             mine.data.copy_(theirs.data)
     assert torch.equal(outputs(model), outputs(expected))
+
+
+def test_fused_optimizers_are_seen_with_two_comparisons_a_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of `Trainer`: it moves no version counter, and each comparison waits for the device."""
+    model, expected, calls = tuned(), tuned(), []
+    for one, fused in ((model, True), (expected, False)):
+        values = [p for n, p in one.named_parameters() if "saft_values" in n]
+        optimizer = torch.optim.AdamW(values, lr=1e-2, fused=fused)
+        for step in range(4):
+            if step == 3:
+                monkeypatch.setattr(
+                    resident, "same_bits", lambda *_, fused=fused: calls.append(fused) or same_bits(*_)
+                )
+            optimizer.zero_grad()
+            outputs(one).square().sum().backward()
+            optimizer.step()
+        monkeypatch.undo()
+    assert calls == [True, True, False]  # of values, known without for the plain optimizer, and of the base
+    torch.testing.assert_close(outputs(model), outputs(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_autocast_trains_in_the_low_precision_with_float32_gradients() -> None:

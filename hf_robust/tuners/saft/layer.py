@@ -21,7 +21,7 @@ from ...errors import AdapterFileError, NonFiniteError, SelectionError
 from ..base import Arrival, RobustLayer, keep_precision
 from .config import SAFTConfig
 from .forward import forward_tuned, tuned_tensors
-from .plan import Plan, Stamp, by_parameter, floating_parameters, make_plan
+from .plan import Plan, by_parameter, checked_positions, floating_parameters
 from .resident import ResidentValues, see_edits
 
 
@@ -354,7 +354,7 @@ class SAFTLayer(RobustLayer):
         if indices.shape != values.shape or values.shape != (count,) or count == 0:
             got = f"{tuple(indices.shape)} indices, {tuple(values.shape)} values"
             raise AdapterFileError("numbers of entries differ", where=self.unit, got=got, allowed=f"({count},)")
-        make_plan(self.base_layer, {adapter_name: indices}, Stamp.of([indices]))
+        checked_positions(indices, sum(p.numel() for p in floating_parameters(self.base_layer).values()))
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the base that other code reads from the module it finds here."""

@@ -164,7 +164,7 @@ def make_plan(base_layer: nn.Module, indices: dict[str, Tensor], stamp: Stamp) -
     """
     parameters = floating_parameters(base_layer)
     numel = sum(parameter.numel() for parameter in parameters.values())
-    checked = [_checked(index, numel) for index in indices.values()]
+    checked = [checked_positions(index, numel) for index in indices.values()]
     joined, lookups = checked[0], ()
     if len(checked) > 1:
         joined, lookup = torch.unique(torch.cat(checked), return_inverse=True)
@@ -207,8 +207,16 @@ def set_versions(parameters: Sequence[Tensor], versions: Sequence[int]) -> None:
     torch._C._autograd._unsafe_set_version_counter(tuple(parameters), tuple(versions))
 
 
-def _checked(indices: Tensor, numel: int) -> Tensor:
-    """Indices as int64, once they are known to be safe to use: integers, strictly increasing, in range."""
+def checked_positions(indices: Tensor, numel: int) -> Tensor:
+    """Positions as int64, once they are known to be safe to use.
+
+    Args:
+        indices: positions of entries.
+        numel: how many numbers there are to choose from.
+
+    Raises:
+        AdapterFileError: they are no integers, out of range, or not strictly increasing.
+    """
     if indices.dtype not in (torch.int32, torch.int64):
         raise AdapterFileError("indices have a wrong type", got=str(indices.dtype), allowed="int32 or int64")
     indices = indices.to(torch.int64)

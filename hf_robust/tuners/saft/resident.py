@@ -192,11 +192,9 @@ def see_edits(residents: Sequence[ResidentValues]) -> None:
     Raises:
         BaseWeightsError: entries of a base that will be written were changed.
     """
-    unmoved = [resident.unmoved_values() for resident in residents]
-    if not _all_same([pair for pairs in unmoved for pair in pairs]):
-        for resident, pairs in zip(residents, unmoved, strict=True):
-            if not _all_same(pairs):
-                resident.write_again()
+    if not _all_same([pair for resident in residents for pair in resident.unmoved_values()]):
+        for resident in residents:  # all: to ask each one would wait for the device each time
+            resident.write_again()
     check_bases([resident for resident in residents if not resident.unmoved_values()])
 
 
