@@ -159,6 +159,18 @@ def test_edits_of_the_base_at_entries_are_refused(
 
 
 @pytest.mark.parametrize("edit", [in_place, as_data])
+def test_a_layer_by_itself_refuses_too(edit: Edit) -> None:
+    """As transformers' `disable_adapters` asks them, one after the other; the model cannot be used half-way."""
+    model = tuned()
+    outputs(model)
+    edit(head(model).base_layer.weight)
+    with pytest.raises(BaseWeightsError, match="tower.head"):
+        head(model).enable_adapters(False)
+    with pytest.raises(BaseWeightsError, match="tower.head"):
+        outputs(model)
+
+
+@pytest.mark.parametrize("edit", [in_place, as_data])
 def test_edits_of_the_base_elsewhere_are_kept(edit: Edit) -> None:
     model = tuned()
     outputs(model)
@@ -277,7 +289,7 @@ def test_a_process_with_shared_weights_does_not_change_anothers_predictions() ->
         torch.testing.assert_close(outputs(model), expected, rtol=1e-12, atol=1e-12)
         shared = outputs(model)
         here, there = get_context("fork").Pipe()
-        process = get_context("fork").Process(target=toggle, args=(model, batches(1)[0], there))
+        process = get_context("fork").Process(target=toggle, args=(model, batches(1)[0], there), daemon=True)
         process.start()
         assert here.poll(60)
         here.recv()
