@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -130,11 +129,6 @@ class RobustConfig(PeftConfig):
         if not folder.is_dir():
             folder = _download(cls, str(pretrained_model_name_or_path), subfolder, kwargs)
         tensors = check_files(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
-        if tensors is not None and config.saved is None:
-            what = (
-                "was saved by an older version of hf_robust: whether it is whole and fits its base cannot be checked"
-            )
-            warnings.warn(f"The adapter in {folder} {what}. Load and save it once.", stacklevel=2)
         if tensors is not None:
             config.check_weights(tensors, str(folder))
         return config
