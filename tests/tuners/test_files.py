@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +19,15 @@ from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model, set_peft_
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
-from hf_robust.errors import AdapterFileError, HfRobustError
-from hf_robust.tuners.files import CONFIG_FILE, WEIGHTS_FILE, digest
+from hf_robust.errors import AdapterFileError, HfRobustError, NonFiniteError
+from hf_robust.tuners.files import CONFIG_FILE, WEIGHTS_FILE
 
-from ..methods import Method, assert_same, batch, outputs, prepared, same_bits, train
+from ..methods import METHODS, Method, assert_same, batch, outputs, prepared, same_bits, train
+from ..programs import run_programs
 from ..tiny_models import tiny_model
-from .bad_files import BADS, Bad, read_config, read_tensors, seal_name, sealed, strip, write_config, write_tensors
+from .bad_files import BADS, Bad, first, read_config, read_tensors, strip, write_config, write_tensors
 
 OLDER = "The file of adapter .* has no digest, as those of older versions"
 
@@ -126,8 +128,15 @@ CHOSEN = {
 }
 CHOSEN |= {"missing indices", "extra tensor", "float16", "wrong shape", "name twice", "truncated", "newer format"}
 CHOSEN |= {"key twice", "other values", "huge counts"}
-BAD_AT_DOOR = [pytest.param(door, bad, id=f"{door.name}-{bad.name}") for door in DOORS for bad in BADS
-               if door is PEFT or bad.name in CHOSEN]  # fmt: skip
+CASES = [
+    pytest.param(method, door, bad, id=f"{method.name}-{door.name}-{bad.name}")
+    for method in METHODS
+    for door in DOORS
+    for bad in BADS
+    if method.name in bad.methods
+    if door is PEFT or bad.name in CHOSEN
+    if door is not OVER_LIVE or bad.of != "config"  # PEFT does not read it there
+]
 
 
 def snapshot(model: Any) -> dict[str, Any]:
@@ -137,7 +146,7 @@ def snapshot(model: Any) -> dict[str, Any]:
         "types": {name: type(module) for name, module in model.named_modules()},
         "training": {name: module.training for name, module in model.named_modules()},
         "hooks": {name: list(module._forward_pre_hooks.values()) for name, module in model.named_modules()},
-        "attributes": set(vars(model)) - {"peft_type"},
+        "configs": "peft_config" in vars(model),
         "transformers": getattr(model, "_hf_peft_config_loaded", None),
         "adapters": list(model.peft_config) if isinstance(model, PeftModel) else None,
         "active": model.active_adapters if isinstance(model, PeftModel) else None,
@@ -145,19 +154,11 @@ def snapshot(model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("door", "bad"), BAD_AT_DOOR)
+@pytest.mark.parametrize(("method", "door", "bad"), CASES, indirect=["method"], scope="module")
 def test_bad_files_change_nothing(saved: Saved, folder: Path, door: Door, bad: Bad) -> None:
-    if saved.method.name not in bad.methods:
-        pytest.skip("of the other method")
-    if door is OVER_LIVE and bad.of == "config":
-        pytest.skip("PEFT does not read the config")
     model = copy.deepcopy(saved.live) if door.into_live else saved.fresh_base()
+    before = all_of(model)
     bad.damage(folder)
-    refused_or_same(saved, folder, door, model, bad)
-
-
-def refused_or_same(saved: Saved, folder: Path, door: Door, model: nn.Module, bad: Bad) -> None:
-    before, tensors, logits = snapshot(model), copy.deepcopy(model.state_dict()), outputs(model)
     checked = bad.of in door.checks
     errors: Any = bad.error if checked and door is not OVER_LIVE else (HfRobustError, SafetensorError)
     try:
@@ -169,9 +170,147 @@ def refused_or_same(saved: Saved, folder: Path, door: Door, model: nn.Module, ba
         if door is TRANSFORMERS and isinstance(error, SafetensorError):  # it has put the adapter in before
             with pytest.raises(AdapterFileError, match="lacks"):
                 outputs(model)
-        assert snapshot(model) == before
-        assert_same(model.state_dict(), tensors)
-        assert same_bits(outputs(model), logits)
+        assert_unchanged(model, before)
     else:
-        assert not checked or bad.name == "no seal"
+        assert not checked or (door is OVER_LIVE and bad.name == "no seal")
         assert same_bits(found, saved.logits)
+
+
+def wider() -> CLIPModel:
+    config = copy.deepcopy(tiny_model("clip").config)
+    config.vision_config.intermediate_size *= 2
+    return CLIPModel(config).eval()
+
+
+def one_weight_off(base: CLIPModel) -> CLIPModel:
+    base.visual_projection.weight.data.view(-1)[0] += 8.7
+    return base
+
+
+OTHER_BASES: dict[str, Callable[[Saved], CLIPModel]] = {
+    "other weights": lambda saved: tiny_model("clip", seed=1),
+    "one weight off": lambda saved: one_weight_off(saved.fresh_base()),
+    "twice as wide": lambda saved: wider(),
+    "already merged": lambda saved: PeftModel.from_pretrained(saved.fresh_base(), saved.folder).merge_and_unload(),
+    "already merged, in bfloat16": lambda saved: (
+        PeftModel.from_pretrained(saved.fresh_base(), saved.folder).merge_and_unload().to(torch.bfloat16)
+    ),
+}
+
+
+@pytest.mark.parametrize("door", [PEFT, WITHOUT_MEMORY, STATE_DICT, TRANSFORMERS], ids=lambda door: door.name)
+@pytest.mark.filterwarnings("ignore:The PEFT config.s `base_model_name_or_path` was renamed")
+@pytest.mark.parametrize("other", OTHER_BASES)
+def test_other_bases_are_refused(saved: Saved, door: Door, other: str) -> None:
+    model = OTHER_BASES[other](saved)
+    before = all_of(model)
+    with pytest.raises(AdapterFileError, match="belongs to another base"):
+        outputs(door.open(model, saved.folder))
+    assert_unchanged(model, before)
+
+
+def all_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    logits = outputs(model)
+    return snapshot(model), copy.deepcopy(model.state_dict()), logits
+
+
+def assert_unchanged(model: nn.Module, before: tuple[dict[str, Any], dict[str, Tensor], Tensor]) -> None:
+    assert snapshot(model) == before[0]
+    assert_same(model.state_dict(), before[1])
+    assert same_bits(outputs(model), before[2])
+
+
+# --- what is not refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.name)
+def test_good_files_come_through_every_door(saved: Saved, door: Door) -> None:
+    model = copy.deepcopy(saved.live) if door.into_live else saved.fresh_base()
+    assert same_bits(outputs(door.open(model, saved.folder)), saved.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("door", [PEFT, WITHOUT_MEMORY, STATE_DICT, TRANSFORMERS], ids=lambda door: door.name)
+def test_a_base_in_another_precision_is_the_same_base(
+    saved: Saved, door: Door, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    found = outputs(door.open(saved.fresh_base().to(dtype), saved.folder))
+    torch.testing.assert_close(found.float(), saved.logits, rtol=0.05, atol=0.1)
+    other = PeftModel.from_pretrained(saved.fresh_base().to(dtype), saved.folder)
+    other.save_pretrained(tmp_path)
+    if door is TRANSFORMERS and dtype is torch.float64:  # it rounds the values before we see them
+        with pytest.raises(AdapterFileError, match="tensors are not those that were saved"):
+            door.open(saved.fresh_base(), tmp_path)
+        return
+    assert same_bits(outputs(door.open(saved.fresh_base(), tmp_path)).float(), saved.logits)
+
+
+def test_an_older_file_loads_with_a_warning(saved: Saved, folder: Path) -> None:
+    strip(folder)
+    with pytest.warns(UserWarning, match=OLDER):
+        model = PeftModel.from_pretrained(saved.fresh_base(), folder)
+    assert same_bits(outputs(model), saved.logits)
+    model.save_pretrained(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (folder / name).read_bytes() == (saved.folder / name).read_bytes()
+
+
+def test_older_files_are_looked_at_as_far_as_they_can_be(saved: Saved, folder: Path) -> None:
+    strip(folder)
+    tensors = read_tensors(folder)
+    tensors[first(tensors)].view(-1)[0] = float("nan")
+    write_tensors(folder, tensors)
+    with pytest.warns(UserWarning, match=OLDER), pytest.raises(NonFiniteError):
+        PeftModel.from_pretrained(saved.fresh_base(), folder)
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["copied", "low_cpu_mem_usage"])
+def test_a_file_may_change_once_it_is_loaded(saved: Saved, folder: Path, memory: bool) -> None:
+    path = folder / WEIGHTS_FILE
+    first_model = PeftModel.from_pretrained(saved.fresh_base(), folder, low_cpu_mem_usage=memory)
+    first_model.load_adapter(str(folder), "second", low_cpu_mem_usage=memory)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert same_bits(outputs(first_model), saved.logits)
+    path.open("wb").close()  # to read tensors that are mapped from it would end the process now
+    first_model.set_adapter("second", inference_mode=True)
+    assert same_bits(outputs(first_model), saved.logits)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.name == "SAFT"], indirect=True, ids=["SAFT"])
+def test_huge_numbers_in_a_config_take_no_memory(saved: Saved, folder: Path) -> None:
+    """In a process that may take 2 GB more; the tensors of one module would be of 2.4 GB."""
+    config = read_config(folder)
+    config["entry_counts"] = dict.fromkeys(config["entry_counts"], 3 * 10**8)
+    write_config(folder, config)
+    (_, error), *_ = run_programs([sys.executable, "-c", LIMITED, str(folder), str(saved.folder.parent / "base")])
+    assert "numbers of entries differ" in error
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import CLIPModel
+from hf_robust import SAFTConfig
+from hf_robust.errors import AdapterFileError
+
+folder, base = map(Path, sys.argv[1:])
+model = CLIPModel.from_pretrained(base)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2 * 10**9,) * 2)
+for load in (
+    lambda: SAFTConfig.from_pretrained(folder),
+    lambda: set_peft_model_state_dict(
+        get_peft_model(model, PeftConfig.from_pretrained(folder)), load_file(folder / "adapter_model.safetensors")
+    ),
+    lambda: model.load_adapter(str(folder)),
+):
+    try:
+        load()
+    except AdapterFileError as error:
+        print(error, file=sys.stderr)
+    else:
+        raise SystemExit("has been loaded")
+"""
