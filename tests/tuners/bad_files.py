@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from hf_robust.errors import AdapterFileError, ConfigError, HfRobustError, NonFiniteError, UnsafeFileError
@@ -45,20 +45,24 @@ def seal_name(tensors: Tensors) -> str:
 
 def sealed(tensors: Tensors) -> tuple[Tensors, str]:
     """Tensors with their own digest, as one writes who knows how it is made; and the digest."""
-    seal = seal_name(tensors)
+    seal = next((name for name in tensors if name.endswith("_sha256")), "saft_sha256")
     sha256 = digest({n.removeprefix(PEFT_PREFIX): t for n, t in tensors.items() if n != seal})
     return {**tensors, seal: as_seal(sha256)}, sha256
 
 
-def forge(folder: Path, tensors: Tensors) -> None:
-    """Writes tensors, and makes digests and numbers of entries fit."""
+def forged(tensors: Tensors, config: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The files of tensors, with digests and numbers of entries that fit."""
     tensors, sha256 = sealed(tensors)
-    write_tensors(folder, tensors)
-    config = read_config(folder)
-    config["saved"]["sha256"] = sha256
+    config = {**config, "saved": {**config["saved"], "sha256": sha256}}
     if "entry_counts" in config:
         counts = {n.removeprefix(PEFT_PREFIX): t for n, t in tensors.items() if n.endswith(".saft_values")}
-        config["entry_counts"] = {n.removesuffix(".saft_values"): len(t) for n, t in counts.items()}
+        config["entry_counts"] = {n.removesuffix(".saft_values"): len(t) for n, t in counts.items() if t.dim()}
+    return save(tensors, metadata={"format": "pt"}), config
+
+
+def forge(folder: Path, tensors: Tensors) -> None:
+    content, config = forged(tensors, read_config(folder))
+    (folder / WEIGHTS_FILE).write_bytes(content)
     write_config(folder, config)
 
 

@@ -45,15 +45,23 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def saved(method: Method, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def savings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     folder = tmp_path_factory.mktemp("saved")
     tiny_model("clip").save_pretrained(folder / "base")
     base = CLIPModel.from_pretrained(folder / "base").eval()
-    model = prepared(method, copy.deepcopy(base), "clip")
-    train(model, batch("clip"))
-    model.save_pretrained(folder / "adapter")
-    live = PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter")
-    return Saved(method, folder / "adapter", base, live, outputs(model))
+    found = {}
+    for method in METHODS:
+        model = prepared(method, copy.deepcopy(base), "clip")
+        train(model, batch("clip"))
+        model.save_pretrained(folder / method.name)
+        live = PeftModel.from_pretrained(copy.deepcopy(base), folder / method.name)
+        found[method.name] = Saved(method, folder / method.name, base, live, outputs(model))
+    return found
+
+
+@pytest.fixture
+def saved(savings: dict[str, Saved], method: Method) -> Saved:
+    return savings[method.name]
 
 
 @pytest.fixture
@@ -154,7 +162,7 @@ def snapshot(model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("method", "door", "bad"), CASES, indirect=["method"], scope="module")
+@pytest.mark.parametrize(("method", "door", "bad"), CASES, indirect=["method"])
 def test_bad_files_change_nothing(saved: Saved, folder: Path, door: Door, bad: Bad) -> None:
     model = copy.deepcopy(saved.live) if door.into_live else saved.fresh_base()
     before = all_of(model)
