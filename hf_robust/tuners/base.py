@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import AdapterFileError, ConfigError, HfRobustError, NonFiniteError
 from .config import RobustConfig
-from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, check_format, check_seal, digest, plain_names
-from .fingerprint import check_base, fingerprint
+from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, digest
+from .fingerprint import fingerprint
+from .loading import Arrival, base_tensors, check_load, layers_of, named_modules, plain_tensors
 from .matching import check_adapter_name
 
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,16 +78,13 @@ class RobustLayer(nn.Module, BaseTunerLayer):
         """Places for digests of files, by adapter; zeros where the file has been looked at."""
         raise NotImplementedError
 
-    def be_first(self, adapter_name: str, arrival: Arrival | None) -> None:
+    def be_first(self, adapter_name: str) -> None:
         """Makes this the first layer of an adapter.
 
         Args:
             adapter_name: the adapter.
-            arrival: of the file that its config speaks of; None where it speaks of none.
         """
         self.seals[adapter_name] = torch.zeros(32, dtype=torch.uint8)
-        if arrival is not None:
-            self.expected_files[adapter_name] = arrival
 
     def train(self, mode: bool = True) -> RobustLayer:  # noqa: D102
         super().train(mode)
@@ -216,7 +213,8 @@ class RobustTuner(BaseTuner):
             self._config = config
             # PEFT would shorten the first list and miss the second; and the user's own may serve other adapters
             self.peft_config[adapter_name] = replace(config, target_modules=None, exclude_modules=None)
-            self._required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            active: list[str] = next((layer.active_adapters[:] for layer in layers_of(type(self), model).values()), [])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             del self.peft_config[adapter_name]  # which a model that PEFT injected into before shares
@@ -224,12 +222,10 @@ class RobustTuner(BaseTuner):
                 vars(model).pop("_hf_peft_config_loaded", None)  # of transformers, which has been set already
             raise
         self.peft_config[adapter_name] = config
-        arrival = None if config.saved is None else Arrival(type(self), model, adapter_name, config.saved)
-        first = next(layer for unit, layer in _layers(type(self), model).items() if unit in self._targets)
-        first.be_first(adapter_name, arrival)
-        for child in model.children():  # the towers: a user may call one of them, or get_image_features
-            if arrival is not None:
-                child.register_forward_pre_hook(arrival)
+        first = next(layer for unit, layer in layers_of(type(self), model).items() if unit in self._targets)
+        first.be_first(adapter_name)
+        if config.saved is not None:
+            first.expected_files[adapter_name] = Arrival(self, adapter_name, config.saved, requires_grad, active)
 
     def _prepare_adapter_config(self, peft_config: RobustConfig, model_config: dict) -> RobustConfig:
         return peft_config
@@ -267,13 +263,10 @@ class RobustTuner(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_finite(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
-
-        for child in model.children():
-            hooks = child._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Arrival)]:
-                del hooks[key]
-        return model
+        for layer in layers_of(type(self), self.model).values():
+            for arrival in layer.expected_files.values():
+                arrival.end()
+        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
     # --- saving and loading: every way through PEFT leads here ---
 
@@ -282,10 +275,10 @@ class RobustTuner(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        sha256 = digest(cls._plain_tensors(model, adapter_name, state_dict))
-        layers = _layers(cls, model).items()
+        sha256 = digest(plain_tensors(cls, model, adapter_name, state_dict))
+        layers = layers_of(cls, model).items()
         changed = {f"{unit}.{n}": t for unit, layer in layers for n, t in layer.changed_entries(adapter_name).items()}
-        base = fingerprint(cls._base_tensors(model, state_dict), changed)
+        base = fingerprint(base_tensors(cls, model, state_dict), changed)
         saved = {"format_version": FORMAT_VERSION, "sha256": sha256, "base": base}
         config.say_when_saved(saved=saved, **cls.settings_of_adapter(model, adapter_name))
         return {**found, cls._seal_key(model, adapter_name): as_seal(sha256)}
@@ -297,7 +290,7 @@ class RobustTuner(BaseTuner):
 
     @classmethod
     def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
-        layers = ((name, module) for name, module in _named(model) if isinstance(module, cls.tuner_layer_cls))
+        layers = ((name, module) for name, module in named_modules(model) if isinstance(module, cls.tuner_layer_cls))
         first = next(name for name, layer in layers if adapter_name in layer.seals)
         return f"{first}.{cls.prefix}{SEAL}.{adapter_name}"
 
@@ -308,42 +301,21 @@ class RobustTuner(BaseTuner):
         key = cls._seal_key(model, adapter_name).removesuffix(f".{adapter_name}")
         found = {name for name in state_dict if name.removeprefix(PEFT_PREFIX) == key.removeprefix(PEFT_PREFIX)}
         seal = state_dict.pop(found.pop()) if found else None
-        first = next(layer for layer in _layers(cls, model).values() if adapter_name in layer.seals)
-        saved = first.expected_files[adapter_name].saved if adapter_name in first.expected_files else None
+        first = next(layer for layer in layers_of(cls, model).values() if adapter_name in layer.seals)
+        arrival = first.expected_files.get(adapter_name)
+        saved = None if arrival is None else arrival.saved
         try:
-            cls._check_load(model, adapter_name, state_dict, seal, saved)
+            tensors = check_load(cls, model, adapter_name, state_dict, seal, saved)
         except HfRobustError:
-            if saved is not None and isinstance(model, PeftModel):
-                _take_out(model, adapter_name)
+            if arrival is not None and isinstance(model, PeftModel):
+                arrival.take_out()
             raise
-        first.expected_files.pop(adapter_name, None)
+        cls.make_room(layers_of(cls, model), adapter_name, tensors)
+        if arrival is not None:
+            arrival.end()
+            del first.expected_files[adapter_name]
         state_dict[key] = first.seals[adapter_name]  # or PEFT would miss it
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    @classmethod
-    def _check_load(
-        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], seal: Tensor | None, saved: Any
-    ) -> None:
-        """Looks at everything that is about to be loaded, then gives an adapter without tensors room for them."""
-        where, inner = f"adapter {adapter_name}", f".modules_to_save.{adapter_name}."
-        plain = {name.replace(inner, "."): tensor for name, tensor in plain_names(state_dict).items()}
-        check_format(saved, where)
-        check_seal(plain, seal, saved, where)
-        _check_whole_modules({n: t for n, t in state_dict.items() if inner in n}, model)
-        layers, tensors = _layers(cls, model), _by_unit(plain, cls.prefix)
-        others = [n for n in plain_names(state_dict) if inner not in n and n.rpartition(".")[0] not in tensors]
-        unknown = sorted(set(tensors) - set(layers)) + others
-        if unknown:
-            raise AdapterFileError("file holds tensors the adapter does not have", where=where, got=unknown[:3])
-        missing = sorted(unit for unit, layer in layers.items() if layer.has_adapter(adapter_name))
-        missing = [unit for unit in missing if unit not in tensors]
-        if missing:
-            raise AdapterFileError(f"file lacks tensors of {len(missing)} modules", where=where, got=missing[:3])
-        if saved is not None:
-            check_base(saved["base"], cls._base_tensors(model, model.state_dict()))
-        for unit, found in tensors.items():
-            layers[unit].check_tensors(adapter_name, found)
-        cls.make_room(layers, adapter_name, tensors)
 
     @classmethod
     def make_room(cls, layers: Any, adapter_name: str, tensors: Mapping[str, dict[str, Tensor]]) -> None:
@@ -354,55 +326,6 @@ class RobustTuner(BaseTuner):
             adapter_name: the adapter.
             tensors: by unit and name.
         """
-
-    @classmethod
-    def check_arrived(cls, model: nn.Module, adapter_name: str, saved: Mapping[str, Any], first: RobustLayer) -> None:
-        """Looks at an adapter's tensors where they are.
-
-        Args:
-            model: the model without its PEFT wrapper.
-            adapter_name: the adapter.
-            saved: what its config says of its file.
-            first: its first layer.
-
-        Raises:
-            AdapterFileError: the tensors are not those of the file, or the base is another one.
-        """
-        where, state_dict = f"adapter {adapter_name}", model.state_dict()
-        check_format(saved, where)
-        check_seal(cls._plain_tensors(model, adapter_name, state_dict), first.seals[adapter_name], saved, where)
-        check_base(saved["base"], cls._base_tensors(model, state_dict))
-
-    @classmethod
-    def _plain_tensors(
-        cls, model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """An adapter's tensors by the names they have in its file, but for PEFT's prefix."""
-        found: dict[str, Tensor] = {}
-        for name, module in _named(model):
-            if isinstance(module, cls.tuner_layer_cls):
-                tensors: Any = module.tensors_in(state_dict, f"{name}.").get(adapter_name, {})
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                inside = {k.removeprefix(f"{name}."): t for k, t in state_dict.items() if k.startswith(f"{name}.")}
-                tensors = module.adapter_state_dict(adapter_name, inside)
-            else:
-                continue
-            found.update({f"{name}.{key}".removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()})
-        return found
-
-    @classmethod
-    def _base_tensors(cls, model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The floating-point tensors of the base, as they were before any adapter, by name."""
-        layers = _layers(cls, model)
-        found: dict[str, Tensor] = {}
-        for name, tensor in plain_names(state_dict).items():
-            parts = name.split(".")
-            if "modules_to_save" not in parts and not any(part.startswith(cls.prefix) for part in parts):
-                found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
-        for unit, layer in layers.items():
-            if layer.merged:
-                found.update({f"{unit}.{name}": t for name, t in layer.pretrained_parameters().items()})
-        return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
@@ -419,85 +342,3 @@ class RobustTuner(BaseTuner):
         if local_metadata.get("assign_to_params_buffers"):  # they may be mapped from a file, which others may change
             state_dict.update({name: tensor.clone() for name, tensor in state_dict.items()})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-
-
-class Arrival:
-    """Waits for the tensors that an adapter's config tells of, where they do not come through PEFT.
-
-    transformers' `load_adapter` puts them in their places by itself; it calls `eval()` afterwards, and at the latest
-    they are looked at before the first forward.
-
-    Args:
-        tuner: the adapter's method.
-        model: the model without its PEFT wrapper.
-        adapter_name: the adapter.
-        saved: what its config says of its file.
-    """
-
-    def __init__(self, tuner: type[RobustTuner], model: nn.Module, adapter_name: str, saved: dict[str, Any]) -> None:
-        self.tuner, self.model, self.adapter_name, self.saved = tuner, model, adapter_name, saved
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """Called before the forward of each tower."""
-        if not torch.compiler.is_compiling():
-            self.check(at_forward=True)
-
-    def check(self, at_forward: bool = False) -> None:
-        """Looks at the adapter if it has come, and is on.
-
-        Args:
-            at_forward: whether the model is about to be used; if nothing has come, the adapter is a new one, that was
-                made with the settings of a file.
-        """
-        layers = _layers(self.tuner, self.model).values()
-        first = next((layer for layer in layers if self.adapter_name in layer.expected_files), None)
-        mine = [layer for layer in layers if layer.has_adapter(self.adapter_name)]
-        if first is None or any(one.disable_adapters or self.adapter_name not in one.active_adapters for one in mine):
-            return
-        has_come = not all(layer.is_new(self.adapter_name) for layer in mine)
-        if has_come:
-            self.tuner.check_arrived(self.model, self.adapter_name, self.saved, first)
-        if has_come or at_forward:
-            del first.expected_files[self.adapter_name]
-            first.seals[self.adapter_name].zero_()
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules by the names that their tensors have in a state dict, where FSDP's first version wraps the model."""
-    return ((name.removeprefix("_fsdp_wrapped_module."), module) for name, module in model.named_modules())
-
-
-def _layers(tuner: type[RobustTuner], model: nn.Module) -> dict[str, Any]:
-    named = _named(model)
-    return {n.removeprefix(PEFT_PREFIX): module for n, module in named if isinstance(module, tuner.tuner_layer_cls)}
-
-
-def _by_unit(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        unit, _, kind = name.rpartition(".")
-        if kind.startswith(prefix):
-            found.setdefault(unit, {})[kind] = tensor
-    return found
-
-
-def _check_whole_modules(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Looks at the tensors of `modules_to_save`, which PEFT would load one by one."""
-    expected = model.state_dict() if tensors else {}
-    for name, tensor in tensors.items():
-        allowed = f"{tuple(expected[name].shape)}"
-        if tensor.shape != expected[name].shape:
-            raise AdapterFileError("tensor has a wrong shape", where=name, got=tuple(tensor.shape), allowed=allowed)
-        if not tensor.isfinite().all():
-            raise NonFiniteError("values of an adapter are NaN or infinite", where=name)
-
-
-def _take_out(model: PeftModel, adapter_name: str) -> None:
-    """Takes an adapter out that was put in to be loaded, and could not be."""
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-        return
-    tuner: Any = model.base_model
-    vars(tuner.unload()).pop("peft_config", None)
-    for parameter, requires_grad in tuner._required:
-        parameter.requires_grad_(requires_grad)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
 from ..data.text_files import read_json
@@ -97,7 +96,7 @@ class RobustConfig(PeftConfig):
         """Reads the settings in a file, more strictly than PEFT.
 
         Raises:
-            AdapterFileError: it is no JSON of settings, or of a newer format.
+            AdapterFileError: it is no JSON of the method's settings, or of a newer format.
             UnsafeFileError: it is no regular file.
         """
         try:
@@ -106,6 +105,9 @@ class RobustConfig(PeftConfig):
             raise AdapterFileError(error.what, where=error.where, got=error.got) from error
         if not isinstance(found, dict) or not isinstance(found.get("saved"), dict | None):
             raise AdapterFileError("file holds no settings", where=str(path_json_file))
+        method = found.get("peft_type")
+        if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(str(method), object), cls):
+            raise AdapterFileError("file holds settings of another method", where=str(path_json_file), got=method)
         check_format(found.get("saved"), str(path_json_file))
         found.pop("runtime_config", None)  # as PEFT does: such settings hold for one run
         return found
@@ -130,11 +132,6 @@ class RobustConfig(PeftConfig):
         if not folder.is_dir():
             folder = _download(cls, str(pretrained_model_name_or_path), subfolder, kwargs)
         tensors = check_files(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
-        if tensors is not None and config.saved is None:
-            what = (
-                "was saved by an older version of hf_robust: whether it is whole and fits its base cannot be checked"
-            )
-            warnings.warn(f"The adapter in {folder} {what}. Load and save it once.", stacklevel=2)
         if tensors is not None:
             config.check_weights(tensors, str(folder))
         return config
