@@ -71,7 +71,9 @@ def check_folder(folder: Path) -> list[str]:
         warnings.simplefilter("always")
         config = CONFIGS[method].from_pretrained(str(folder))
     lines = [f"settings: of {method}, each of the right kind"]
-    if config.saved is not None:
+    if config.saved is None:
+        lines.append("not looked at: tensors and base, which older versions of hf_robust did not describe")
+    else:
         base = config.base_model_name_or_path or "a base without a name"
         lines.append(f"tensors: format {config.saved['format_version']}, SHA-256 {config.saved['sha256'][:16]}…")
         lines.append(f"not looked at: the base; loading compares it with {base}, as described in the settings")
