@@ -31,14 +31,22 @@ def interleaved_medians(steps: Mapping[str, Step], rounds: int) -> dict[str, flo
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def print_medians(title: str, medians: Mapping[str, float], reference: str) -> None:
+def print_medians(
+    title: str,
+    medians: Mapping[str, float],
+    reference: str,
+    more: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
     """Prints the seconds of each step, and how many times those of the reference they are.
 
     Args:
         title: of the table.
         medians: seconds by name.
         reference: one of the names.
+        more: further columns by their titles: what to show, by name.
     """
-    print(f"\n{title:<24} {'seconds':>8} {f'x {reference}':>10}")
+    columns = {} if more is None else more
+    print(f"\n{title:<24} {'seconds':>8} {f'x {reference}':>10}", *(f"{one:>8}" for one in columns))
     for name, seconds in medians.items():
-        print(f"{name:<24} {seconds:>8.3f} {seconds / medians[reference]:>10.3f}")
+        ratio = seconds / medians[reference]
+        print(f"{name:<24} {seconds:>8.4f} {ratio:>10.3f}", *(f"{one[name]!s:>8}" for one in columns.values()))

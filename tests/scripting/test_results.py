@@ -41,16 +41,7 @@ def test_steps_take_turns(capsys):
     steps = {name: (lambda name=name: called.append(name)) for name in "ab"}
     medians = interleaved_medians(steps, rounds=2)
     assert called == ["a", "b"] * 3 and medians.keys() == {"a", "b"}
-    print_medians("steps", {"a": 1.0, "b": 1.5}, "a")
-    assert capsys.readouterr().out.split() == [
-        "steps",
-        "seconds",
-        "x",
-        "a",
-        "a",
-        "1.000",
-        "1.000",
-        "b",
-        "1.500",
-        "1.500",
-    ]
+    print_medians("steps", {"a": 1.0, "b": 1.5}, "a", {"waits": {"a": 0, "b": 2}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = ["steps", "seconds", "x", "a", "waits"]
+    assert lines == [[], head, ["a", "1.0000", "1.000", "0"], ["b", "1.5000", "1.500", "2"]]
