@@ -17,6 +17,9 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
+from peft import get_peft_model
+
+from hf_robust import select_saft
 from hf_robust.errors import HfRobustError
 from hf_robust.tuners import files, fingerprint, loading
 from hf_robust.tuners.aclip.layer import ACLIPLayer
@@ -25,7 +28,7 @@ from hf_robust.tuners.config import RobustConfig
 from hf_robust.tuners.saft.config import SAFTConfig
 from hf_robust.tuners.saft.layer import SAFTLayer
 
-from .bad_files import BADS
+from .bad_files import BADS, forge, read_tensors
 from .test_files import OTHER_BASES, OVER_LIVE, PEFT, STATE_DICT, TRANSFORMERS, Door, Saved
 from .test_files import savings as savings
 
@@ -107,7 +110,23 @@ def cases(savings: dict[str, Saved], folder: Path) -> Iterator[Case]:
                 yield partial(opened, saved, door, damaged)
         for other in OTHER_BASES:
             yield partial(opened, saved, PEFT, saved.folder, other)
+        yield from cases_of_whole_modules(saved, folder)
         yield lambda: SAFTConfig.from_pretrained(str(savings["A-CLIP"].folder))
+
+
+def cases_of_whole_modules(saved: Saved, folder: Path) -> Iterator[Case]:
+    settings: Any = {"density": 0.01, "score": "magnitude"} if saved.method.name == "SAFT" else {}
+    settings["modules_to_save"] = ["visual_projection"]
+    model = get_peft_model(saved.fresh_base(), type(saved.live.peft_config["default"])(**settings))
+    if saved.method.name == "SAFT":
+        select_saft(model)
+    name = "base_model.model.visual_projection.weight"
+    for number, change in enumerate([lambda weight: weight[None], lambda weight: weight * float("nan")]):
+        damaged = folder / f"{saved.method.name}-whole-{number}"
+        model.save_pretrained(damaged)
+        tensors = read_tensors(damaged)
+        forge(damaged, {**tensors, name: change(tensors[name]).contiguous()})
+        yield partial(opened, saved, PEFT, damaged)
 
 
 def opened(saved: Saved, door: Door, folder: Path, other: str | None = None) -> None:
@@ -133,4 +152,4 @@ def test_no_refusal_can_be_left_out(savings: dict[str, Saved], tmp_path: Path) -
         with replaced(function, tree):
             if all(message == str(refusal(case)) for case, message in reached):
                 survivors.append(f"{Path(code.co_filename).name}:{line} in {code.co_name}, {len(reached)} cases")
-    assert survivors == []
+    assert not survivors, "\n".join(survivors)
