@@ -155,6 +155,11 @@ def one_tensor_x(folder: Path) -> None:
     write_tensors(folder, {"x": torch.zeros(2)})
 
 
+def older_with_x(folder: Path) -> None:
+    strip(folder)
+    one_tensor_x(folder)
+
+
 def other_saving(folder: Path) -> None:
     """Tensors that are whole by themselves, and a config of others."""
     tensors = read_tensors(folder)
@@ -281,6 +286,7 @@ BADS: list[Bad] = [
     bad("tensors", "no seal", in_tensors(_drop("_sha256"), False), AdapterFileError, "lacks its digest"),
     bad("config", "other saving", other_saving, AdapterFileError, CHANGED),
     bad("tensors", "one tensor x", one_tensor_x, AdapterFileError, "lacks its digest"),
+    bad("header", "older, one tensor x", older_with_x, AdapterFileError, "file holds no tensor of its method"),
     tensors("NaN", _fill(float("nan")), "NaN or infinite", error=NonFiniteError),
     tensors("infinity", _fill(float("inf")), "NaN or infinite", error=NonFiniteError),
     tensors("float16", _to(torch.float16), "values have a wrong type"),

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from hf_robust import SAFTConfig, select_saft
 from hf_robust.errors import AdapterFileError, HfRobustError, NonFiniteError
 from hf_robust.tuners.files import CONFIG_FILE, WEIGHTS_FILE
 
@@ -226,6 +227,17 @@ def assert_unchanged(model: nn.Module, before: tuple[dict[str, Any], dict[str, T
     assert snapshot(model) == before[0]
     assert_same(model.state_dict(), before[1])
     assert same_bits(outputs(model), before[2])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.name == "SAFT"], indirect=True, ids=["SAFT"])
+def test_tensors_of_modules_that_only_another_adapter_has_are_refused(saved: Saved) -> None:
+    model = copy.deepcopy(saved.live)
+    model.add_adapter("second", SAFTConfig(target_modules=["visual_projection"], score="magnitude"))
+    select_saft(model, adapter_name="second")
+    before = all_of(model)
+    with pytest.raises(AdapterFileError, match="numbers of entries differ"):
+        model.load_adapter(str(saved.folder), "second")
+    assert_unchanged(model, before)
 
 
 # --- what is not refused -----------------------------------------------------------------------------------------

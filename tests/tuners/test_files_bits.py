@@ -3,98 +3,26 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_robust import ACLIPConfig, SAFTConfig, select_saft
 from hf_robust.errors import HfRobustError
 from hf_robust.tuners.files import CONFIG_FILE, WEIGHTS_FILE
 
 from ..methods import same_bits
-from .bad_files import forged, join_header, read_config, split_header
-
-INPUTS = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 1, bias=False)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.b(self.a(inputs).tanh())
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A saved adapter of a few numbers."""
-
-    folder: Path
-    base: Pair
-    config: type[PeftConfig]
-    outputs: Tensor
-    config_file: dict
-    weights: bytes
-
-    def restore(self) -> None:
-        """Makes the folder whole again."""
-        (self.folder / CONFIG_FILE).write_text(json.dumps(self.config_file))
-        (self.folder / WEIGHTS_FILE).write_bytes(self.weights)
-
-    def load(self) -> Tensor:
-        """Predictions with what is in the folder now."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of older files, and of settings that PEFT does not know
-            self.config.from_pretrained(str(self.folder))
-            return predict(PeftModel.from_pretrained(copy.deepcopy(self.base), self.folder))
-
-    def is_refused_or_same(self) -> bool:
-        try:
-            return same_bits(self.load(), self.outputs)
-        except HfRobustError:
-            return True
-
-
-@torch.no_grad()
-def predict(model: nn.Module) -> Tensor:
-    return model.eval()(INPUTS)
-
-
-CONFIGS: dict[str, Callable[[], PeftConfig]] = {
-    "SAFT": lambda: SAFTConfig(density=0.2, score="magnitude"),
-    "A-CLIP": lambda: ACLIPConfig(target_modules=["b"]),
-}
+from .bad_files import forged, join_header, split_header
+from .tiny_adapters import CONFIGS, Tiny, save_tiny
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder, base = tmp_path_factory.mktemp("tiny"), Pair().eval()
-    model = get_peft_model(copy.deepcopy(base), CONFIGS[request.param]())
-    if request.param == "SAFT":
-        select_saft(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.5)
-    model.save_pretrained(folder)
-    config = {name: value for name, value in read_config(folder).items() if value is not None}
-    weights = (folder / WEIGHTS_FILE).read_bytes()
-    found = Tiny(folder, base, type(model.peft_config["default"]), predict(model), config, weights)
-    found.restore()  # without the settings that say nothing
-    assert not same_bits(found.outputs, predict(base)) and same_bits(found.load(), found.outputs)
-    return found
+    return save_tiny(request.param, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
@@ -162,7 +90,7 @@ def change_tensors(draw: st.DrawFn, tensors: dict[str, Tensor]) -> None:
         number = draw(st.floats(width=32)) if tensor.is_floating_point() else draw(st.integers(-1, 8)) % 256
         tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = number
     elif kind == "type":
-        tensors[name] = tensor.to(draw(DTYPES))
+        tensors[name] = tensor.real.to(draw(DTYPES))
     elif kind == "shape":
         tensors[name] = tensor.reshape(draw(st.sampled_from([(-1,), (1, -1), (-1, 1), (1, 1, -1)])))
     elif kind == "longer":
