@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import AdapterFileError, ConfigError, HfRobustError, NonFiniteError
 from .config import RobustConfig
-from .files import FORMAT_VERSION, PEFT_PREFIX, SEAL, as_seal, digest
+from .files import FORMAT_VERSION, SEAL, as_seal, digest
 from .fingerprint import fingerprint
 from .loading import Arrival, base_tensors, check_load, layers_of, named_modules, plain_tensors
 from .matching import check_adapter_name
@@ -299,8 +299,8 @@ class RobustTuner(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         key = cls._seal_key(model, adapter_name).removesuffix(f".{adapter_name}")
-        found = {name for name in state_dict if name.removeprefix(PEFT_PREFIX) == key.removeprefix(PEFT_PREFIX)}
-        seal = state_dict.pop(found.pop()) if found else None
+        found = [name for name in state_dict if name.rpartition(".")[2] == f"{cls.prefix}{SEAL}"]
+        seal = state_dict.pop(found[0]) if found else None  # of another first layer, if it is another adapter's file
         first = next(layer for layer in layers_of(cls, model).values() if adapter_name in layer.seals)
         arrival = first.expected_files.get(adapter_name)
         saved = None if arrival is None else arrival.saved

@@ -28,6 +28,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 SEAL = "sha256"  # name of the tensor with the digest, behind the prefix of the method
 PEFT_PREFIX = "base_model.model."
+WORTH_A_THREAD = 2**20  # bytes
 MAX_HEADER = 2**24  # bytes; that of an adapter of ViT-B/32 has 2**16
 
 
@@ -44,9 +45,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         >>> digest({"values": torch.zeros(2)})[:8]
         '04cc85a0'
     """
+    named = sorted(tensors.items())
+    if sum(tensor.nbytes for tensor in tensors.values()) < WORTH_A_THREAD:
+        return hashlib.sha256(b"".join(map(_digest_of_one, named))).hexdigest()
     with ThreadPoolExecutor(2) as pool:  # hashing leaves Python's lock to the other
-        parts = pool.map(_digest_of_one, sorted(tensors.items()))
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(_digest_of_one, named))).hexdigest()
 
 
 def _digest_of_one(named: tuple[str, Tensor]) -> bytes:

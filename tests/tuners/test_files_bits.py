@@ -27,6 +27,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
 def test_any_flipped_bit_is_refused_or_changes_nothing(tiny: Tiny, name: str) -> None:
+    tiny.restore()
     path = tiny.folder / name
     content = path.read_bytes()
     wrong = []
@@ -144,5 +145,3 @@ def test_any_changed_file_gives_a_typed_error_or_the_same_adapter(tiny: Tiny, da
         pass
     else:  # with digests that fit, it is another adapter, and a whole one
         assert has_digest or same_bits(found, tiny.outputs)
-    finally:
-        tiny.restore()
