@@ -154,7 +154,7 @@ def snapshot(model: Any) -> dict[str, Any]:
         "flags": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         "types": {name: type(module) for name, module in model.named_modules()},
         "training": {name: module.training for name, module in model.named_modules()},
-        "hooks": {name: [type(hook) for hook in module._forward_pre_hooks.values()] for name, module in model.named_modules()},
+        "hooks": {name: list(map(type, m._forward_pre_hooks.values())) for name, m in model.named_modules()},
         "configs": "peft_config" in vars(model),
         "transformers": getattr(model, "_hf_peft_config_loaded", None),
         "adapters": list(model.peft_config) if isinstance(model, PeftModel) else None,
