@@ -125,7 +125,7 @@ class RobustConfig(PeftConfig):
 
         Raises:
             AdapterFileError: the config, or the adapter beside it, is not what was saved.
-            UnsafeFileError: a file is a pickle, or no regular file.
+            UnsafeFileError: a file is no regular file.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
