@@ -285,7 +285,7 @@ BADS: list[Bad] = [
     bad("tensors", "seal bit", in_tensors(_flip_seal, False), AdapterFileError, "tensors have been changed since"),
     bad("tensors", "no seal", in_tensors(_drop("_sha256"), False), AdapterFileError, "lacks its digest"),
     bad("config", "other saving", other_saving, AdapterFileError, CHANGED),
-    bad("tensors", "one tensor x", one_tensor_x, AdapterFileError, "lacks its digest"),
+    bad("tensors", "one tensor x", one_tensor_x, AdapterFileError, "no tensor of its method|lacks its digest"),
     bad("header", "older, one tensor x", older_with_x, AdapterFileError, "file holds no tensor of its method"),
     tensors("NaN", _fill(float("nan")), "NaN or infinite", error=NonFiniteError),
     tensors("infinity", _fill(float("inf")), "NaN or infinite", error=NonFiniteError),
