@@ -44,9 +44,6 @@ def check_load(
     """
     where, inner = f"adapter {adapter_name}", f".modules_to_save.{adapter_name}."
     plain = {name.replace(inner, "."): tensor for name, tensor in plain_names(state_dict).items()}
-    if saved is None and seal is None:
-        what = "has no digest, as those of older versions of hf_robust: whether it is whole, and of this base, is not"
-        warnings.warn(f"The file of {where} {what} known. Load and save it once.", stacklevel=2)
     check_format(saved, where)
     check_seal(plain, seal, saved, where)
     _check_whole_modules({n: t for n, t in state_dict.items() if inner in n}, model)
@@ -63,6 +60,9 @@ def check_load(
         check_base(saved["base"], base_tensors(tuner, model, model.state_dict()))
     for unit, found in tensors.items():
         layers[unit].check_tensors(adapter_name, found)
+    if saved is None and seal is None:
+        what = "has no digest, as those of older versions of hf_robust: whether it is whole, and of this base, is not"
+        warnings.warn(f"The file of {where} {what} known. Load and save it once.", stacklevel=2)
     return tensors
 
 

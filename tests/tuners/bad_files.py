@@ -56,7 +56,7 @@ def forged(tensors: Tensors, config: dict[str, Any]) -> tuple[bytes, dict[str, A
     config = {**config, "saved": {**config["saved"], "sha256": sha256}}
     if "entry_counts" in config:
         counts = {n.removeprefix(PEFT_PREFIX): t for n, t in tensors.items() if n.endswith(".saft_values")}
-        config["entry_counts"] = {n.removesuffix(".saft_values"): len(t) for n, t in counts.items() if t.dim()}
+        config["entry_counts"] = {n.removesuffix(".saft_values"): t.numel() for n, t in counts.items()}
     return save(tensors, metadata={"format": "pt"}), config
 
 
@@ -208,6 +208,10 @@ def _reshape(tensors: Tensors) -> None:
     tensors[first(tensors)] = tensors[first(tensors)][None]
 
 
+def _without_dimension(tensors: Tensors) -> None:
+    tensors[first(tensors)] = tensors[first(tensors)].view(-1)[0].clone()
+
+
 def _longer(tensors: Tensors) -> None:
     for name in tensors:
         if name.rpartition(".")[0] == first(tensors).rpartition(".")[0] and name != seal_name(tensors):
@@ -285,7 +289,7 @@ BADS: list[Bad] = [
     bad("tensors", "seal bit", in_tensors(_flip_seal, False), AdapterFileError, "tensors have been changed since"),
     bad("tensors", "no seal", in_tensors(_drop("_sha256"), False), AdapterFileError, "lacks its digest"),
     bad("config", "other saving", other_saving, AdapterFileError, CHANGED),
-    bad("tensors", "one tensor x", one_tensor_x, AdapterFileError, "lacks its digest"),
+    bad("tensors", "one tensor x", one_tensor_x, AdapterFileError, "no tensor of its method|lacks its digest"),
     bad("header", "older, one tensor x", older_with_x, AdapterFileError, "file holds no tensor of its method"),
     tensors("NaN", _fill(float("nan")), "NaN or infinite", error=NonFiniteError),
     tensors("infinity", _fill(float("inf")), "NaN or infinite", error=NonFiniteError),
@@ -302,6 +306,7 @@ BADS: list[Bad] = [
     tensors("nowhere", _rename, "tensors the adapter does not have", methods=ACLIP),
     tensors("wrong shape", _reshape, "numbers of entries differ", methods=SAFT),
     tensors("wrong shape", _reshape, "tensor has a wrong shape", methods=ACLIP),
+    tensors("no dimension", _without_dimension, "numbers of entries differ", methods=SAFT),
     tensors("longer indices", _longer, "numbers of entries differ", methods=SAFT),
     tensors("float indices", _to(torch.float32, "_indices"), "indices have a wrong type", methods=SAFT),
     tensors("index too large", _move(2**30, -1), "an index is outside the module", methods=SAFT),

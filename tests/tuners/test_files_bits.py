@@ -91,7 +91,7 @@ def change_tensors(draw: st.DrawFn, tensors: dict[str, Tensor]) -> None:
         number = draw(st.floats(width=32)) if tensor.is_floating_point() else draw(st.integers(-1, 8)) % 256
         tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = number
     elif kind == "type":
-        tensors[name] = tensor.real.to(draw(DTYPES))
+        tensors[name] = (tensor.abs() if tensor.is_complex() else tensor).to(draw(DTYPES))
     elif kind == "shape":
         tensors[name] = tensor.reshape(draw(st.sampled_from([(-1,), (1, -1), (-1, 1), (1, 1, -1)])))
     elif kind == "longer":

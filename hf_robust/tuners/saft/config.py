@@ -96,7 +96,7 @@ class SAFTConfig(RobustConfig):
             AdapterFileError: it does not.
         """
         ending = ".saft_values"
-        found = {name.removesuffix(ending): len(t) for name, t in tensors.items() if name.endswith(ending)}
+        found = {name.removesuffix(ending): t.numel() for name, t in tensors.items() if name.endswith(ending)}
         if (self.entry_counts or {}) != found:
             got, allowed = f"{sum(found.values())} in {len(found)} modules", "those of entry_counts"
             raise AdapterFileError("numbers of entries differ", where=where, got=got, allowed=allowed)

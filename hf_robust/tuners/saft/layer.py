@@ -345,7 +345,7 @@ class SAFTLayer(RobustLayer):
         if isinstance(values, DTensor) or indices.is_meta:
             return
         self.check_values(values, self.unit)
-        count = len(values) if self.is_unselected(adapter_name) else 0  # what it has
+        count = values.numel() if self.is_unselected(adapter_name) else 0  # what it has
         if adapter_name in self.saft_values:
             count = len(self.saft_values[adapter_name])
         if indices.shape != values.shape or values.shape != (count,) or count == 0:
