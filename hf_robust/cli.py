@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
 from .data.text_files import read_json
 from .errors import AdapterFileError, HfRobustError
 from .tuners.aclip import ACLIPConfig
-from .tuners.files import CONFIG_FILE, WEIGHTS_FILE
+from .tuners.files import CONFIG_FILE, WEIGHTS_FILE, check_digest
 from .tuners.saft import SAFTConfig
 
 CONFIGS: dict[str, Any] = {"SAFT": SAFTConfig, "ACLIP": ACLIPConfig}
@@ -70,6 +72,7 @@ def check_folder(folder: Path) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         config = CONFIGS[method].from_pretrained(str(folder))
+        check_digest(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
     lines = [f"settings: of {method}, each of the right kind"]
     if config.saved is None:
         lines.append("not looked at: tensors and base, which older versions of hf_robust did not describe")

@@ -152,10 +152,30 @@ def check_files(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> d
         return None
     check_format(saved, str(folder))
     tensors = plain_names(read_weights(path))
-    seals = [tensors.pop(name) for name in list(tensors) if name.endswith(f".{prefix}{SEAL}")]
-    if not seals and not any(prefix in name for name in tensors):
+    seal = _take_seal(tensors, prefix)
+    if seal is None and not any(prefix in name for name in tensors):
         raise AdapterFileError("file holds no tensor of its method", where=str(path), got=sorted(tensors)[:3])
     return tensors
+
+
+def check_digest(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> None:
+    """Looks whether the tensors in an adapter's folder are those that were saved, as loading them does.
+
+    Args:
+        folder: of the adapter, which passes `check_files`.
+        saved: what its config says under `saved`.
+        prefix: of the method's tensors.
+
+    Raises:
+        AdapterFileError: they are not.
+    """
+    tensors = plain_names(read_weights(folder / WEIGHTS_FILE))
+    check_seal(tensors, _take_seal(tensors, prefix), saved, str(folder))
+
+
+def _take_seal(tensors: dict[str, Tensor], prefix: str) -> Tensor | None:
+    seals = [tensors.pop(name) for name in list(tensors) if name.endswith(f".{prefix}{SEAL}")]
+    return seals[0] if seals else None
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
