@@ -91,6 +91,7 @@ def load_encoder(classifier: ZeroShotClassifier, folder: Path) -> None:
 def _load_adapter(model: PeftModel, name: str, folder: Path) -> None:
     active = name in model.active_adapters
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    type(model.peft_config[name]).from_pretrained(str(folder))  # PEFT looks at no config for an adapter that is there
     report = model.load_adapter(str(folder), name, is_trainable=active, torch_device="cpu")
     _require_all(report.missing_keys, folder)
     if active:
