@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("folder", type=Path, help="with adapter_config.json and adapter_model.safetensors")
     folder = parser.parse_args(arguments).folder
     try:
-        found = check_folder(folder)
+        verdict, *found = check_folder(folder)
     except (HfRobustError, ValueError, OSError) as error:
         print(f"{folder}: refused\n  {type(error).__name__}: {error}")
         return 1
-    print("\n".join([f"{folder}: whole", *(f"  {line}" for line in found)]))
+    print("\n".join([f"{folder}: {verdict}", *(f"  {line}" for line in found)]))
     return 0
 
 
@@ -56,7 +56,7 @@ def check_folder(folder: Path) -> list[str]:
         folder: of a saved SAFT or A-CLIP adapter.
 
     Returns:
-        What was looked at, and what could not be, in words.
+        The verdict; what was looked at, and what could not be, in words.
 
     Raises:
         AdapterFileError: the folder is not that of an adapter, or is not as it was saved.
@@ -73,11 +73,14 @@ def check_folder(folder: Path) -> list[str]:
         warnings.simplefilter("always")
         config = CONFIGS[method].from_pretrained(str(folder))
         check_digest(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
-    lines = [f"settings: of {method}, each of the right kind"]
+    verdict = "whole" if config.saved else "of an older version, maybe not whole"
+    lines = [verdict, f"settings: of {method}, each of the right kind"]
     if config.saved is None:
         lines.append("not looked at: tensors and base, which older versions of hf_robust did not describe")
     else:
         base = config.base_model_name_or_path or "a base without a name"
+        if method == "SAFT" and config.entry_counts is None:
+            lines.append("note: no entries have been selected, it changes nothing")
         lines.append(f"tensors: format {config.saved['format_version']}, SHA-256 {config.saved['sha256'][:16]}…")
         lines.append(f"not looked at: the base; loading compares it with {base}, as described in the settings")
     return lines + [f"note: {warning.message}" for warning in caught]

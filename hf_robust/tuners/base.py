@@ -84,7 +84,7 @@ class RobustLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: the adapter.
         """
-        self.seals[adapter_name] = torch.zeros(32, dtype=torch.uint8)
+        self.seals[adapter_name] = torch.zeros(8, dtype=torch.int32)
 
     def train(self, mode: bool = True) -> RobustLayer:  # noqa: D102
         super().train(mode)
@@ -106,8 +106,13 @@ class RobustLayer(nn.Module, BaseTunerLayer):
         if tensor.dtype not in (torch.float32, torch.float64):
             got, allowed = str(tensor.dtype), "float32 or float64"
             raise AdapterFileError("values have a wrong type", where=name, got=got, allowed=allowed)
-        if not tensor.is_meta and not isinstance(tensor, DTensor) and not tensor.isfinite().all():
-            raise NonFiniteError("values of an adapter are NaN or infinite", where=name)
+        if tensor.is_meta or isinstance(tensor, DTensor):
+            return
+        base_layer: Any = self.base_layer
+        base = next(p.dtype for p in base_layer.parameters() if p.is_floating_point())
+        if not tensor.to(base).isfinite().all():
+            what = "values of an adapter are NaN or infinite, or too large for the base's format"
+            raise NonFiniteError(what, where=name, allowed=str(base))
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether the layer has tensors of an adapter, or room for them."""
@@ -336,6 +341,9 @@ class RobustTuner(BaseTuner):
             for adapter, tensors in adapters.items():
                 layers[name].check_tensors(adapter, tensors)
         for adapter in {adapter for adapters in found.values() for adapter in adapters}:
+            for layer in layers.values():
+                if adapter in layer.expected_files:  # the tensors of a model are no file
+                    layer.expected_files.pop(adapter).end()
             self.make_room(
                 layers, adapter, {n: adapters[adapter] for n, adapters in found.items() if adapter in adapters}
             )

@@ -27,7 +27,7 @@ Towers = Literal["both", "vision", "text"]
 class RobustConfig(PeftConfig):
     """Settings shared by the methods of this package.
 
-    A config is copied when an adapter is made of it, and never changed: it may serve any number of adapters.
+    It may serve any number of adapters, which never change it; PEFT itself writes the name of the base into it.
 
     Args:
         towers: which towers of a dual encoder, each with its projection; `both` takes every module of any model.

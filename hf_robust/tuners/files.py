@@ -62,8 +62,8 @@ def _digest_of_one(named: tuple[str, Tensor]) -> bytes:
 
 
 def as_seal(sha256: str) -> Tensor:
-    """A digest as a tensor, `(32,)`."""
-    return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8)
+    """A digest as a tensor, `(8,)`, of 32-bit integers, as 8-bit ones are taken for quantised weights."""
+    return torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8).view(torch.int32)
 
 
 def check_seal(
@@ -89,7 +89,7 @@ def check_seal(
         remedy = "Are config and tensors of two savings? Get the files again."
         raise AdapterFileError("an adapter's tensors are not those that were saved", where=where, remedy=remedy)
     if not torch.equal(seal.cpu(), as_seal(sha256)):
-        remedy = f"Get the files again. To load tensors you have changed, take out the one that ends in {SEAL!r}."
+        remedy = f"Get the files again. Of a state dict you have changed yourself, take out what ends in {SEAL!r}."
         raise AdapterFileError("an adapter's tensors have been changed since", where=where, remedy=remedy)
 
 
@@ -153,6 +153,8 @@ def check_files(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> d
     check_format(saved, str(folder))
     tensors = plain_names(read_weights(path))
     seal = _take_seal(tensors, prefix)
+    if seal is not None and saved is None:
+        raise AdapterFileError("an adapter's config lacks what its file had", where=str(folder), allowed="saved")
     if seal is None and not any(prefix in name for name in tensors):
         raise AdapterFileError("file holds no tensor of its method", where=str(path), got=sorted(tensors)[:3])
     return tensors

@@ -31,13 +31,12 @@ def fingerprint(base: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> di
         What `check_base` compares, of what JSON can hold.
 
     Example:
-        >>> fingerprint({"weight": torch.ones(2, 2)}, {})["precision"]
-        1.1920928955078125e-07
+        >>> list(fingerprint({"weight": torch.ones(2, 2)}, {}))
+        ['structure', 'values', 'places']
     """
     places = _places(base, changed)
     return {
         "structure": _structure(base),
-        "precision": _precision(base),
         "values": _encode(_values(base, places)),
         "places": _encode(places),
     }
@@ -60,8 +59,8 @@ def check_base(saved: Mapping[str, Any], base: Mapping[str, Tensor]) -> None:
         return  # not there yet, or offloaded: nothing to compare
     values, places = _decoded(saved, base)
     found = _values(base, places)
-    precision = max(float(saved["precision"]), _precision(base))
-    close = torch.isclose(found, values, rtol=precision, atol=precision * 1e-6, equal_nan=True)
+    relative, absolute = map(max, zip(_resolution(found), _resolution(values), strict=True))
+    close = torch.isclose(found, values, rtol=relative, atol=absolute, equal_nan=True)
     if not close.all():
         got = f"{int((~close).sum())} of {len(close)} compared weights differ"
         remedy = "Load the base that the adapter was trained on, before any adapter is merged into it."
@@ -72,12 +71,11 @@ def _decoded(saved: Mapping[str, Any], base: Mapping[str, Tensor]) -> tuple[Tens
     what = "the description of an adapter's base is damaged"
     try:
         values, places = _decode(saved["values"], "float32"), _decode(saved["places"], "int64")
-        precision = float(saved["precision"])
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(what, got=str(error)) from error
     inside = len(places) == 0 or (places[0] >= 0 and places[-1] < _size(base) and (places.diff() > 0).all())
     expected = sum(min(SAMPLES, tensor.numel()) for tensor in base.values()) + len(places)
-    if not inside or len(values) != expected or not 0 < precision < 1:
+    if not inside or len(values) != expected:
         raise AdapterFileError(what, got=f"{len(values)} numbers", allowed=str(expected))
     return values, places
 
@@ -91,9 +89,12 @@ def _structure(base: Mapping[str, Tensor]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _precision(base: Mapping[str, Tensor]) -> float:
-    """The coarsest of the formats' relative steps; that of float32 at least, as numbers are kept in it."""
-    return max([torch.finfo(torch.float32).eps, *(torch.finfo(tensor.dtype).eps for tensor in base.values())])
+def _resolution(values: Tensor) -> tuple[float, float]:
+    """The relative and the absolute step of the coarsest format that holds all values, whatever they are kept in."""
+    for dtype, smallest in ((torch.bfloat16, 0.0), (torch.float16, 2.0**-24)):
+        if torch.allclose(values.to(dtype).float(), values, rtol=0, atol=0, equal_nan=True):
+            return torch.finfo(dtype).eps, smallest
+    return torch.finfo(torch.float32).eps, 0.0
 
 
 def _values(base: Mapping[str, Tensor], places: Tensor) -> Tensor:

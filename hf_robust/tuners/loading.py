@@ -61,8 +61,8 @@ def check_load(
     for unit, found in tensors.items():
         layers[unit].check_tensors(adapter_name, found)
     if saved is None and seal is None:
-        what = "has no digest, as those of older versions of hf_robust: whether it is whole, and of this base, is not"
-        warnings.warn(f"The file of {where} {what} known. Load and save it once.", stacklevel=2)
+        what = "come without a digest, as from older versions of hf_robust: whether they are whole, and of this base,"
+        warnings.warn(f"The tensors of {where} {what} is not known. Save the adapter again.", stacklevel=2)
     return tensors
 
 
@@ -91,7 +91,7 @@ def plain_tensors(
 
 
 def base_tensors(tuner: Tuner, model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The floating-point tensors of the base, as they were before any adapter, by name.
+    """The floating-point parameters of the base, as they were before any adapter, by name.
 
     Args:
         tuner: the method.
@@ -99,7 +99,10 @@ def base_tensors(tuner: Tuner, model: nn.Module, state_dict: Mapping[str, Tensor
         state_dict: of the model.
     """
     found: dict[str, Tensor] = {}
-    for name, tensor in plain_names(state_dict).items():
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = {name.removeprefix("_fsdp_wrapped_module.") for name, _ in named}  # training may move buffers
+    of_base = {name: tensor for name, tensor in state_dict.items() if name in parameters}
+    for name, tensor in plain_names(of_base).items():
         parts = name.split(".")
         if "modules_to_save" not in parts and not any(part.startswith(tuner.prefix) for part in parts):
             found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor

@@ -30,7 +30,7 @@ from ..programs import run_programs
 from ..tiny_models import tiny_model
 from .bad_files import BADS, Bad, first, read_config, read_tensors, strip, write_config, write_tensors
 
-OLDER = "The file of adapter .* has no digest, as those of older versions"
+OLDER = "The tensors of adapter .* come without a digest, as from older versions"
 
 
 @dataclass(frozen=True)

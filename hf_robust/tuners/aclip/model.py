@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -65,6 +66,11 @@ class ACLIPModel(RobustTuner):
                 remedy = "Load the model unquantised, or leave the module out with exclude_modules."
                 got = type(linears[name]).__name__
                 raise ConfigError("A-CLIP trains plain Linear modules", where=name, got=got, remedy=remedy)
+        owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        shared = sorted(name for name in chosen if any(owners[id(p)] > 1 for p in linears[name].parameters()))
+        if shared:
+            remedy = "Load the model untied, or leave them out with exclude_modules."
+            raise ConfigError("A-CLIP cannot train what several modules share", got=shared[:3], remedy=remedy)
         return {name: linears[name] for name in chosen}
 
     def _create_and_replace(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import AdapterFileError, ConfigError
 from ...peft_types import RobustPeftType
 from ..config import RobustConfig
+from .plan import checked_positions
 
 Score = Literal["signed_mean", "abs_mean", "fisher", "magnitude", "random"]
 Scope = Literal["global", "per_tensor"]
@@ -86,7 +87,7 @@ class SAFTConfig(RobustConfig):
             self._check_counts(self.entry_counts)
 
     def check_weights(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Looks whether a file holds as many entries as the config says.
+        """Looks whether a file holds as many entries as the config says, at positions that can be.
 
         Args:
             tensors: of the file.
@@ -100,6 +101,9 @@ class SAFTConfig(RobustConfig):
         if (self.entry_counts or {}) != found:
             got, allowed = f"{sum(found.values())} in {len(found)} modules", "those of entry_counts"
             raise AdapterFileError("numbers of entries differ", where=where, got=got, allowed=allowed)
+        for name, indices in tensors.items():
+            if name.endswith(".saft_indices") and indices.numel():
+                checked_positions(indices.flatten(), numel=2**63 - 1)  # how many there can be, the model knows
 
     def _check_counts(self, counts: dict[str, int]) -> None:
         what = "entry_counts is filled when an adapter is saved"

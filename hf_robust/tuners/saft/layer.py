@@ -315,9 +315,14 @@ class SAFTLayer(RobustLayer):
             self.saft_indices[adapter_name] = self.saft_indices[adapter_name].to(device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The unit's tensors; those of the base hold θ₀, unless the adapter is merged."""
+        """The unit's tensors; those of the base hold θ₀, unless the adapter is merged.
+
+        Raises:
+            BaseWeightsError: weights of the base were changed where they held values.
+        """
         state = super().state_dict(*args, **kwargs)
         if not self.merged:
+            self.resident.check_base()
             prefix = f"{kwargs.get('prefix', '')}base_layer."
             state.update({prefix + name: base for name, base in self.resident.pretrained().items()})
         return state
