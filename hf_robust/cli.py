@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 from .data.text_files import read_json
 from .errors import AdapterFileError, HfRobustError
-from .tuners.aclip import ACLIPConfig
+from .peft_types import RobustPeftType
 from .tuners.files import CONFIG_FILE, WEIGHTS_FILE, check_digest
-from .tuners.saft import SAFTConfig
 
-CONFIGS: dict[str, Any] = {"SAFT": SAFTConfig, "ACLIP": ACLIPConfig}
+CONFIGS: dict[str, Any] = {method.value: PEFT_TYPE_TO_CONFIG_MAPPING[method] for method in RobustPeftType}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from hf_robust import SAFTConfig
 from hf_robust.cli import main
 
 from .methods import CLIP, Method, prepared
@@ -55,6 +56,12 @@ def test_an_adapter_of_an_older_version_says_what_is_not_known(folder: Path, cap
     assert main(["check", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "maybe not whole" in out and "not looked at: tensors and base, which older" in out and "SHA-256" not in out
+
+
+def test_an_adapter_without_entries_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    get_peft_model(tiny_model(CLIP), SAFTConfig()).save_pretrained(tmp_path, save_embedding_layers=False)
+    assert main(["check", str(tmp_path)]) == 0
+    assert "no entries have been selected" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from ..tuners.saft.layer import SAFTLayer
+from ..tuners.saft.layer import saft_layers
 from .replaced import replaced
 
 
@@ -151,9 +151,8 @@ class ShardingTrainer(Trainer):
 
 def _copy_of(whole: Any) -> nn.Module:
     """A copy to shard: θ₀ in the base, and what is trained the same on all ranks, as DDP would make it."""
-    for layer in whole.modules():
-        if isinstance(layer, SAFTLayer):
-            layer.show_base()
+    for layer in saft_layers(whole):
+        layer.show_base()
     copied = copy.deepcopy(whole, {id(whole.processor): whole.processor})
     for parameter in copied.parameters():
         if parameter.requires_grad:

@@ -286,7 +286,8 @@ class RobustTuner(BaseTuner):
         base = fingerprint(base_tensors(cls, model, state_dict), changed)
         saved = {"format_version": FORMAT_VERSION, "sha256": sha256, "base": base}
         config.say_when_saved(saved=saved, **cls.settings_of_adapter(model, adapter_name))
-        return {**found, cls._seal_key(model, adapter_name): as_seal(sha256)}
+        first, _ = cls._first_layer(model, adapter_name)
+        return {**found, f"{first}.{cls.prefix}{SEAL}.{adapter_name}": as_seal(sha256)}
 
     @classmethod
     def settings_of_adapter(cls, model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -294,19 +295,17 @@ class RobustTuner(BaseTuner):
         return {}
 
     @classmethod
-    def _seal_key(cls, model: nn.Module, adapter_name: str) -> str:
+    def _first_layer(cls, model: nn.Module, adapter_name: str) -> tuple[str, RobustLayer]:
         layers = ((name, module) for name, module in named_modules(model) if isinstance(module, cls.tuner_layer_cls))
-        first = next(name for name, layer in layers if adapter_name in layer.seals)
-        return f"{first}.{cls.prefix}{SEAL}.{adapter_name}"
+        return next((name, layer) for name, layer in layers if adapter_name in layer.seals)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        key = cls._seal_key(model, adapter_name).removesuffix(f".{adapter_name}")
+        name_of_first, first = cls._first_layer(model, adapter_name)
         found = [name for name in state_dict if name.rpartition(".")[2] == f"{cls.prefix}{SEAL}"]
         seal = state_dict.pop(found[0]) if found else None  # of another first layer, if it is another adapter's file
-        first = next(layer for layer in layers_of(cls, model).values() if adapter_name in layer.seals)
         arrival = first.expected_files.get(adapter_name)
         saved = None if arrival is None else arrival.saved
         try:
@@ -319,7 +318,7 @@ class RobustTuner(BaseTuner):
         if arrival is not None:
             arrival.end()
             del first.expected_files[adapter_name]
-        state_dict[key] = first.seals[adapter_name]  # or PEFT would miss it
+        state_dict[f"{name_of_first}.{cls.prefix}{SEAL}"] = first.seals[adapter_name]  # or PEFT would miss it
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @classmethod

@@ -125,6 +125,15 @@ def test_checkpoint_without_some_tensors_is_refused(tmp_path, method):
         build(tmp_path, method).train(checkpoint)
 
 
+@pytest.mark.parametrize("method", ["saft", "aclip"])
+def test_checkpoint_with_the_settings_of_another_adapter_is_refused(tmp_path, method):
+    checkpoint = saved(tmp_path, method)
+    file = Path(checkpoint, "adapter_config.json")
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(AdapterFileError, match="format is newer"):
+        build(tmp_path, method).train(checkpoint)
+
+
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         build(tmp_path, "saft").train(resume_from_checkpoint=True)

@@ -210,6 +210,21 @@ def test_what_cannot_be_trained_is_refused_and_left_alone(make: object, settings
     assert [(name, type(module)) for name, module in model.named_modules()] == before
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["parameter", "module"])
+def test_what_modules_share_is_refused_unless_it_is_excluded(whole: bool) -> None:
+    """Each would get a copy of its own, and merging would write one over the other."""
+    model = tiny_model(CLIP)
+    attention = model.text_model.encoder.layers[0].self_attn
+    if whole:
+        attention.q_proj = attention.k_proj
+    else:
+        attention.q_proj.weight = attention.k_proj.weight
+    with pytest.raises(ConfigError, match=r"several modules share.*self_attn.*exclude_modules"):
+        get_peft_model(model, ACLIPConfig())
+    excluded = [f"text_model.encoder.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj")]
+    assert trainable(get_peft_model(model, ACLIPConfig(exclude_modules=excluded[whole:])))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from hf_robust import SAFTConfig, select_saft
+from hf_robust import ACLIPConfig, SAFTConfig, select_saft
 from hf_robust.errors import AdapterFileError, HfRobustError, NonFiniteError
 from hf_robust.tuners.files import CONFIG_FILE, WEIGHTS_FILE
 
@@ -263,6 +263,48 @@ def test_a_base_in_another_precision_is_the_same_base(
             door.open(saved.fresh_base(), tmp_path)
         return
     assert same_bits(outputs(door.open(saved.fresh_base(), tmp_path)).float(), saved.logits)
+
+
+@pytest.mark.parametrize("there", [torch.float16, torch.float32], ids=str)
+def test_numbers_too_small_for_float16_do_not_make_another_base(
+    method: Method, there: torch.dtype, tmp_path: Path
+) -> None:
+    base = tiny_model("clip")
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.view(-1)[0] = 1.3e-6  # among those compared; float16 has steps of 6e-8 here
+    here = torch.float32 if there is torch.float16 else torch.float16
+    prepared(method, copy.deepcopy(base).to(here), "clip").save_pretrained(tmp_path, save_embedding_layers=False)
+    PeftModel.from_pretrained(base.to(there), tmp_path)
+
+
+def test_statistics_that_training_moves_do_not_make_another_base(method: Method, tmp_path: Path) -> None:
+    first_block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    base = nn.Sequential(first_block, nn.Sequential(nn.Linear(4, 2)))
+    config = ACLIPConfig(target_modules=["0.0"])
+    model = get_peft_model(copy.deepcopy(base), SAFTConfig(score="random") if method.name == "SAFT" else config)
+    if method.name == "SAFT":
+        select_saft(model)
+    model.train()(torch.randn(8, 4))
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_values_too_large_for_the_base_are_refused(saved: Saved, folder: Path) -> None:
+    strip(folder)
+    tensors = read_tensors(folder)
+    tensors[first(tensors)].view(-1)[0] = 1e6
+    write_tensors(folder, tensors)
+    with pytest.raises(NonFiniteError, match="too large for the base's format"):
+        PeftModel.from_pretrained(saved.fresh_base().half(), folder)
+
+
+def test_the_state_of_a_model_goes_into_an_adapter_made_with_the_settings_of_a_file(saved: Saved) -> None:
+    trained = PeftModel.from_pretrained(saved.fresh_base(), saved.folder, is_trainable=True)
+    train(trained, batch("clip", seed=2))
+    model = get_peft_model(saved.fresh_base(), PeftConfig.from_pretrained(str(saved.folder)))
+    model.load_state_dict(copy.deepcopy(trained.state_dict()))
+    assert same_bits(outputs(model.eval()), outputs(trained))
 
 
 def test_an_older_file_loads_with_a_warning(saved: Saved, folder: Path) -> None:

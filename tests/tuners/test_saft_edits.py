@@ -123,10 +123,21 @@ LEAVING = [
     lambda model: model.merge_adapter(),
     lambda model: model.set_adapter("second"),
     lambda model: model.eval(),
+    lambda model: model.state_dict(),
     next_write,
     mode_after_a_step,
 ]
-NAMES = ["disable", "unload", "merge_and_unload", "merge_adapter", "set_adapter", "eval", "write", "train"]
+NAMES = [
+    "disable",
+    "unload",
+    "merge_and_unload",
+    "merge_adapter",
+    "set_adapter",
+    "eval",
+    "state_dict",
+    "write",
+    "train",
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import SAFTLayer
+from .layer import saft_layers
 from .resident import ResidentValues, see_edits
 
 
@@ -22,13 +22,13 @@ def show_values(model: nn.Module) -> None:
         BaseWeightsError: weights of the base were changed where they held values.
     """
     see_edits(residents(model))
-    for layer in _layers(model):
+    for layer in saft_layers(model):
         layer.show_values()
 
 
 def residents(model: nn.Module) -> list[ResidentValues]:
     """What the bases of the units in a model show."""
-    return [layer.resident for layer in _layers(model)]
+    return [layer.resident for layer in saft_layers(model)]
 
 
 class DataEdits:
@@ -39,7 +39,7 @@ class DataEdits:
     """
 
     def __init__(self, tower: nn.Module) -> None:
-        self.layers = _layers(tower)
+        self.layers = saft_layers(tower)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Called before the forward."""
@@ -52,7 +52,3 @@ def remove_hooks(model: nn.Module) -> None:
     for child in model.children():
         for key in [key for key, hook in child._forward_pre_hooks.items() if isinstance(hook, DataEdits)]:
             del child._forward_pre_hooks[key]
-
-
-def _layers(model: nn.Module) -> list[SAFTLayer]:
-    return [module for module in model.modules() if isinstance(module, SAFTLayer)]

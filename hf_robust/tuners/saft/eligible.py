@@ -43,7 +43,7 @@ def eligible_parameters(model: nn.Module, config: SAFTConfig) -> dict[str, tuple
         raise ConfigError("no parameter is left to select from", remedy=REMEDY)
     check_unquantized(model, {name: parameters[name] for name in chosen})
     found = {
-        unit: tuple(n for n, p in module.named_parameters() if f"{unit}.{n}" in chosen and p.is_floating_point())
+        unit: tuple(name for name, _ in module.named_parameters() if f"{unit}.{name}" in chosen)
         for unit, module in units.items()
     }
     found = {unit: names for unit, names in found.items() if names}

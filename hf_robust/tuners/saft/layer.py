@@ -34,6 +34,7 @@ class SAFTLayer(RobustLayer):
 
     Args:
         base_layer: the module to wrap.
+        unit: its name in the model.
     """
 
     adapter_layer_names = ("saft_values",)
@@ -369,6 +370,11 @@ class SAFTLayer(RobustLayer):
 
     def __repr__(self) -> str:
         return "saft." + super().__repr__()
+
+
+def saft_layers(model: nn.Module) -> list[SAFTLayer]:
+    """The wrapped units in a model, each once."""
+    return [module for module in model.modules() if isinstance(module, SAFTLayer)]
 
 
 def _refresh_after_load(layer: SAFTLayer, incompatible_keys: Any) -> None:

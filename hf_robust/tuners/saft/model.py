@@ -14,7 +14,7 @@ from ..base import RobustTuner
 from .config import SAFTConfig
 from .edits import DataEdits, remove_hooks, residents
 from .eligible import eligible_parameters
-from .layer import SAFTLayer
+from .layer import SAFTLayer, saft_layers
 from .resident import check_bases, see_edits
 
 
@@ -59,21 +59,11 @@ class SAFTModel(RobustTuner):
     @classmethod
     def settings_of_adapter(cls, model: nn.Module, adapter_name: str) -> dict[str, Any]:
         """How many entries an adapter has in each unit."""
-        layers = [layer for layer in model.modules() if isinstance(layer, SAFTLayer)]
-        counts = {
-            layer.unit: len(layer.saft_values[adapter_name]) for layer in layers if layer.has_entries(adapter_name)
-        }
-        return {"entry_counts": counts or None}
+        layers = [layer for layer in saft_layers(model) if layer.has_entries(adapter_name)]
+        return {"entry_counts": {layer.unit: len(layer.saft_values[adapter_name]) for layer in layers} or None}
 
     @classmethod
-    def make_room(cls, layers: Any, adapter_name: str, tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        """Gives an adapter that has no entries yet as many as are about to be loaded.
-
-        Args:
-            layers: by unit.
-            adapter_name: the adapter.
-            tensors: by unit and name.
-        """
+    def make_room(cls, layers: Any, adapter_name: str, tensors: Mapping[str, dict[str, Tensor]]) -> None:  # noqa: D102
         for unit, found in tensors.items():
             if not layers[unit].has_entries(adapter_name):
                 device = next(layers[unit].base_layer.parameters()).device

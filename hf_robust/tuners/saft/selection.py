@@ -19,7 +19,7 @@ from ...data.collator import n_images
 from ...encoders.pretrained import pretrained_weights
 from ...errors import NonFiniteError, SelectionError
 from .config import SAFTConfig
-from .layer import SAFTLayer
+from .layer import SAFTLayer, saft_layers
 from .plan import floating_parameters
 
 Batch = dict[str, Tensor]
@@ -90,7 +90,7 @@ def saft_unselected(model: nn.Module, adapter_name: str | None = None) -> bool:
         >>> saft_unselected(get_peft_model(clip, SAFTConfig()))  # doctest: +SKIP
         True
     """
-    layers = _layers(model)
+    layers = saft_layers(model)
     names = [adapter_name] if adapter_name else (layers[0].active_adapters if layers else [])
     return any(unselected(layers, name) for name in names)
 
@@ -116,7 +116,7 @@ def find_layers(model: nn.Module, adapter_name: str | None) -> tuple[list[SAFTLa
     Raises:
         SelectionError: there is no such adapter.
     """
-    layers = _layers(model)
+    layers = saft_layers(model)
     if not layers:
         raise SelectionError("the model has no SAFT adapter", remedy="Use get_peft_model(model, SAFTConfig()).")
     names = [adapter_name] if adapter_name else layers[0].active_adapters
@@ -133,10 +133,6 @@ def find_selected(model: nn.Module, adapter_name: str | None) -> tuple[list[SAFT
     if unselected(layers, name):
         raise SelectionError("the adapter has not selected its entries", got=name, remedy="Call select_saft first.")
     return layers, name
-
-
-def _layers(model: nn.Module) -> list[SAFTLayer]:
-    return [module for module in model.modules() if isinstance(module, SAFTLayer)]
 
 
 # --- scores ------------------------------------------------------------------------------------------------------
