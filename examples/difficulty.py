@@ -33,7 +33,7 @@ from hf_robust.scripting.run import run
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_MODEL, DEMO_DATA = str(DEMO / "clip-tiny-drawings"), str(DEMO / "data" / "train.parquet")
-DEMO_TEMPLATE = "a drawing of a {}."
+DEMO_TEMPLATE = "an icon of a {}."
 
 LORA = (
     "The silhouette is above 0: the zero-shot space separates part of the task already, so little may have to change. "

@@ -10,23 +10,24 @@
 
 Every method has its learning rate chosen on the validation data, from the same grid, by the one-standard-error rule:
 the search starts in the middle of the grid and ends where both neighbours are worse. Then the method is trained once
-per seed, evaluated on the suite, taken back by WiSE-FT to the α that is best on the validation data, and evaluated
-again.
+per seed, evaluated on the suite, taken back by WiSE-FT, and evaluated again: to the smallest α whose accuracy on the
+validation data is within one standard error of the best one's.
 
 Every training that ends is kept in a file of its own, so the same command goes on where it was interrupted, and calls
 with other methods or seeds may run at the same time and share the folder. The last one to end leaves all there is in
-results.json, table.md and scatter.png.
+results.json, table.md and scatter.png; cards/ has a model card for every method, with the figures of its first seed.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 from typing import Any, Literal
 
 from accelerate import PartialState
@@ -39,15 +40,19 @@ from transformers import ProcessorMixin, set_seed
 
 from hf_robust import (
     ACLIPConfig,
+    OGENConfig,
     RobustTrainer,
     RobustTrainingArguments,
     SAFTConfig,
+    context_prompt,
+    model_card,
     with_image_embeds,
     with_image_size,
 )
-from hf_robust.cards.results import TITLES
+from hf_robust.cards.results import TITLES, Column, results_from_accuracies
 from hf_robust.data.rows import LabelledImages
 from hf_robust.data.text_files import read_json
+from hf_robust.encoders.templates import check_templates
 from hf_robust.errors import ConfigError, NonFiniteError
 from hf_robust.evaluation import (
     RobustnessSuite,
@@ -72,8 +77,10 @@ FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live"}
 OWN = {"learning_rate": "learning_rates", "seed": "seeds"}
 DEFAULTS = {**FIXED, "logging_steps": 10, "similarity_weight": 10.0}  # the progress bar shows the loss
 MAY_CHANGE = ("methods", "seeds", "search_only", "output_dir")  # between calls that share a folder
-NOTE = """Accuracy in %, mean ± standard deviation over seeds. trained: number of trained parameters. α: of WiSE-FT,
-chosen on validation data for each seed. rank: the place by mean accuracy, averaged over the columns; 1 is the best."""
+NOTE = """Accuracy in %: mean over the sets and seeds ± half of its 95 % interval, which is about the choice of images
+and of seeds. trained: number of trained parameters. seconds: of a training, loading and evaluation apart. α: of
+WiSE-FT, the smallest within one standard error of the best on validation data, for each seed. rank: the place by
+accuracy, averaged over the columns; the best is marked."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,13 @@ class Method:
         config: the adapter's; None for all weights.
         similarity: with the similarity loss.
         probe: a linear head alone, which starts as the zero-shot head.
+        ogen: a learned context, which starts as the words of the template, with OGEN.
     """
 
     config: PeftConfig | None = None
     similarity: bool = False
     probe: bool = False
+    ogen: bool = False
 
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
@@ -101,6 +110,7 @@ METHODS = {
     "aclip": Method(ACLIPConfig()),
     "saft": Method(SAFTConfig()),
     "saft+similarity": Method(SAFTConfig(), similarity=True),
+    "context+ogen": Method(ogen=True),
 }
 SCOPES = {
     "global": {"scope": "global", "exclude_input_embeddings": False},
@@ -113,6 +123,7 @@ SAFT_VARIANTS = {
     for density in (1e-4, 1e-3, 1e-2)
 }
 ALL_METHODS = {**METHODS, **SAFT_VARIANTS}
+DEFAULT_METHODS = [name for name, method in METHODS.items() if not method.ogen]  # it needs new_class_names
 
 
 @dataclass
@@ -131,7 +142,8 @@ class ScriptArguments:
     label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
     shots: int | None = field(default=None, metadata={"help": "Training images per class; all if not given."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of the shots and the training."})
-    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": ", ".join(ALL_METHODS)})
+    methods: list[str] = field(default_factory=lambda: [*DEFAULT_METHODS], metadata={"help": ", ".join(ALL_METHODS)})
+    new_class_names: list[str] | None = field(default=None, metadata={"help": "context+ogen: names it is told."})
     learning_rates: list[float] = field(default_factory=lambda: [*GRID], metadata={"help": "To choose from."})
     alphas: list[float] = field(default_factory=lambda: [*ALPHAS], metadata={"help": "WiSE-FT: to choose from."})
     search_only: bool = field(default=False, metadata={"help": "Choose the learning rates and stop."})
@@ -141,6 +153,8 @@ class ScriptArguments:
         self.learning_rates = sorted(self.learning_rates)
         lists = {"seeds": self.seeds, "learning_rates": self.learning_rates, "alphas": self.alphas}
         check_values(self.methods, ALL_METHODS, **lists)
+        if not self.new_class_names and any(ALL_METHODS[name].ogen for name in self.methods):
+            raise ConfigError("context+ogen needs the names of new classes", where="new_class_names", got=None)
         if 1 not in self.alphas:
             raise ConfigError(
                 "the fine-tuned model is missing", where="alphas", got=self.alphas, allowed="1 among them"
@@ -210,7 +224,7 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
     if not method.similarity:
         settings.similarity_weight, settings.cache_reference_embeddings = 0.0, False
     set_seed(seed)  # LoRA's matrices are drawn from the global generator
-    model = load_model(task.args.model_name_or_path, task.args.dtype)
+    model, ogen = load_model(task.args.model_name_or_path, task.args.dtype), None
     train = task.train if task.args.shots is None else few_shot(task.train, task.args.shots, seed)
     if method.config is not None:
         model = get_peft_model(model, replace(method.config))
@@ -221,10 +235,21 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
         processor = with_image_size(task.processor, settings.image_size, model)
         with settings.main_process_first(desc="embedding the training images"):
             train = with_image_embeds(train, model, processor, *how)
+    if method.ogen:
+        ogen = OGENConfig(new_class_names=task.args.new_class_names)
+        model, settings.templates = with_context(model, task, settings.templates)
     data = {"train_dataset": train, "eval_dataset": {"validation": task.validation}}
-    trainer = RobustTrainer(model, settings, **data, processing_class=task.processor)
+    trainer = RobustTrainer(model, settings, **data, processing_class=task.processor, ogen=ogen)
     show_progress(trainer)
     return trainer
+
+
+def with_context(model: Any, task: Task, templates: Any) -> tuple[Any, str]:
+    """The model with a learned context that starts as the words before the class name, and the template for it."""
+    words = check_templates(templates)[0].partition("{}")[0].strip()
+    names = [*(task.validation.class_names or []), *(task.args.new_class_names or [])]
+    tokens = len(task.processor.tokenizer(words, add_special_tokens=False).input_ids)
+    return context_prompt(model, task.processor, tokens, words, names)
 
 
 def validate(task: Task, name: str, learning_rate: float) -> dict[str, Any]:
@@ -286,33 +311,58 @@ def choose(found: list[dict[str, Any]]) -> dict[str, Any]:
     return usable[one_standard_error_rule(accuracies, losses, usable[0]["images"])]
 
 
-def train_and_evaluate(task: Task, name: str, learning_rate: float, seed: int) -> dict[str, Any]:
+def train_and_evaluate(
+    task: Task, name: str, learning_rate: float, seed: int, zero_shot: dict[str, Any]
+) -> dict[str, Any]:
     """Trains, and returns what the model and the one that WiSE-FT makes of it do on the suite."""
     trainer = make_trainer(task, ALL_METHODS[name], learning_rate, seed)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    fine_tuned = evaluate(task, trainer.model)
-    sweep = trainer.wise_ft_sweep(alphas=task.args.alphas)
-    return {
+    columns = {"zero-shot": zero_shot, "fine-tuned": evaluate(task, trainer.model)}
+    found = {
         "method": name,
         "learning_rate": learning_rate,
         "seed": seed,
         "trained_parameters": trained,
         "training_seconds": seconds,
-        "fine_tuned": fine_tuned,
-        "alpha": sweep.best_alpha,
-        "wise_ft": fine_tuned if sweep.best_alpha == 1 else evaluate(task, trainer.model),
-        "sweep": sweep.rows,
+        "fine_tuned": columns["fine-tuned"],
     }
+    save_card(task, trainer, name, columns, None)
+    if not ALL_METHODS[name].ogen:  # token vectors are not linear in their change
+        accuracy = trainer.evaluate(task.validation)["eval_accuracy"]
+        tolerance = standard_error(accuracy, len(task.validation))
+        sweep = trainer.wise_ft_sweep(alphas=task.args.alphas, tolerance=tolerance)
+        best = columns["fine-tuned"] if sweep.best_alpha == 1 else evaluate(task, trainer.model)
+        found |= {"alpha": sweep.best_alpha, "wise_ft": best, "sweep": sweep.rows}
+        save_card(task, trainer, f"{name}+wise-ft", {**columns, "chosen alpha": best}, sweep.best_alpha)
+    return found
+
+
+def save_card(
+    task: Task, trainer: RobustTrainer, name: str, columns: dict[Column, dict[str, Any]], alpha: float | None
+) -> None:
+    """Writes the model card of a method, with the figures of the first seed."""
+    if trainer.args.seed != task.args.seeds[0] or not trainer.is_world_process_zero():
+        return
+    accuracies = {column: {n: one["accuracy"] for n, one in of["sets"].items()} for column, of in columns.items()}
+    sets = {n: (one["role"], one["images"]) for n, one in columns["zero-shot"]["sets"].items()}
+    results = results_from_accuracies(accuracies, sets, alpha)
+    card = model_card(trainer.model, trainer.args, results, train_images=len(trainer.train_dataset))
+    folder = Path(trainer.args.output_dir) / "cards"
+    folder.mkdir(parents=True, exist_ok=True)
+    card.save(folder / f"{name}.md")
 
 
 def evaluate(task: Task, model: Any) -> dict[str, Any]:
     """Mean accuracy by role, and the figures of every set."""
     how = task.training_args
     size, workers = how.per_device_eval_batch_size, how.dataloader_num_workers
-    report: SuiteReport = evaluate_suite(model, model.processor, task.suite, size, workers, silent=is_silent(how))
+    suite = task.suite
+    if model.templates != check_templates(how.templates):  # a learned context
+        suite = RobustnessSuite([replace(one, templates=model.templates) for one in suite.sets])
+    report: SuiteReport = evaluate_suite(model, model.processor, suite, size, workers, silent=is_silent(how))
     sets = {name: {"role": one.role, "images": len(one.rows), **one.metrics} for name, one in report.sets.items()}
     return {"means": report.means, "sets": sets}
 
@@ -341,24 +391,39 @@ def report(common: dict[str, Any], runs: dict[str, dict[str, Any]], folder: Path
 
 def collect(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The rows of the table: accuracies by role, one per seed, each the mean over the role's sets; and the rank."""
-    rows = {"zero-shot": {"accuracy": by_role([runs["zero-shot"]])}}
+    rows = {"zero-shot": accuracies([runs["zero-shot"]])}
     for method in ALL_METHODS:
         ended = [run for run in runs.values() if run.get("method") == method]
-        for name, model in ((method, "fine_tuned"), (f"{method}+wise-ft", "wise_ft")) if ended else ():
-            rows[name] = {
-                "accuracy": by_role([run[model] for run in ended]),
-                "alpha": [run["alpha"] if model == "wise_ft" else 1.0 for run in ended],
-                "trained_parameters": ended[0]["trained_parameters"],
-                "learning_rate": ended[0]["learning_rate"],
-            }
+        for name, model in ((method, "fine_tuned"), (f"{method}+wise-ft", "wise_ft")):
+            if ended and model in ended[0]:
+                rows[name] = {
+                    **accuracies([run[model] for run in ended]),
+                    "alpha": [run["alpha"] if model == "wise_ft" else 1.0 for run in ended],
+                    "trained_parameters": ended[0]["trained_parameters"],
+                    "seconds": mean(run["training_seconds"] for run in ended),
+                    "learning_rate": ended[0]["learning_rate"],
+                }
     for row, rank in zip(rows.values(), mean_ranks([row["accuracy"] for row in rows.values()]), strict=True):
         row["rank"] = rank
     return rows
 
 
-def by_role(evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The mean accuracies by role, one per evaluation."""
-    return {role: [one["means"][role] for one in evaluations] for role in evaluations[0]["means"]}
+def accuracies(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """By role the mean accuracies, one per evaluation, and half of the 95 % interval of their mean."""
+    by_role = {role: [one["means"][role] for one in evaluations] for role in evaluations[0]["means"]}
+    return {"accuracy": by_role, "interval": {role: half_interval(evaluations, role) for role in by_role}}
+
+
+def half_interval(evaluations: list[dict[str, Any]], role: str) -> float:
+    """Half of the 95 % interval of a mean accuracy over seeds, a fraction: from other images, and from other seeds.
+
+    All seeds see the same images, so more seeds do not make the first part smaller.
+    """
+    means = [one["means"][role] for one in evaluations]
+    sets = [one for one in evaluations[0]["sets"].values() if one["role"] == role]
+    of_images = sum(standard_error(one["accuracy"], one["images"]) ** 2 for one in sets) / len(sets) ** 2
+    of_seeds = variance(means) / len(means) if len(means) > 1 else 0.0
+    return 1.96 * math.sqrt(of_images + of_seeds)
 
 
 def mean_ranks(accuracies: list[dict[str, list[float]]]) -> list[float]:
@@ -370,14 +435,17 @@ def mean_ranks(accuracies: list[dict[str, list[float]]]) -> list[float]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The table in Markdown."""
     roles = list(rows["zero-shot"]["accuracy"])
-    cells = [["method", "trained", "learning rate", "α", *(TITLES[role] for role in roles), "rank"]]
+    best = min(row["rank"] for row in rows.values())
+    cells = [["method", "trained", "seconds", "learning rate", "α", *(TITLES[role] for role in roles), "rank"]]
     for name, row in rows.items():
-        settings = ["0", "", ""]
+        settings = ["0", "", "", ""]
         if name != "zero-shot":
             alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(row["alpha"])))
-            settings = [f"{row['trained_parameters']:,}", f"{row['learning_rate']:g}", alphas]
-        figures = [percent(mean(row["accuracy"][role]), row["accuracy"][role]) for role in roles]
-        cells.append([name, *settings, *figures, f"{row['rank']:.1f}"])
+            cost = [f"{row['trained_parameters']:,}", f"{row['seconds']:.0f}"]
+            settings = [*cost, f"{row['learning_rate']:g}", alphas]
+        figures = [f"{percent(mean(row['accuracy'][role]))} ± {percent(row['interval'][role])}" for role in roles]
+        title = f"**{name}**" if row["rank"] == best else name
+        cells.append([title, *settings, *figures, f"{row['rank']:.1f}"])
     return aligned(cells)
 
 
@@ -425,8 +493,9 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 def way(rows: dict[str, dict[str, Any]], method: str, role: str) -> list[dict[str, float]]:
     """Mean accuracies at α = 0, at the chosen α and at α = 1."""
-    ends = {0.0: rows["zero-shot"], 1.0: rows[method]}
-    by_alpha = {mean(rows[f"{method}+wise-ft"]["alpha"]): rows[f"{method}+wise-ft"], **ends}
+    by_alpha = {0.0: rows["zero-shot"], 1.0: rows[method]}
+    if chosen := rows.get(f"{method}+wise-ft"):
+        by_alpha = {mean(chosen["alpha"]): chosen, **by_alpha}
     return [
         {"alpha": alpha, "id": mean(row["accuracy"]["id"]), "ood": mean(row["accuracy"][role])}
         for alpha, row in by_alpha.items()
@@ -454,7 +523,8 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     if not args.search_only:
         for seed in args.seeds:
             for name in args.methods:
-                runs.get(f"{name}_seed_{seed}", train_and_evaluate, task, name, rates[name], seed)
+                arguments = task, name, rates[name], seed, runs.found["zero-shot"]
+                runs.get(f"{name}_seed_{seed}", train_and_evaluate, *arguments)
     if PartialState().is_main_process:
         report(common, Runs(folder, common).found, folder)
 

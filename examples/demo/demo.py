@@ -1,271 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes a tiny CLIP on colour drawings in several ways, and shows what each gained and what it kept.
+"""Fine-tunes a tiny CLIP on the icons of a phone in several ways, and shows what each gained and what it kept.
 
     make demo
 
-The same pre-trained model is trained whole, whole with the similarity loss, with A-CLIP, with SAFT, and as a learned
-context with OGEN; WiSE-FT goes part of the way back from the fine-tuned weights. All see colour drawings alone; OGEN
-is also given the names, not the drawings, of the new kinds. They are tested on unseen colour drawings
-(in-distribution), on line art and silhouettes (out of distribution), and on kinds of things that were not in the
-training set. Learning rates (by `make compare`), the weight of the similarity loss and the context's rate (both by
-`--validate`) were chosen on the validation set: the lowest loss among those within one standard error of the best
-accuracy. α is chosen on it in every run, by accuracy.
+The same pre-trained model is trained whole, with A-CLIP and with SAFT, over two seeds; WiSE-FT goes back from the
+fine-tuned weights, as far as it costs no more than a standard error on the validation set. All see outline icons by
+two hands, in white on coloured tiles. They are tested on unseen ones (in distribution), on tiles by other hands and on
+filled icons in black (out of distribution), on things that were not in the training set, and on another task: colour
+emoji. The settings are those of `make compare`, and the learning rates those that it chose on the validation set.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-import time
-from dataclasses import dataclass, field, replace
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-import data
-import torch
-from datasets import Dataset, Image
-from peft import PeftConfig, get_peft_model
-from pictures import draw_comparison, draw_curves
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from transformers import CLIPModel, CLIPProcessor
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from hf_robust import (
-    ACLIPConfig,
-    OGENConfig,
-    RobustTrainer,
-    RobustTrainingArguments,
-    SAFTConfig,
-    context_prompt,
-    model_card,
-    results_from_reports,
-)
-from hf_robust.evaluation import RobustnessSuite, SuiteReport, SuiteSet, evaluate_suite, one_standard_error_rule
-from hf_robust.scripting.progress import show_progress
-from hf_robust.scripting.run import run
+import compare_methods as compare  # noqa: E402
+import data  # noqa: E402
+from pictures import draw_story  # noqa: E402
+from rich.box import SIMPLE_HEAD  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
+from hf_robust import RobustTrainingArguments  # noqa: E402
+from hf_robust.scripting.arguments import parse_arguments  # noqa: E402
+from hf_robust.scripting.results import percent  # noqa: E402
+from hf_robust.scripting.run import run  # noqa: E402
+
+CONFIG = "examples/configs/compare_methods.yaml"
 OUTPUT = Path("runs/demo")
-TITLES = {
-    "id": "unseen colour drawings\n(in-distribution)",
-    "ood_line": "line art\n(out of distribution)",
-    "ood_silhouette": "silhouettes\n(out of distribution)",
-    "new": "new kinds of things\n(never trained)",
+SEEDS = (1, 2)
+RATES = {"full": 1e-3, "aclip": 3e-3, "saft-per-tensor-0.01": 1e-2}  # found by `make compare`
+NAMES = {
+    "zero-shot": "zero-shot",
+    "full": "full fine-tuning",
+    "full+wise-ft": "full + WiSE-FT",
+    "aclip": "A-CLIP",
+    "aclip+wise-ft": "A-CLIP + WiSE-FT",
+    "saft-per-tensor-0.01": "SAFT",
+    "saft-per-tensor-0.01+wise-ft": "SAFT + WiSE-FT",
 }
-TEMPLATE = "a drawing of a {}."
-EPOCHS = 3
-WISE_FT = ("full", "SAFT")  # whose way from the zero-shot model is shown
-CARDS = {
-    "full + similarity": "similarity_loss.md",
-    "A-CLIP": "a_clip.md",
-    "context + OGEN": "ogen.md",
-    "SAFT": "saft.md",
-    "SAFT + WiSE-FT": "wise_ft.md",
-}
-DATA = "Drawings of 25 kinds of things: OpenMoji, in colour, each as it is and three times turned, shrunk and tinted."
+TITLES = {"id": "ID", "ood": "OOD", "new": "new things", "other": "other task"}
+DRAWN = ("zero-shot", "full", "full+wise-ft", "aclip+wise-ft", "saft-per-tensor-0.01+wise-ft")
+LEGEND = """Accuracy in %, mean over two seeds ± half of its 95 % interval; share of the
+parameters that are trained; seconds of a training.
+ID          unseen icons on coloured tiles, by the two hands of the training set
+OOD         icons on tiles by other hands, and filled icons in black on white
+new things  icons of 38 things that were not trained, in black on white
+other task  colour emoji
+★           the best place on average over the four columns"""
+OWN_PHOTOGRAPHS = """
+To do it with your own photographs, in photos/{{train,validation,test}}/<class>/*.jpg:
+
+{python} examples/train.py --config examples/configs/own_images.yaml \\
+    --train_data photos:train --validation_data photos:validation --eval_data '{{"id": "photos:test"}}' \\
+    --method saft --density 0.01 --learning_rate 1e-3 --wise_ft true
+"""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to fine-tune.
-
-    Args:
-        learning_rate: chosen on the validation set.
-        config: the adapter's, None for the whole model.
-        similarity_weight: weight of the similarity loss, chosen on the validation set.
-        context: whether a learned context is trained, with OGEN.
-    """
-
-    learning_rate: float
-    config: PeftConfig | None = None
-    similarity_weight: float = 0.0
-    context: bool = False
+def compare_all() -> dict[str, dict[str, Any]]:
+    """Trains with every method and seed; returns what `compare_methods` makes of it."""
+    flags = ["--config", CONFIG, "--output_dir", str(OUTPUT), "--seeds", *map(str, SEEDS), "--methods", *RATES]
+    types = compare.ScriptArguments, RobustTrainingArguments
+    args, training_args = parse_arguments(types, compare.DEFAULTS, flags)
+    task = compare.load_task(args, training_args)
+    runs = compare.Runs(OUTPUT, compare.shared_settings(args, training_args))
+    zero_shot = runs.get("zero-shot", compare.zero_shot, task)
+    for seed in SEEDS:
+        for name, rate in RATES.items():
+            runs.get(f"{name}_seed_{seed}", compare.train_and_evaluate, task, name, rate, seed, zero_shot)
+    return compare.collect(runs.found)
 
 
-METHODS = {
-    "full": Method(1e-3),
-    "full + similarity": Method(3e-3, similarity_weight=30.0),
-    "A-CLIP": Method(3e-4, ACLIPConfig()),
-    "context + OGEN": Method(1e-3, context=True),
-    "SAFT": Method(3e-2, SAFTConfig(density=0.001)),
-}
-
-
-def make_trainer(name: str, method: Method, sets: dict[str, Dataset]) -> RobustTrainer:
-    """A trainer on the colour drawings; everything but what `method` says is the same for all methods."""
-    arguments = RobustTrainingArguments(
-        output_dir=str(OUTPUT / name.replace(" ", "-")),
-        templates=TEMPLATE,
-        learning_rate=method.learning_rate,
-        similarity_weight=method.similarity_weight,
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        logging_steps=20,
-        save_strategy="no",
-        seed=0,
-    )
-    model, processor = (
-        CLIPModel.from_pretrained(data.MODEL, dtype=torch.float32),
-        CLIPProcessor.from_pretrained(data.MODEL),
-    )
-    ogen = None
-    if method.config:
-        model = get_peft_model(model, replace(method.config))
-    if method.context:
-        names = [*data.KINDS, *data.NEW_KINDS]
-        model, arguments.templates = context_prompt(model, processor, init="a drawing of a", class_names=names)
-        ogen = OGENConfig(new_class_names=data.NEW_KINDS, warmup=1 / EPOCHS)  # a fifth of 3 epochs would be none
-    trainer = RobustTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=sets["train"],
-        eval_dataset={name: sets[name] for name in TITLES},
-        processing_class=processor,
-        ogen=ogen,
-    )
-    show_progress(trainer, f"Training: {name}")
-    return trainer
-
-
-def evaluate(trainer: RobustTrainer, sets: dict[str, Dataset]) -> SuiteReport:
-    """The model as it is now on every test set."""
-    suite = RobustnessSuite(
-        [SuiteSet(name, name.split("_")[0], sets[name], templates=trainer.model.templates) for name in TITLES]
-    )
-    return evaluate_suite(trainer.model, trainer.processing_class, suite, batch_size=256, silent=True)
-
-
-def accuracies(report: SuiteReport) -> dict[str, float]:
-    """Accuracy on every test set, a fraction."""
-    return {name: result.accuracy for name, result in report.sets.items()}
-
-
-def compare(sets: dict[str, Dataset], cards: Path | None) -> tuple[dict[str, dict], dict[str, list[dict]]]:
-    """Accuracies, number of trained parameters and seconds by method, and the α-sweeps of some."""
-    results: dict[str, dict] = {}
-    curves: dict[str, list[dict]] = {}
-    for name, method in METHODS.items():
-        Console().rule(f"[bold]{name}")
-        trainer = make_trainer(name, method, sets)
-        reports = {"zero-shot": evaluate(trainer, sets)}
-        results.setdefault("zero-shot", {"accuracy": accuracies(reports["zero-shot"]), "trained_parameters": 0})
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
-        trained = sum(p.numel() for p in trainer.model.model.parameters() if p.requires_grad)
-        reports["fine-tuned"] = evaluate(trainer, sets)
-        found = accuracies(reports["fine-tuned"])
-        results[name] = {"accuracy": found, "trained_parameters": trained, "seconds": seconds}
-        save_card(name, trainer, reports, None, cards)
-        if name in WISE_FT:
-            sweep = trainer.wise_ft_sweep(sets["validation"])
-            curves[name] = [point(row) for row in sweep.rows]
-            reports["chosen alpha"] = evaluate(trainer, sets)
-            found = accuracies(reports["chosen alpha"])
-            results[f"{name} + WiSE-FT"] = {
-                "accuracy": found,
-                "trained_parameters": trained,
-                "alpha": sweep.best_alpha,
-            }
-            save_card(f"{name} + WiSE-FT", trainer, reports, sweep.best_alpha, cards)
-            trainer.save_model()  # at the chosen α
-    return results, curves
-
-
-def save_card(
-    name: str, trainer: RobustTrainer, reports: dict[str, SuiteReport], alpha: float | None, folder: Path | None
-) -> None:
-    """Writes the model card of a method, with the figures of this run."""
-    if folder is None or name not in CARDS:
-        return
-    card = model_card(
-        trainer.model,
-        trainer.args,
-        results_from_reports(reports, alpha),
-        data=DATA,
-        train_images=len(trainer.train_dataset),
-        picture=None if alpha is None else "wise_ft.png",
-    )
-    folder.mkdir(exist_ok=True)
-    card.save(folder / CARDS[name])
-
-
-def point(row: dict[str, float]) -> dict[str, float]:
-    """A point of the curve: α, accuracy in distribution, and the mean of those out of distribution."""
-    found = {name: row[f"{name}_accuracy"] for name in TITLES}
-    ood = mean(value for name, value in found.items() if name.startswith("ood_"))
-    return {"alpha": row["alpha"], "validation": row["validation_accuracy"], "id": found["id"], "ood": ood}
-
-
-def show(results: dict[str, dict]) -> None:
-    """Prints accuracies in percent, with the change against zero-shot."""
-    table = Table(title="Accuracy in %, and the change against zero-shot", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for title in ("", *TITLES, "α", "trained", "seconds"):
-        table.add_column(title.replace("_", "_\n"), justify="right" if title else "left", no_wrap=True)
-    zero_shot = results["zero-shot"]["accuracy"]
-    for method, result in results.items():
-        cells = []
-        for name, value in result["accuracy"].items():
-            change = 100 * (value - zero_shot[name])
-            cells.append(f"{100 * value:.1f}" + ("" if method == "zero-shot" else f"\n{change:+.1f}"))
-        alpha = f"{result['alpha']:.1f}" if "alpha" in result else ""
-        seconds = f"{result['seconds']:.0f}" if "seconds" in result else ""
-        table.add_row(method, *cells, alpha, f"{result['trained_parameters']:,}", seconds)
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """Prints accuracies in percent with their intervals, and what they cost."""
+    best = min(rows, key=lambda name: rows[name]["rank"])
+    parameters = max(row.get("trained_parameters", 0) for row in rows.values())
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("", *TITLES.values(), "trained", "s"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, row in rows.items():
+        found = [f"{percent(mean(row['accuracy'][role]))} ±{percent(row['interval'][role])}" for role in TITLES]
+        share, seconds = row.get("trained_parameters", 0) / parameters, row.get("seconds", 0)
+        cells = f"{'★' if name == best else ' '} {NAMES[name]}", *found, f"{share:.1%}", f"{seconds:.0f}"
+        table.add_row(*cells, style="bold green" if name == best else "")
     Console().print(table)
-    print("\n".join(f"{name}: {title}".replace("\n", " ") for name, title in TITLES.items()))
-    print("α: how far WiSE-FT goes from the zero-shot to the fine-tuned weights, chosen on the validation set")
-    print("trained: number of trained parameters\n")
-
-
-def validate(sets: dict[str, Dataset]) -> None:
-    """Prints validation accuracy and loss of every method over its settings, and which of them to take."""
-    for name, method in METHODS.items():
-        settings = [replace(method, learning_rate=rate) for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)]
-        if method.similarity_weight:
-            settings = [replace(method, similarity_weight=weight) for weight in (1.0, 3.0, 10.0, 30.0)]
-        found = []
-        for setting in settings:
-            trainer = make_trainer(name, setting, sets)
-            trainer.train()
-            metrics = trainer.evaluate(sets["validation"])
-            found.append((metrics["eval_accuracy"], metrics["eval_loss"]))
-            print(f"{describe(name, setting)}: {100 * found[-1][0]:.1f} %, loss {found[-1][1]:.3f}")
-        chosen = one_standard_error_rule(*zip(*found, strict=True), images=len(sets["validation"]))
-        print(f"-> {describe(name, settings[chosen])}")
-
-
-def describe(name: str, method: Method) -> str:
-    """A method and its settings in words."""
-    return f"{name}, learning rate {method.learning_rate}, similarity weight {method.similarity_weight}"
+    print(LEGEND)
 
 
 @dataclass
 class ScriptArguments:
-    """Fine-tunes a tiny CLIP on colour drawings in several ways."""
-
-    validate: bool = field(default=False, metadata={"help": "Compare settings on the validation set instead."})
-    cards: str | None = field(default=None, metadata={"help": "Write a card for every method into this folder."})
+    """Fine-tunes a tiny CLIP on the icons of a phone in several ways."""
 
 
 def main(arguments: ScriptArguments) -> None:
-    """Loads the drawings, compares the methods, and writes the table and the pictures."""
-    cards = Path(arguments.cards) if arguments.cards else None
-    sets = {name: dataset.cast_column("image", Image(decode=False)) for name, dataset in data.load().items()}
-    if arguments.validate:
-        validate(sets)
-        return
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    results, curves = compare(sets, cards)
-    show(results)
-    (OUTPUT / "results.json").write_text(json.dumps({"results": results, "curves": curves}, indent=2))
-    draw_comparison(results, TITLES, OUTPUT / "comparison.png")
-    draw_curves(curves, OUTPUT / "wise_ft.png")
-    if cards:
-        shutil.copy(OUTPUT / "wise_ft.png", cards)
-    print(f"Wrote results.json, comparison.png, wise_ft.png and the models of WiSE-FT to {OUTPUT}.")
+    """Draws the drawings, compares the methods, and shows the table and the picture."""
+    sets = data.load()
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    rows = compare_all()
+    show(rows)
+    draw_story({NAMES[name]: rows[name] for name in DRAWN}, sets, OUTPUT / "story.png")
+    print(f"\nAs a picture: {OUTPUT / 'story.png'}")
+    print(OWN_PHOTOGRAPHS.format(python=os.path.relpath(sys.executable)))
 
 
 if __name__ == "__main__":

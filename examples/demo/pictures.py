@@ -1,65 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's pictures: accuracies side by side, and the way of WiSE-FT from the zero-shot to the fine-tuned model."""
+"""The demo's picture: what every method gained, and what it kept."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
-import matplotlib
+from datasets import Dataset
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402
-
-from hf_robust.evaluation import plot_id_ood  # noqa: E402
-
-COLOURS = {
-    "zero-shot": "#9aa0a6",
-    "full": "#d9822b",
-    "full + WiSE-FT": "#f0b27a",
-    "full + similarity": "#a0522d",
-    "A-CLIP": "#7a5195",
-    "context + OGEN": "#2e8b57",
-    "SAFT": "#1f6feb",
-    "SAFT + WiSE-FT": "#8fc1ff",
-}
+GAINED, LOST, DARK = "#e6f4ea", "#fce8e6", "#333333"
+COLOURS = {"full": "#c5221f", "A-CLIP": "#7a5195", "SAFT": "#1f6feb"}  # by the first word of a name
+SHOWN = (3, 10, 17, 24, 31, 40, 47, 54)  # places of drawings in a set
 
 
-def draw_comparison(results: dict[str, dict], titles: dict[str, str], path: Path) -> None:
-    """Draws the accuracies as groups of bars, one group a test set.
+def draw_story(rows: dict[str, dict[str, Any]], sets: dict[str, Dataset], path: Path) -> None:
+    """Draws an arrow from the zero-shot model, a star, to what every method made of it.
+
+    To the right: accuracy in distribution. Upwards: out of distribution. Beside the axes are drawings of both.
 
     Args:
-        results: by method, with the accuracies by set under `"accuracy"`, fractions.
-        titles: of the sets, by name.
+        rows: by name, with the accuracies of every seed by role under `"accuracy"`, fractions, and half of the 95 %
+            interval of their mean under `"interval"`; the first is the zero-shot model.
+        sets: what `data.load` returns.
         path: where to.
     """
-    figure, axes = pyplot.subplots(figsize=(12, 4.8), layout="constrained")
-    width = 0.84 / len(results)
-    for place, (method, result) in enumerate(results.items()):
-        positions = [group + width * (place - (len(results) - 1) / 2) for group in range(len(titles))]
-        percent = [100 * result["accuracy"][name] for name in titles]
-        bars = axes.bar(positions, percent, width=0.92 * width, color=COLOURS[method], label=method)
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
-    axes.set_xticks(range(len(titles)), titles.values())
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title("Trained on colour drawings: what was gained, and what was kept")
+    figure = Figure(figsize=(9.6, 6.4))
+    axes = figure.add_axes((0.2, 0.2, 0.76, 0.74))
+    points = {name: [100 * mean(row["accuracy"][role]) for role in ("id", "ood")] for name, row in rows.items()}
+    (zero_shot, (x, y)), *others = points.items()
+    view_x = limits([point[0] for point in points.values()], 0.35)
+    view_y = limits([point[1] for point in points.values()], 0.3)
+    axes.set(xlim=view_x, ylim=view_y)
+    axes.fill_between([x, view_x[1]], y, view_y[1], color=GAINED, zorder=0)
+    axes.fill_between([x, view_x[1]], view_y[0], y, color=LOST, zorder=0)
+    leftmost = min(others, key=lambda other: other[1][0])[0]
+    for name, end in others:
+        interval = [100 * rows[name]["interval"][role] for role in ("id", "ood")]
+        draw_arrow(axes, name, (x, y), end, interval, left=name == leftmost)
+    axes.plot(x, y, "*", color=DARK, markersize=26, zorder=5)
+    axes.annotate(zero_shot, (x, y), (-6, -22), textcoords="offset points", ha="center", fontsize=11)
+    axes.set_xticks([tick for tick in axes.get_xticks() if view_x[0] <= tick <= 100])
+    axes.set_xlabel("accuracy in distribution (%)", fontsize=11)
+    axes.set_ylabel("accuracy out of distribution (%)", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=4, loc="upper center")
-    axes.set_ylim(0, 1.3 * max(100 * v for result in results.values() for v in result["accuracy"].values()))
+    draw_strip(figure, [sets["id"]], (0.2, 0.01, 0.76, 0.08), upright=False)
+    draw_strip(figure, [sets["ood_filled"], sets["ood_hand"]], (0.01, 0.2, 0.08, 0.74), upright=True)
     figure.savefig(path, dpi=150)
 
 
-def draw_curves(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Draws in-distribution against out-of-distribution accuracy over α.
+def limits(values: list[float], room: float) -> tuple[float, float]:
+    """The ends of an axis, with `room`, a share of its length, above for labels."""
+    length = max(values) - min(values)
+    return min(values) - 0.15 * length, max(values) + room * length
 
-    Args:
-        curves: by method, the rows of an α-sweep with `alpha`, `id` and `ood`, fractions; the first is the zero-shot
-            model, the last the fine-tuned one.
-        path: where to.
-    """
-    figure, axes = pyplot.subplots(figsize=(7.6, 5.2), layout="constrained")
-    plot_id_ood(curves, axes)
-    axes.set_xlabel("in-distribution accuracy (%): unseen colour drawings")
-    axes.set_ylabel("out-of-distribution accuracy (%): line art and silhouettes")
-    axes.set_title("WiSE-FT: from the zero-shot to the fine-tuned weights")
-    figure.savefig(path, dpi=150)
+
+def draw_arrow(
+    axes: Axes, name: str, start: tuple[float, float], end: list[float], interval: list[float], left: bool
+) -> None:
+    """The way of one method, with the interval of where it ends; WiSE-FT's is broken. Its name may be to the left."""
+    colour = next(colour for word, colour in COLOURS.items() if name.startswith(word))
+    line = "--" if "WiSE-FT" in name else "-"
+    shape = {"arrowstyle": "-|>", "color": colour, "lw": 2.2, "ls": line, "shrinkA": 12, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops={**shape, "mutation_scale": 18})
+    axes.errorbar(*end, interval[1], interval[0], fmt="none", ecolor=colour, alpha=0.35, lw=1.5)
+    place, side = ((-10, 8), "right") if left else ((8, 4), "left")
+    axes.annotate(name, end, place, textcoords="offset points", color=colour, fontsize=11, weight="bold", ha=side)
+
+
+def draw_strip(figure: Figure, sets: list[Dataset], place: tuple[float, ...], upright: bool) -> None:
+    """Drawings of sets, by turns, beside an axis."""
+    images = [sets[number % len(sets)][row * 5]["image"] for number, row in enumerate(SHOWN)]
+    side = images[0].width
+    strip = Image.new("RGB", (side, side * len(images)) if upright else (side * len(images), side), "white")
+    for number, image in enumerate(images):
+        strip.paste(image, (0, number * side) if upright else (number * side, 0))
+    axes = figure.add_axes(place)
+    axes.imshow(strip)
+    axes.axis("off")

@@ -55,6 +55,7 @@ def alpha_sweep(
     metric: str,
     zero_shot: Mapping[str, Tensor] | None = None,
     greater_is_better: bool = True,
+    tolerance: float = 0.0,
 ) -> AlphaSweep:
     """Evaluates a fine-tuned model at every α, and leaves it at the one that is best on validation data.
 
@@ -71,13 +72,16 @@ def alpha_sweep(
         metric: the metric to choose by, with `validation` in its name.
         zero_shot: as in `wise_ft`.
         greater_is_better: False where the metric is a loss.
+        tolerance: how much of the metric may be given up. Of the α within it of the best the smallest is taken, which
+            keeps most of what the model knew; with the standard error of the metric that is the rule of one standard
+            error (Breiman et al. 1984).
 
     Returns:
         The metrics at every α, and the chosen α.
 
     Raises:
-        ConfigError: no α, an α twice or out of range; the metric is none of validation data, or is not among the
-            results; or what `wise_ft` raises.
+        ConfigError: no α, an α twice or out of range; `tolerance` is negative; the metric is none of validation data,
+            or is not among the results; or what `wise_ft` raises.
         NonFiniteError: the metric is NaN or infinite.
 
     Example:
@@ -86,6 +90,8 @@ def alpha_sweep(
         0.5
     """
     alphas = _check_alphas(alphas)
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError("tolerance is out of range", got=tolerance, allowed="numbers from 0")
     if "validation" not in metric:
         what = "alpha is chosen on validation data, never on a test set"
         raise ConfigError(what, where="metric", got=metric, allowed="a name with 'validation' in it")
@@ -103,6 +109,9 @@ def alpha_sweep(
     sign = 1 if greater_is_better else -1
     loss = _loss_beside(metric, rows[0])
     best = max(rows, key=lambda row: (sign * row[metric], -_loss(row, loss), -row["alpha"]))
+    if tolerance:
+        near = [row for row in rows if sign * (best[metric] - row[metric]) <= tolerance]
+        best = min(near, key=lambda row: row["alpha"])
     wise_ft(model, best["alpha"], zero_shot)
     return AlphaSweep(rows, metric, best["alpha"])
 

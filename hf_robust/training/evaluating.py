@@ -117,6 +117,7 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
         alphas: Sequence[float] = TENTHS,
         metric: str = "accuracy",
         greater_is_better: bool = True,
+        tolerance: float = 0.0,
     ) -> AlphaSweep:
         """Evaluates the trained model at θ₀ + α Δ, and leaves it at the α that is best on validation data.
 
@@ -126,6 +127,7 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
             alphas: the α to evaluate, fractions in [0, 1].
             metric: what to choose by, `"accuracy"` or what `compute_metrics` returns.
             greater_is_better: False where that is a loss.
+            tolerance: as in `alpha_sweep`: 0.02 takes the smallest α within 2 points of the best accuracy.
 
         Returns:
             For every α the metrics `<set>_accuracy`, `<set>_loss`, …, and the chosen α. `wise_ft(trainer.model, alpha,
@@ -150,7 +152,7 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
 
         bars_of_sets = self.pop_callback(ProgressCallback)
         try:
-            how = f"validation_{metric}", self.zero_shot, greater_is_better
+            how = f"validation_{metric}", self.zero_shot, greater_is_better, tolerance
             self.sweep = alpha_sweep(self.model, alphas, evaluate, *how)
             return self.sweep
         finally:

@@ -111,7 +111,7 @@ def test_suggestion_goes_by_the_sign_and_says_so(script, monkeypatch, silhouette
 def test_without_flags_it_is_the_demo(script, monkeypatch, folder):
     monkeypatch.setattr(script, "DEMO_DATA", str(folder / "train.parquet"))
     args = script.ScriptArguments()
-    assert args.templates == "a drawing of a {}." and args.data == str(folder / "train.parquet")
+    assert args.templates == "an icon of a {}." and args.data == str(folder / "train.parquet")
     assert (Path(args.model_name_or_path) / "config.json").exists()
     assert script.ScriptArguments(templates="drawings").templates == "drawings"
     monkeypatch.setattr(script, "DEMO_DATA", str(folder / "none.parquet"))

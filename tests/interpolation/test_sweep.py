@@ -96,6 +96,21 @@ def test_the_loss_has_no_say_without_a_tie(model):
     assert alpha_sweep(model, [0, 0.5, 1], evaluate, METRIC).best_alpha == 1
 
 
+@pytest.mark.parametrize(("tolerance", "best"), [(0.0, 0.75), (0.04, 0.75), (0.06, 0.5), (0.21, 0.25), (1.0, 0.0)])
+def test_within_the_tolerance_the_smallest_is_picked(model, tolerance, best):
+    values = {0: 0.1, 0.25: 0.6, 0.5: 0.75, 0.75: 0.8, 1: 0.79}
+    assert alpha_sweep(model, list(values), metrics(values), METRIC, tolerance=tolerance).best_alpha == best
+    losses = {alpha: -value for alpha, value in values.items()}
+    found = alpha_sweep(model, list(values), metrics(losses), METRIC, greater_is_better=False, tolerance=tolerance)
+    assert found.best_alpha == best
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan"), float("inf")])
+def test_a_tolerance_that_is_none_is_refused(model, tolerance):
+    with pytest.raises(ConfigError, match="tolerance.*numbers from 0"):
+        alpha_sweep(model, [0, 1], never, METRIC, tolerance=tolerance)
+
+
 def test_the_table():
     rows = [{"alpha": alpha, METRIC: alpha / 2, "loss": 12.5} for alpha in (0.0, 0.25, 1.0)]
     assert str(AlphaSweep(rows, METRIC, 0.25)).splitlines() == [

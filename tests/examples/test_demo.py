@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo shows: the table, the picture, and a command to copy."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from hf_robust import RobustTrainingArguments
+from hf_robust.scripting.arguments import parse_arguments
+from tests.examples.scripts import load_script
+from tests.programs import ROOT
+
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+import data  # noqa: E402
+import demo  # noqa: E402
+
+
+def row(id, ood, rank, trained=100, **more):
+    accuracy = {"id": id, "ood": ood, "new": [0.4], "other": [0.5]}
+    return {"accuracy": accuracy, "interval": dict.fromkeys(accuracy, 0.02), "rank": rank} | {
+        "trained_parameters": trained,
+        "seconds": 12.4,
+        **more,
+    }
+
+
+ROWS = {
+    "zero-shot": {**row([0.3], [0.5], 3.0), "trained_parameters": 0, "seconds": 0},
+    "full": row([0.8, 0.9], [0.4, 0.3], 2.0, trained=1000),
+    "saft-per-tensor-0.01+wise-ft": row([0.7, 0.8], [0.6, 0.7], 1.0, trained=10),
+}
+
+
+def test_the_table_shows_means_intervals_and_costs_and_marks_the_best(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    demo.show(ROWS)
+    lines = capsys.readouterr().out.splitlines()
+    (best,) = [line for line in lines if "★" in line and "SAFT + WiSE-FT" in line]
+    assert best.split()[4:] == ["75.0", "±2.0", "65.0", "±2.0", "40.0", "±2.0", "50.0", "±2.0", "1.0%", "12"]
+    (full,) = [line for line in lines if "full fine-tuning" in line]
+    assert "85.0 ±2.0" in full and "100.0%" in full and "★" not in full and "…" not in full
+
+
+def test_every_row_of_the_comparison_has_a_name():
+    for method in demo.RATES:
+        assert method in demo.compare.ALL_METHODS and method in demo.NAMES and f"{method}+wise-ft" in demo.NAMES
+
+
+def test_the_picture_is_drawn(tmp_path):
+    images = [Image.new("RGB", (64, 64), (3 * place, 0, 0)) for place in range(80)]
+    sets = dict.fromkeys(("id", "ood_filled", "ood_hand"), Dataset.from_dict({"image": images}))
+    demo.draw_story({demo.NAMES[name]: one for name, one in ROWS.items()}, sets, tmp_path / "story.png")
+    assert Image.open(tmp_path / "story.png").size == (1440, 960)
+
+
+def test_the_command_to_copy_is_one(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = demo.OWN_PHOTOGRAPHS.format(python="python").replace("\\\n", " ").strip().splitlines()[-1]
+    program, script, *flags = shlex.split(lines)
+    train = load_script("train", monkeypatch)
+    args, training_args = parse_arguments((train.ScriptArguments, RobustTrainingArguments), train.DEFAULTS, flags)
+    assert (program, script) == ("python", "examples/train.py") and Path(script).exists()
+    assert args.wise_ft and args.method == "saft" and args.density == 0.01 and args.eval_data == {"id": "photos:test"}
+    assert training_args.learning_rate == 1e-3
+
+
+def test_the_settings_are_those_of_the_comparison(monkeypatch, tmp_path):
+    ran = []
+
+    class Runs(demo.compare.Runs):
+        def get(self, name, run, *arguments):
+            ran.append((name, run.__name__, arguments[-2:-1] if "seed" in name else ()))
+            return {}
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    monkeypatch.setattr(demo.compare, "Runs", Runs)
+    monkeypatch.setattr(demo.compare, "load_task", lambda *arguments: arguments)
+    monkeypatch.setattr(demo.compare, "collect", lambda found: found)
+    demo.compare_all()
+    expected = [(f"{name}_seed_{seed}", "train_and_evaluate", (seed,)) for seed in demo.SEEDS for name in demo.RATES]
+    assert ran == [("zero-shot", "zero_shot", ()), *expected]
+
+
+@pytest.mark.parametrize("role", list(demo.TITLES))
+def test_the_suite_has_the_columns_of_the_table(role, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    suite = demo.compare.RobustnessSuite.from_yaml("examples/configs/compare_suite.yaml")
+    sources = {Path(one.source).stem for one in suite.sets if one.role == role}
+    assert sources and sources <= set(data.CLASSES)
