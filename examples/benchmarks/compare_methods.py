@@ -51,6 +51,7 @@ from hf_robust import (
 )
 from hf_robust.cards.results import TITLES, Column, results_from_accuracies
 from hf_robust.data.rows import LabelledImages
+from hf_robust.data.sources import load_source
 from hf_robust.data.text_files import read_json
 from hf_robust.encoders.templates import check_templates
 from hf_robust.errors import ConfigError, NonFiniteError
@@ -63,6 +64,7 @@ from hf_robust.evaluation import (
     plot_id_ood,
     standard_error,
 )
+from hf_robust.evaluation.answers import load_labels
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
 from hf_robust.scripting.loading import load_images, load_model, load_processor, loading_data
@@ -247,7 +249,9 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
 def with_context(model: Any, task: Task, templates: Any) -> tuple[Any, str]:
     """The model with a learned context that starts as the words before the class name, and the template for it."""
     words = check_templates(templates)[0].partition("{}")[0].strip()
-    names = [*(task.validation.class_names or []), *(task.args.new_class_names or [])]
+    sets = [load_labels(one, load_source(one.source, one.name)) for one in task.suite.sets]
+    names = [*task.args.new_class_names, *(task.validation.class_names or [])]
+    names += [name for one in sets for name in one.class_names]  # which the words for the context must not be among
     tokens = len(task.processor.tokenizer(words, add_special_tokens=False).input_ids)
     return context_prompt(model, task.processor, tokens, words, names)
 

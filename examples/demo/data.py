@@ -116,8 +116,8 @@ def _installed(package: str) -> Path:
 
 def _rasterised(svg: str, size: int) -> PILImage.Image:
     """The drawing, whose longer side has `size` pixels, on white."""
-    head, rest = svg.split(">", 1) if svg.startswith("<svg") else ("", svg)
-    svg = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest if head else svg
+    head, rest = svg.split(">", 1)
+    svg = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     return PILImage.open(io.BytesIO(png)).convert("RGB")
 

@@ -183,17 +183,16 @@ def train(model: CLIPModel, processor: CLIPProcessor, pictures: list[dict], args
         if step % 50 == 0:
             print(f"step {step} of {args.steps}, loss {loss:.3f}, {time.time() - started:.0f} s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            save(model, processor, args.output)
+            save(model, args.output)
 
 
-def save(model: CLIPModel, processor: CLIPProcessor, folder: str) -> None:
-    """Save the weights in float16, which halves the file, and the processor."""
+def save(model: CLIPModel, folder: str) -> None:
+    """Save the weights in float16, which halves the file."""
     half = CLIPModel(model.config).to(torch.float16)
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder)
     half.config.dtype = torch.float32  # what a plain `from_pretrained` loads: fine-tuning in float16 would not work
     half.config.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 @dataclass
@@ -220,6 +219,7 @@ def main(args: ScriptArguments) -> None:
         processor = make_processor([caption(picture, rng)[0] for picture in pictures])
     else:
         processor = CLIPProcessor.from_pretrained(data.MODEL)
+    processor.save_pretrained(args.output)  # now, as every call of a tokenizer leaves its settings in it
     model = make_model(processor.tokenizer)
     print(f"{len(pictures)} pictures, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(model, processor, pictures, args)

@@ -18,11 +18,11 @@ from tests.examples.scripts import image_sizes_seen, launch_on_two, load_script,
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
-NAMES = ["red", "green", "blue"]
+NAMES = ["red", "green", "blue", "yellow"]
 SCRIPT = "benchmarks/compare_methods"
 MAIN = ["linear-probe", "full", "full+similarity", "lora", "lora+similarity", "aclip", "saft", "saft+similarity"]
 MAIN += ["context+ogen"]
-OGEN = ["--new_class_names", "cyan", "pink"]
+OGEN = ["--new_class_names", "cyan", "pink", "grey", "black"]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,10 @@ def test_every_method_is_searched_trained_and_evaluated_with_every_seed(script, 
             assert [row["alpha"] for row in run["sweep"]] == [0.5, 1.0]
             assert run["fine_tuned"]["sets"].keys() == {"colours", "pale", "noisy", "pets"}
             half, whole = (row["validation_accuracy"] for row in run["sweep"])
-            near = half >= max(half, whole) - sqrt(whole * (1 - whole) / 12)
-            assert run["alpha"] == (0.5 if near else 1.0)
+            error = sqrt(whole * (1 - whole) / 12)
+            best = max(run["sweep"], key=lambda row: (row["validation_accuracy"], -row["validation_loss"]))
+            near = 0.5 if half >= max(half, whole) - error else 1.0
+            assert run["alpha"] == (near if error else best["alpha"])
             assert (run["wise_ft"] == run["fine_tuned"]) == (run["alpha"] == 1)
     shown = cells((tmp_path / "table.md").read_text())
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
@@ -123,7 +125,7 @@ def test_a_probe_learns_a_head_and_forgets_nothing(script, tmp_path):
     probe, zero_shot = runs["linear-probe_seed_1"]["fine_tuned"], runs["zero-shot"]
     assert probe["means"]["id"] > zero_shot["means"]["id"]
     assert probe["sets"]["pets"] == zero_shot["sets"]["pets"]
-    assert runs["linear-probe_seed_1"]["trained_parameters"] == 3 * 24 + 3
+    assert runs["linear-probe_seed_1"]["trained_parameters"] == 4 * 24 + 4
 
 
 def test_all_images_have_the_size_that_is_asked_for(script, tmp_path, monkeypatch):
@@ -137,7 +139,8 @@ def test_all_methods_run_and_differ(script, tmp_path):
     flags = ["--methods", *MAIN, "--learning_rates", "1e-2", "--seeds", "1", "--alphas", "1", *OGEN]
     runs = script.run(tmp_path, *flags, "--similarity_weight", "30", "--templates", "a photo of a {}.")
     losses = {method: runs[f"{method}_rate_0.01"]["loss"] for method in MAIN}
-    assert len(set(losses.values())) == len(MAIN)
+    losses.pop("saft+similarity")  # where all entries lie in the text tower, the images stay as similar as they were
+    assert len(set(losses.values())) == len(losses)
     assert "sweep" not in runs["context+ogen_seed_1"] and "context+ogen+wise-ft" not in (
         cells((tmp_path / "table.md").read_text())
     )

@@ -54,10 +54,11 @@ def test_every_row_of_the_comparison_has_a_name():
 
 
 def test_the_picture_is_drawn(tmp_path):
-    images = [Image.new("RGB", (64, 64), (3 * place, 0, 0)) for place in range(80)]
+    images = [Image.new("RGB", (64, 64), (place % 255, 0, 0)) for place in range(300)]
     sets = dict.fromkeys(("id", "ood_filled", "ood_hand"), Dataset.from_dict({"image": images}))
     demo.draw_story({demo.NAMES[name]: one for name, one in ROWS.items()}, sets, tmp_path / "story.png")
-    assert Image.open(tmp_path / "story.png").size == (1440, 960)
+    with Image.open(tmp_path / "story.png") as picture:
+        assert picture.size == (1440, 960)
 
 
 def test_the_command_to_copy_is_one(monkeypatch):
