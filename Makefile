@@ -19,7 +19,7 @@ PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --ed
 demo: .venv/demo  ## fine-tune a small CLIP several ways and compare what they gain and keep: three minutes
 	$(BIN)/python examples/demo/demo.py
 
-compare: .venv/demo  ## compare all methods on the demo's drawings, over three seeds (an hour); goes on where it stopped
+compare: .venv/demo  ## compare all methods on the demo's drawings, over three seeds: 15 minutes; goes on where it stopped
 	$(BIN)/python examples/demo/data.py
 	$(BIN)/python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml
 
