@@ -413,18 +413,28 @@ def collect(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def accuracies(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """By role the mean accuracies, one per evaluation, and half of the 95 % interval of their mean."""
-    by_role = {role: [one["means"][role] for one in evaluations] for role in evaluations[0]["means"]}
-    return {"accuracy": by_role, "interval": {role: half_interval(evaluations, role) for role in by_role}}
+    """By role and by set: accuracies, one per evaluation, and half of the 95 % interval of their mean."""
+    sets = evaluations[0]["sets"]
+    roles = {role: [n for n, one in sets.items() if one["role"] == role] for role in evaluations[0]["means"]}
+    return {
+        "accuracy": {role: mean_accuracies(evaluations, names) for role, names in roles.items()},
+        "interval": {role: half_interval(evaluations, names) for role, names in roles.items()},
+        "set_accuracy": {name: mean_accuracies(evaluations, [name]) for name in sets},
+        "set_interval": {name: half_interval(evaluations, [name]) for name in sets},
+    }
 
 
-def half_interval(evaluations: list[dict[str, Any]], role: str) -> float:
-    """Half of the 95 % interval of a mean accuracy over seeds, a fraction: from other images, and from other seeds.
+def mean_accuracies(evaluations: list[dict[str, Any]], names: list[str]) -> list[float]:
+    """The mean accuracy over the sets of these names, one per evaluation."""
+    return [mean(one["sets"][name]["accuracy"] for name in names) for one in evaluations]
+
+
+def half_interval(evaluations: list[dict[str, Any]], names: list[str]) -> float:
+    """Half of the 95 % interval of a mean accuracy over sets and seeds, a fraction: from other images, other seeds.
 
     All seeds see the same images, so more seeds do not make the first part smaller.
     """
-    means = [one["means"][role] for one in evaluations]
-    sets = [one for one in evaluations[0]["sets"].values() if one["role"] == role]
+    means, sets = mean_accuracies(evaluations, names), [evaluations[0]["sets"][name] for name in names]
     of_images = sum(standard_error(one["accuracy"], one["images"]) ** 2 for one in sets) / len(sets) ** 2
     of_seeds = variance(means) / len(means) if len(means) > 1 else 0.0
     return 1.96 * math.sqrt(of_images + of_seeds)

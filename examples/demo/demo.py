@@ -47,21 +47,24 @@ NAMES = {
     "saft-per-tensor-0.01": "SAFT",
     "saft-per-tensor-0.01+wise-ft": "SAFT + WiSE-FT",
 }
-TITLES = {"id": "ID", "ood": "OOD", "new": "new things", "other": "other task"}
+TITLES = {"tiles": "ID", "tiles by other hands": "artist", "filled icons": "style"}
+TITLES |= {"new things": "new", "colour emoji": "other"}
 DRAWN = ("zero-shot", "full", "full+wise-ft", "aclip+wise-ft", "saft-per-tensor-0.01+wise-ft")
 LEGEND = """Accuracy in %, mean over two seeds ± half of its 95 % interval; share of the
 parameters that are trained; seconds of a training.
-ID          unseen icons on coloured tiles, by the two hands of the training set
-OOD         icons on tiles by other hands, and filled icons in black on white
-new things  icons of 38 things that were not trained, in black on white
-other task  colour emoji
-★           the best place on average over the four columns"""
+ID      unseen icons on coloured tiles, by the two hands of the training set
+artist  icons on tiles by other hands
+style   filled icons in black on white
+new     icons of 38 things that were not trained, in black on white
+other   another task: colour emoji
+★       the best place on average over ID, OOD (artist and style), new and other"""
 OWN_PHOTOGRAPHS = """
-To do it with your own photographs, in photos/{{train,validation,test}}/<class>/*.jpg:
+To do it with your own photographs in photos/{{train,validation,test}}/<class>/*.jpg, and
+some of what else you will meet in other_photos/<class>/*.jpg, by the row that forgets least:
 
-{python} examples/train.py --config examples/configs/own_images.yaml \\
-    --train_data photos:train --validation_data photos:validation --eval_data '{{"id": "photos:test"}}' \\
-    --method saft --density 0.01 --learning_rate 1e-3 --wise_ft true
+{python} examples/train.py --config examples/configs/own_images.yaml --train_data photos:train \\
+    --validation_data photos:validation --eval_data '{{"id": "photos:test", "ood": "other_photos"}}' --wise_ft true \\
+    --method saft --density 0.01 --scope per_tensor --exclude_input_embeddings false --learning_rate 1e-3
 """
 
 
@@ -87,7 +90,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     for heading in ("", *TITLES.values(), "trained", "s"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, row in rows.items():
-        found = [f"{percent(mean(row['accuracy'][role]))} ±{percent(row['interval'][role])}" for role in TITLES]
+        found = [f"{percent(mean(row['set_accuracy'][n]))} ±{100 * row['set_interval'][n]:.0f}" for n in TITLES]
         share, seconds = row.get("trained_parameters", 0) / parameters, row.get("seconds", 0)
         cells = f"{'★' if name == best else ' '} {NAMES[name]}", *found, f"{share:.1%}", f"{seconds:.0f}"
         table.add_row(*cells, style="bold green" if name == best else "")

@@ -112,7 +112,8 @@ def test_every_method_is_searched_trained_and_evaluated_with_every_seed(script, 
         assert shown["zero-shot"][column].startswith(f"{100 * zero_shot[role]:.1f} ± ")
         for row, part in (("full", "fine_tuned"), ("full+wise-ft", "wise_ft")):
             ended = [runs[f"full_seed_{seed}"][part] for seed in (1, 2)]
-            interval = 100 * script.half_interval(ended, role)
+            names = [name for name, one in ended[0]["sets"].items() if one["role"] == role]
+            interval = 100 * script.half_interval(ended, names)
             assert shown[row][column] == f"{mean(100 * run['means'][role] for run in ended):.1f} ± {interval:.1f}"
     assert shown["full"][3] == "1"
     seconds = mean(runs[f"full_seed_{seed}"]["training_seconds"] for seed in (1, 2))
@@ -243,13 +244,13 @@ def test_ranks_are_mean_places_by_hand(script):
 
 
 def test_the_interval_is_about_images_and_seeds_by_hand(script):
-    sets = [{"role": "ood", "accuracy": 0.5, "images": 100}, {"role": "ood", "accuracy": 0.8, "images": 400}]
-    sets += [{"role": "id", "accuracy": 0.9, "images": 1}]
-    one = {"means": {"ood": 0.6}, "sets": dict(enumerate(sets))}
+    sets = {"a": {"accuracy": 0.5, "images": 100}, "b": {"accuracy": 0.8, "images": 400}}
+    one = {"sets": {**sets, "other": {"accuracy": 0.9, "images": 1}}}
+    more = {"sets": {"a": {"accuracy": 0.6}, "b": {"accuracy": 0.9}}}
     of_images = sqrt(0.05**2 + 0.02**2) / 2  # the mean of two independent accuracies
-    assert script.half_interval([one], "ood") == pytest.approx(1.96 * of_images)
-    of_seeds = stdev([0.6, 0.7]) / sqrt(2)
-    both = script.half_interval([one, {**one, "means": {"ood": 0.7}}], "ood")
+    assert script.half_interval([one], ["a", "b"]) == pytest.approx(1.96 * of_images)
+    of_seeds = stdev([0.65, 0.75]) / sqrt(2)
+    both = script.half_interval([one, more], ["a", "b"])
     assert both == pytest.approx(1.96 * sqrt(of_images**2 + of_seeds**2))
 
 
