@@ -33,7 +33,6 @@ from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTC
 from hf_robust.data.rows import LabelledImages
 from hf_robust.data.text_files import parse_json
 from hf_robust.errors import ConfigError, close_matches
-from hf_robust.evaluation import standard_error
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.loading import (
@@ -78,7 +77,7 @@ class ScriptArguments:
     towers: str = field(default="both", metadata={"help": "saft, aclip: both, vision or text."})
     exclude_input_embeddings: bool = field(default=True, metadata={"help": "saft: none in patch, token embeddings."})
     lora_rank: int = field(default=8, metadata={"help": "lora: rank."})
-    wise_ft: bool = field(default=False, metadata={"help": "Go back, as far as validation_data allows."})
+    wise_ft: bool = field(default=False, metadata={"help": "Go back to the alpha that is best on validation_data."})
 
     def __post_init__(self) -> None:
         if isinstance(self.eval_data, str):
@@ -202,9 +201,7 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
     columns = {"zero-shot": zero_shot, "fine-tuned": accuracies(trainer.evaluate(sets), sets)}
     alpha = found = None
     if wise_ft:
-        images = sets["validation"]
-        tolerance = standard_error(columns["fine-tuned"]["validation"], len(images))
-        sweep = trainer.wise_ft_sweep(images, tolerance=tolerance)
+        sweep = trainer.wise_ft_sweep(sets["validation"])
         alpha = sweep.best_alpha
         columns["chosen alpha"] = accuracies(trainer.evaluate(sets), sets)
         found = {"alpha": alpha, "accuracy": columns["chosen alpha"], "sweep": sweep.rows}

@@ -68,7 +68,7 @@ def draw_arrow(
     shape = {"arrowstyle": "-|>", "color": colour, "lw": 2.2, "ls": line, "shrinkA": 12, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops={**shape, "mutation_scale": 18})
     axes.errorbar(*end, interval[1], interval[0], fmt="none", ecolor=colour, alpha=0.35, lw=1.5)
-    place, side = ((-10, -34), "right") if left else ((8, 4), "left")
+    place, side = ((14, -34), "right") if left else ((8, 4), "left")
     axes.annotate(name, end, place, textcoords="offset points", color=colour, fontsize=11, weight="bold", ha=side)
 
 
