@@ -47,8 +47,13 @@ NAMES = {
     "saft-per-tensor-0.01": "SAFT",
     "saft-per-tensor-0.01+wise-ft": "SAFT + WiSE-FT",
 }
-TITLES = {"tiles": "ID", "tiles by other hands": "artist", "filled icons": "style"}
-TITLES |= {"new things": "new", "colour emoji": "other"}
+TITLES = {  # of the columns, by the name of the set
+    "tiles": "ID",
+    "tiles by other hands": "artist",
+    "filled icons": "style",
+    "new things": "new",
+    "colour emoji": "other",
+}
 DRAWN = ("zero-shot", "full", "full+wise-ft", "aclip+wise-ft", "saft-per-tensor-0.01+wise-ft")
 LEGEND = """Accuracy in %, mean over two seeds ± half of its 95 % interval; share of the
 parameters that are trained; seconds of a training.

@@ -15,7 +15,7 @@ from PIL import Image
 GAINED, LOST, DARK = "#e6f4ea", "#fce8e6", "#333333"
 COLOURS = {"full": "#c5221f", "A-CLIP": "#7a5195", "SAFT": "#1f6feb"}  # by the first word of a name
 AXES = ("tiles", "filled icons")  # the sets to the right, and upwards
-SHOWN = (4, 10, 17, 24, 31, 40, 47, 54)  # places of drawings in a set
+SHOWN = (20, 50, 85, 120, 155, 200, 235, 270)  # places of drawings in a set
 
 
 def draw_story(rows: dict[str, dict[str, Any]], sets: dict[str, Dataset], path: Path) -> None:
@@ -48,8 +48,8 @@ def draw_story(rows: dict[str, dict[str, Any]], sets: dict[str, Dataset], path: 
     axes.set_xlabel("gained: accuracy on icons on tiles, what was trained (%)", fontsize=11)
     axes.set_ylabel("kept: accuracy on filled icons, another style (%)", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    draw_strip(figure, [sets["id"]], (0.2, 0.01, 0.76, 0.08), upright=False)
-    draw_strip(figure, [sets["ood_filled"]], (0.01, 0.2, 0.08, 0.74), upright=True)
+    draw_strip(figure, sets["id"], (0.2, 0.01, 0.76, 0.08), upright=False)
+    draw_strip(figure, sets["ood_filled"], (0.01, 0.2, 0.08, 0.74), upright=True)
     figure.savefig(path, dpi=150)
 
 
@@ -72,9 +72,9 @@ def draw_arrow(
     axes.annotate(name, end, place, textcoords="offset points", color=colour, fontsize=11, weight="bold", ha=side)
 
 
-def draw_strip(figure: Figure, sets: list[Dataset], place: tuple[float, ...], upright: bool) -> None:
-    """Drawings of sets, by turns, beside an axis."""
-    images = [sets[number % len(sets)][row * 5]["image"] for number, row in enumerate(SHOWN)]
+def draw_strip(figure: Figure, drawings: Dataset, place: tuple[float, ...], upright: bool) -> None:
+    """Drawings of a set beside an axis."""
+    images = [drawings[row]["image"] for row in SHOWN]
     side = images[0].width
     strip = Image.new("RGB", (side, side * len(images)) if upright else (side * len(images), side), "white")
     for number, image in enumerate(images):
