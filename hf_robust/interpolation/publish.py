@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..data.publish import TEMPORARY, seal, sync
 from ..errors import MergeError
 
-TEMPORARY = ".hf_robust-tmp-"
 CURRENT_FOLDER, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -72,11 +72,7 @@ def publish_folder(out_dir: Path, overwrite: bool, needed: int = 0) -> Iterator[
     try:
         temporary.mkdir()  # not tempfile: its folders are for their owner alone
         yield temporary
-        mode = temporary.stat().st_mode & 0o666
-        for path in (path for path in temporary.rglob("*") if path.is_file()):
-            path.chmod(mode)  # the safetensors library writes for the owner alone
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+        seal(temporary)
         if overwrite and out_dir.exists() and any(out_dir.iterdir()):
             _exchange(temporary, out_dir)
         else:
@@ -86,21 +82,13 @@ def publish_folder(out_dir: Path, overwrite: bool, needed: int = 0) -> Iterator[
         if isinstance(error, OSError):
             raise MergeError(f"files cannot be read or written ({error})", where=str(out_dir)) from error
         raise
-    _sync(out_dir.parent)
+    sync(out_dir.parent)
     if temporary.exists():  # it holds what was there before
         shutil.rmtree(temporary)
 
 
 def _lies_in(folder: Path, other: Path) -> bool:
     return any(one.exists() and other.exists() and one.samefile(other) for one in [folder, *folder.parents])
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> None:
