@@ -83,6 +83,14 @@ class AdapterFileError(HfRobustError, ValueError):
     """A saved adapter does not fit the model, or its content is invalid."""
 
 
+class CheckpointError(HfRobustError, RuntimeError):
+    """A checkpoint cannot be written, is damaged or incomplete, or is of another run; whole ones stay as they are."""
+
+
+class RankMismatchError(HfRobustError, RuntimeError):
+    """The processes of a training differ in what has to be the same, or one of them has stopped."""
+
+
 class MergeError(HfRobustError, ValueError):
     """Two models, checkpoints or an adapter and its base cannot be merged; nothing has been changed or written."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that is there whole or not at all: written under another name, and renamed when all of it is on the disk."""
+"""A folder that is there whole or not at all: written under another name, renamed when all of it is on the disk."""
 
 from __future__ import annotations
 

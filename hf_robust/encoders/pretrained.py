@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .class_embeds import evaluating
 from .dual_encoder import base_model, tower_modules
 
 ADAPTERS = BaseTunerLayer | AuxiliaryTrainingWrapper
+WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")  # what PEFT puts into the names of the base's tensors
 
 
 @contextmanager
@@ -44,6 +47,27 @@ def pretrained_weights(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
+
+
+def pretrained_tensors(model: nn.Module, towers: Literal["vision", "both"] = "both") -> Iterator[tuple[str, Tensor]]:
+    """Yields θ₀'s tensors by the names they have without adapters.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT; without adapters it is θ₀ itself.
+        towers: of all of it, or of the vision tower.
+
+    Example:
+        >>> next(pretrained_tensors(clip))[0]
+        'logit_scale'
+    """
+    base = base_model(model)
+    prefix = model.base_model.prefix if isinstance(model, PeftModel) else None
+    parts = [""] if towers == "both" else tower_modules(base, towers)
+    with pretrained_weights(model):
+        for part in parts:
+            for name, tensor in base.get_submodule(part).state_dict(prefix=f"{part}." if part else "").items():
+                if prefix is None or (prefix not in name and ".modules_to_save." not in name):
+                    yield WRAPPERS.sub("", name), tensor
 
 
 def check_vision_is_pretrained(model: nn.Module, what: str) -> None:

@@ -65,7 +65,7 @@ class OGENTraining:
         terms = {"cross_entropy": output.loss, **(output.terms or {})}
         return {name: self.weights[name] * term for name, term in terms.items() if term is not None}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Writes generator, kept epochs and the state of the noise, for an exact resume.
 
         Args:
@@ -76,7 +76,7 @@ class OGENTraining:
         tensors["noise"] = self.classifier.noise.get_state()
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
-            folder / FILE,
+            Path(folder, FILE),
             metadata={"epochs_kept": str(self.epochs_kept)},
         )
 

@@ -68,10 +68,21 @@ class RobustTrainingArguments(TrainingArguments):
             cosine distance of the first step is below 1e-6, without cache (and dropout) it is exactly 0. `"l2"` and
             `"l1"` pull with full strength however small a difference is, so in the first step they follow rounding.
 
+    > Parameters that control resuming
+
+    Args:
+        allow_changed: names of what may differ between a run and the checkpoint that it resumes from, as
+            `["num_train_epochs"]`; the error that refuses it tells the names. The result is then not that of the
+            uninterrupted run.
+
+    `ddp_timeout` is how many seconds ranks wait for one that has stopped, before an error names it. Where the first
+    rank works alone for longer, embedding a large training set for a cache, it must be raised.
+
     > [!NOTE]
     > These defaults differ from `TrainingArguments`: `remove_unused_columns=False` (it would drop the images),
     > `ddp_broadcast_buffers=False` (no buffer changes in training), `report_to="none"`, `logging_nan_inf_filter=False`
-    > (`RobustTrainer` stops at a loss that is not finite). On a machine without accelerator `use_cpu=True` (else
+    > (`RobustTrainer` stops at a loss that is not finite), `restore_callback_states_from_checkpoint=True` (early
+    > stopping goes on counting), `ddp_timeout=600`. On a machine without accelerator `use_cpu=True` (else
     > processes that were started together would each train alone) and `dataloader_pin_memory=False`.
     > Options that are not served are refused, see `hf_robust.training.unsupported`.
 
@@ -114,6 +125,13 @@ class RobustTrainingArguments(TrainingArguments):
     )
     cache_reference_embeddings: bool = field(
         default=False, metadata={"help": "Embed the training set with the pre-trained model once, and keep that."}
+    )
+    allow_changed: list[str] = field(
+        default_factory=list, metadata={"help": "Names of what may differ from the run that is resumed."}
+    )
+    ddp_timeout: int = field(default=600, metadata={"help": "Seconds that ranks wait for one that has stopped."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Callbacks, as early stopping, go on where they were."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: it would drop the images."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send buffers to all ranks."})

@@ -9,21 +9,23 @@ of its own, `classifier.safetensors`.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.class_spaces import ClassSpace
 from ..data.text_files import read_json
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, CheckpointError
 from ..ogen import OGENClassifier
 from ..tasks.class_names import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, ZeroShotClassifier
 from ..tuners.matching import check_adapter_name
+from .manifest import check_files, checkpoints_in, newest_whole, read_manifest
+
+logger = logging.getLogger(__name__)
 
 ENCODER, HEAD = "model.", "class_head."  # prefixes in the classifier's state dict
 
@@ -161,24 +163,25 @@ def checkpoint_to_resume(given: str | bool, output_dir: Path) -> str:
     """Returns the folder of a checkpoint that a training can go on from.
 
     Args:
-        given: the folder, or True for the last one in `output_dir`; there, one that was not written to its end, as of
-            a run that was killed, is passed over.
+        given: the folder, or True for the one in `output_dir` that was saved last and is whole to the last bit; those
+            that are passed over are logged, with the reason.
         output_dir: of the training.
 
     Raises:
-        AdapterFileError: there is none, or it lacks the state of the training.
+        CheckpointError: there is none, or it is damaged or lacks the state of the training.
+
+    Example:
+        >>> checkpoint_to_resume(True, Path("runs/saft"))
+        'runs/saft/checkpoint-300'
     """
-    found = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step) if given is True else [Path(str(given))]
-    complete = [folder for folder in found if (folder / TRAINER_STATE_NAME).is_file()]  # written last
-    if not complete:
-        what, got = "no complete checkpoint to resume from", [folder.name for folder in found]
-        where = str(output_dir if given is True else given)
-        raise AdapterFileError(what, where=where, got=got, remedy="Train without resume_from_checkpoint.")
-    if not any(complete[-1].glob("optimizer*")):
-        remedy = "It was saved with save_only_model=True: load the model from it, and start a new training."
-        raise AdapterFileError("checkpoint has no optimizer state", where=str(complete[-1]), remedy=remedy)
-    return str(complete[-1])
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
+    if given is not True:
+        folder = Path(str(given))
+        check_files(folder, read_manifest(folder))
+        return str(folder)
+    newest, problems = newest_whole(checkpoints_in(output_dir))
+    if newest is None:
+        what = "no whole checkpoint to resume from" + (f"; the last: {problems[0]}" if problems else "")
+        raise CheckpointError(what, where=str(output_dir), remedy="Train without resume_from_checkpoint.")
+    for problem in problems:
+        logger.warning("Resumed from %s, as a later checkpoint is not whole: %s", newest.name, problem)
+    return str(newest)

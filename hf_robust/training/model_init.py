@@ -126,12 +126,17 @@ class ModelInitTrainer(EvaluatingTrainer):
 
     def keep_start(self) -> None:
         """Takes from a new model what the training needs of it."""
-        if self.train_images is not None and self.train_dataset is self.embedded:  # by the model before
-            self.train_dataset = self.train_images
+        self.train_dataset = self.images_to_train_on  # those embedded are so by the model before
         self.make_task_loss()
         self.zero_shot = zero_shot_copy(self.model)
         self.reference = self._make_reference() if self.args.similarity_weight > 0 else None
         self.ogen, self.sweep = None, None  # of the model before
+
+    @property
+    def images_to_train_on(self) -> Any:
+        """The training set, as it was before its images were embedded."""
+        is_embedded = self.train_images is not None and self.train_dataset is self.embedded
+        return self.train_images if is_embedded else self.train_dataset
 
     def make_task_loss(self) -> None:
         """Takes from the training set what the loss needs of it."""

@@ -3,21 +3,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import shutil
+from collections.abc import Callable, Iterator, Sized
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..cards.card import model_card
 from ..cards.push import push, write_card
 from ..cards.results import CardResults, draw_curve
+from ..data.publish import TEMPORARY
+from ..errors import CheckpointError, HfRobustError
 from ..ogen.training import OGENTraining
 from .arguments import RobustTrainingArguments
 from .checkpoint import load_encoder, load_head, processor_folder, save_encoder, save_head
+from .manifest import checkpoints_in
+from .publishing import not_saved, publish_checkpoint, rotate, sweep
+from .ranks import check_agreement, naming_the_missing, on_first_rank, raise_on_all, trained_facts
+from .same_run import versions
 from .sharding import ShardingTrainer
+from .stopping import StopAtSignal, locked
 
 TRAINING_ARGS = "training_args.json"
 
@@ -36,6 +49,8 @@ class SavingTrainer(ShardingTrainer):
     train_dataset: Any
     ogen: OGENTraining | None = None
     card: ModelCard | None = None
+    stop: StopAtSignal
+    run: dict[str, Any] | None = None  # what `describe_run` says of the training
 
     def card_results(self) -> CardResults | None:
         """Returns the results that a card shows if none is given; None for a card without."""
@@ -111,11 +126,109 @@ class SavingTrainer(ShardingTrainer):
         (folder / TRAINING_ARGS).write_text(self.args.to_json_string())  # the Trainer's pickle would hold the token
         self._write_card(folder)  # last, as PEFT changes a card that is there
 
+    # --- checkpoints ---
+
+    @contextmanager
+    def guarded(self, trial: Any = None) -> Iterator[None]:
+        """Inside the context no other job saves into the folder of a training, and a signal to stop saves first.
+
+        Args:
+            trial: of a search.
+
+        Raises:
+            CheckpointError: another job has the folder, or it cannot be written to.
+            RankMismatchError: a rank has stopped.
+        """
+        with naming_the_missing(self.accelerator, self.args.ddp_timeout), ExitStack() as stack:
+            if self.args.save_strategy != SaveStrategy.NO:
+                folder = Path(self._get_output_dir(trial))
+                on_first_rank(lambda: stack.enter_context(locked(folder)), self.accelerator)
+                on_first_rank(lambda: sweep(folder), self.accelerator)
+                stack.enter_context(self.stop.listening())
+            yield
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.ogen is not None and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.ogen.save(Path(self._get_output_dir(trial=trial)) / folder)
+        """Writes a checkpoint aside; it gets its name, on the first rank, when all ranks have written their part."""
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        temporary = folder.with_name(TEMPORARY + folder.name)
+        self._note_best(folder)
+        with self.whole_model():
+            check_agreement(trained_facts(self.model), self.accelerator)
+        self._on_first_rank_or_remove(temporary, lambda: temporary.mkdir(parents=True))
+        problem = self._write_parts(temporary)
+        self._on_all_or_remove(temporary, problem)
+        self._on_first_rank_or_remove(temporary, lambda: self._publish(temporary, folder))
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _note_best(self, folder: Path) -> None:
+        if self.state.best_global_step:
+            best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
+    def _write_parts(self, folder: Path) -> Exception | None:
+        """Writes all parts even after an error, as each may ask something of all ranks; returns the first error."""
+        parts: list[Callable[[Any], None]] = [partial(self.save_model, _internal_call=True)]
+        if not self.args.save_only_model:
+            parts += [self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state]
+        if self.args.should_save:
+            parts.append(self._save_state)
+            if self.ogen is not None:
+                parts.append(self.ogen.save)
+        problems = []
+        for part in parts:
+            try:
+                part(str(folder))
+            except Exception as error:
+                problems.append(error)
+        return problems[0] if problems else None
+
+    def _save_state(self, folder: str) -> None:
+        all_of_them: list[Any] = [*self.callback_handler.callbacks, self.control]
+        stateful: list[Any] = [one for one in all_of_them if isinstance(one, ExportableState)]
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
+        self.state.save_to_json(str(Path(folder, TRAINER_STATE_NAME)))
+
+    def _publish(self, temporary: Path, folder: Path) -> None:
+        ranks = self.args.world_size
+        missing = [i for i in range(ranks) if ranks > 1 and not (temporary / f"rng_state_{i}.pth").is_file()]
+        if missing and not self.args.save_only_model:
+            remedy = "Give them a folder that all machines share."
+            raise CheckpointError("ranks write elsewhere", where=str(folder), got=f"ranks {missing}", remedy=remedy)
+        order = 1 + max((m["order"] for m in checkpoints_in(folder.parent).values() if isinstance(m, dict)), default=0)
+        facts = {"step": self.state.global_step, "order": order, "run": self.run, "versions": versions()}
+        publish_checkpoint(temporary, folder, facts)
+
+    def _on_all_or_remove(self, temporary: Path, problem: Exception | None) -> None:
+        try:
+            raise_on_all(None if problem is None else not_saved(problem, temporary), self.accelerator)
+        except HfRobustError:
+            if self.args.should_save:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _on_first_rank_or_remove(self, temporary: Path, work: Callable[[], object]) -> None:
+        problem = None
+        if self.args.should_save:
+            try:
+                work()
+            except Exception as error:
+                problem = error
+        self._on_all_or_remove(temporary, problem)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        done = super()._init_training_state(*args)
+        resumed: Any = args[3]
+        if resumed is not None and self.state.best_global_step:  # what the file says may be a path of another machine
+            best = Path(resumed).with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+            if self.args.load_best_model_at_end and not best.is_dir():
+                remedy = "Put it back, or resume with load_best_model_at_end=False."
+                raise CheckpointError("the best checkpoint so far is missing", where=str(best), remedy=remedy)
+        return done
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_encoder(self.model, Path(resume_from_checkpoint))

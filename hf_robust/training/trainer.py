@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
 from ..data.columns import REFERENCE_EMBEDS, no_column
@@ -32,9 +32,13 @@ from .arguments import RobustTrainingArguments
 from .checkpoint import checkpoint_to_resume
 from .evaluating import Metrics
 from .image_size import processor_of_size
+from .manifest import read_manifest
 from .model_init import ClassNames, ModelInitTrainer, as_classifier, model_or_first
 from .preflight import check_arguments, check_best_metric, check_training, columns_of
+from .ranks import check_agreement, on_first_rank, raise_on_all
 from .replaced import replaced
+from .same_run import check_same_run, describe_run
+from .stopping import StopAtSignal
 from .unsupported import check_accelerator, check_optimizer, check_options, check_sharding
 
 logger = logging.getLogger(__name__)
@@ -154,6 +158,8 @@ class RobustTrainer(ModelInitTrainer):
         self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
         self.can_return_loss = True
         self.loss_log = LossLog()
+        self.stop = StopAtSignal()
+        self.add_callback(self.stop)
         self._take_datasets()
         check_best_metric(args, self.eval_dataset, own_metrics=compute_metrics is not None)
         self.keep_start()
@@ -177,20 +183,29 @@ class RobustTrainer(ModelInitTrainer):
         """Trains; a SAFT adapter without entries gets them first, unless a checkpoint to resume from brings them.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the last complete one in `args.output_dir`.
+            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in `args.output_dir`.
             trial: as in `Trainer.train`.
             ignore_keys_for_eval: as in `Trainer.train`.
 
         Raises:
-            AdapterFileError: there is no checkpoint to resume from, or what it holds does not fit.
+            CheckpointError: there is no checkpoint to resume from, it is damaged or of another run, or one cannot be
+                saved.
             NonFiniteError: a loss or gradient is NaN or infinite.
+            RankMismatchError: ranks train different models or on different data, or one has stopped.
+            SystemExit: a signal has come, see `StopAtSignal`; a checkpoint has been saved.
         """
         if self.train_dataset is None:
             raise ConfigError("no set to train on", where="train_dataset")
         self.train_dataset = labelled_images(self.train_dataset, "train_dataset")
-        if resume_from_checkpoint:
-            folder = Path(str(self.args.output_dir))
-            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
+        with self.guarded(trial):
+            folder = None if not resume_from_checkpoint else self._checkpoint(resume_from_checkpoint, trial)
+            return self._train(folder, trial, ignore_keys_for_eval)
+
+    def _checkpoint(self, given: str | bool, trial: Any) -> str:
+        output_dir = Path(self._get_output_dir(trial))
+        return on_first_rank(lambda: checkpoint_to_resume(given, output_dir), self.accelerator)
+
+    def _train(self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         if self.model_init is None:
             self._unprepare()
         else:
@@ -198,15 +213,16 @@ class RobustTrainer(ModelInitTrainer):
         self.train_dataset = self._rows(self.train_dataset, "train_dataset")
         self.make_task_loss()  # the set may have been changed
         self.sweep, self.loss_log = None, LossLog()
+        self._describe_run(checkpoint)
         if isinstance(self.model, OGENClassifier):
             self._embed_training_set()
             self.ogen = OGENTraining(self.model)
             self.model.set_prototypes(self._compute_prototypes())
-        if not resume_from_checkpoint and saft_unselected(self.model):
+        if checkpoint is None and saft_unselected(self.model):
             self.select_entries()
         check_training(self.model, self.train_dataset)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
         except NonFiniteError:  # on all ranks at once, which gathering needs
             self.gather_shards()
             raise
@@ -214,6 +230,16 @@ class RobustTrainer(ModelInitTrainer):
             self.is_in_train = False  # it would stay so after an error
             self.drop_shards()
             show_values(self.model)
+
+    def _describe_run(self, checkpoint: str | None) -> None:
+        """Looks whether all ranks train the same, and whether that is what the checkpoint was of."""
+        ranks = self.accelerator.num_processes
+        if self.args.save_strategy == SaveStrategy.NO and checkpoint is None and ranks == 1:
+            return  # no one will ask
+        self.run = describe_run(self)
+        check_agreement(self.run, self.accelerator)
+        if checkpoint is not None:
+            check_same_run(read_manifest(Path(checkpoint)), self.run, self.args.allow_changed, checkpoint)
 
     def _unprepare(self) -> None:
         """Takes back what `evaluate` did to the model.
@@ -269,7 +295,13 @@ class RobustTrainer(ModelInitTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], int | None]:
         """Returns the micro-batches of one optimizer step and their number of images."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches: list[dict[str, Tensor]] = []
+        problem = None
+        try:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except Exception as error:
+            problem = error
+        raise_on_all(problem, self.accelerator)
         return batches, sum(map(n_images, batches))
 
     def compute_loss(
@@ -326,7 +358,10 @@ class RobustTrainer(ModelInitTrainer):
     ) -> Tensor:
         """Runs forward and backward on a micro-batch; stops all ranks if the loss of one is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        for rank, value in enumerate(self.accelerator.gather(loss.reshape(1)).tolist()):
+        signal = torch.full_like(loss, self.stop.received)
+        of_ranks = self.accelerator.gather(torch.stack([loss, signal])[None]).tolist()  # (ranks, 2)
+        for rank, (value, received) in enumerate(of_ranks):
+            self.stop.agreed = max(self.stop.agreed, int(received))
             if not math.isfinite(value):
                 self._stop(f"loss is {value}", rank)
         return loss

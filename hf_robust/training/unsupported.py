@@ -73,6 +73,16 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     ),
     "deepspeed": ((None,), "DeepSpeed is not tested with this package", "Use DDP or FSDP: `accelerate launch`."),
     "parallelism_config": ((None,), "a tower is not split over devices", "Use DDP or FSDP: `accelerate launch`."),
+    "enable_jit_checkpoint": (
+        (False,),
+        "it saves before a step has ended, from where a run cannot go on as it was",
+        "Leave it: at SIGTERM, SIGINT and SIGUSR1 a checkpoint is saved when the step has ended.",
+    ),
+    "save_on_each_node": (
+        (False,),
+        "a checkpoint is one folder, with the part of every rank",
+        "Give all machines an output_dir that they share.",
+    ),
     "remove_unused_columns": ((False,), "it would drop the images before they are opened", "Leave it False."),
     "logging_nan_inf_filter": (
         (False,),

@@ -14,9 +14,10 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_robust import SAFTConfig
 from hf_robust.data.collator import ImageCollator
-from hf_robust.errors import AdapterFileError
+from hf_robust.errors import AdapterFileError, CheckpointError
 from hf_robust.tasks.class_names import ZeroShotClassifier
 from hf_robust.training import trainer
+from hf_robust.training.manifest import MANIFEST, read_manifest, seal_checkpoint
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 from tests.trainers import METHODS, NAMES, build, entries, same, weights
 
@@ -106,12 +107,21 @@ def saved(folder, method="lora", **settings):
     return str(folder / "checkpoint-1")
 
 
+def seal_again(checkpoint):
+    """As if the checkpoint had been saved with what its files hold now."""
+    facts = read_manifest(Path(checkpoint))
+    for name in ("files", "format_version"):
+        del facts[name]
+    Path(checkpoint, MANIFEST).unlink()
+    seal_checkpoint(Path(checkpoint), facts)
+
+
 def test_checkpoint_for_other_classes_or_head_is_refused(tmp_path):
-    checkpoint = saved(tmp_path)
+    checkpoint, settings = saved(tmp_path), {"max_steps": 1, "allow_changed": ["class_names", "head", "parameters"]}
     with pytest.raises(AdapterFileError, match="other classes"):
-        build(tmp_path, "lora", class_names=["a", "b", "c"]).train(checkpoint)
+        build(tmp_path, "lora", class_names=["a", "b", "c"], **settings).train(checkpoint)
     with pytest.raises(AdapterFileError, match="another head"):
-        build(tmp_path, "lora", head="trainable").train(checkpoint)
+        build(tmp_path, "lora", head="trainable", **settings).train(checkpoint)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -121,8 +131,9 @@ def test_checkpoint_without_some_tensors_is_refused(tmp_path, method):
     tensors = load_file(file)
     tensors.pop(sorted(name for name in tensors if "v_proj" in name)[0])
     save_file(tensors, file, metadata={"format": "pt"})
+    seal_again(checkpoint)
     with pytest.raises(AdapterFileError, match="lacks 1 tensors"):
-        build(tmp_path, method).train(checkpoint)
+        build(tmp_path, method, max_steps=1).train(checkpoint)
 
 
 @pytest.mark.parametrize("method", ["saft", "aclip"])
@@ -130,10 +141,11 @@ def test_checkpoint_with_the_settings_of_another_adapter_is_refused(tmp_path, me
     checkpoint = saved(tmp_path, method)
     file = Path(checkpoint, "adapter_config.json")
     file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    seal_again(checkpoint)
     with pytest.raises(AdapterFileError, match="format is newer"):
-        build(tmp_path, method).train(checkpoint)
+        build(tmp_path, method, max_steps=1).train(checkpoint)
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
         build(tmp_path, "saft").train(resume_from_checkpoint=True)

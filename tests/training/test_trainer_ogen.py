@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from hf_robust import ACLIPConfig, OGENClassifier, OGENConfig, SAFTConfig, ZeroShotClassifier, context_prompt
 from hf_robust.data.collator import ImageCollator
 from hf_robust.encoders.dual_encoder import image_embeds
-from hf_robust.errors import AdapterFileError, ConfigError, DataError
+from hf_robust.errors import AdapterFileError, CheckpointError, ConfigError, DataError
 from tests.tiny_models import FAMILIES, image_dataset, tiny_model, tiny_processor
 from tests.trainers import build, same, weights
 from tests.training.test_trainer_checkpoints import StopAfter
@@ -327,11 +327,18 @@ def test_resumed_run_ends_bit_identical(tmp_path, method, step, noise):
 def test_checkpoint_of_another_training_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
     trainer(tmp_path, ogen=False, **settings).train()
+    checkpoint, others = str(tmp_path / "checkpoint-5"), {**settings, "allow_changed": ["ogen", "parameters", "head"]}
     with pytest.raises(AdapterFileError, match="no state of OGEN"):
-        trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        trainer(tmp_path, **settings, allow_changed=others).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
+        )
     trainer(tmp_path, **settings, config={"layer_norm": True}).train()
-    with pytest.raises(AdapterFileError, match="another generator"):
+    with pytest.raises(CheckpointError, match="layer_norm was True, is False"):
         trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    with pytest.raises(AdapterFileError, match="another generator"):
+        trainer(tmp_path, **settings, allow_changed=others).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
+        )
 
 
 # --- errors ---

@@ -14,7 +14,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_robust.data.collator import ImageCollator
-from hf_robust.errors import AdapterFileError, ConfigError
+from hf_robust.errors import CheckpointError, ConfigError
 from hf_robust.training.arguments import RobustTrainingArguments
 from hf_robust.training.trainer import RobustTrainer
 from hf_robust.training.unsupported import UNSUPPORTED, check_accelerator
@@ -115,6 +115,8 @@ REFUSED = {
     "optim_args": "momentum=0.9",
     "deepspeed": "zero3.json",
     "parallelism_config": object(),
+    "enable_jit_checkpoint": True,
+    "save_on_each_node": True,
     "remove_unused_columns": True,
     "logging_nan_inf_filter": True,
 }
@@ -142,8 +144,7 @@ NO_EFFECT = {
     **dict.fromkeys(("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project"), LOGGING),
     **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), LOGGING),
     "skip_memory_metrics": LOGGING,
-    **dict.fromkeys(("save_strategy", "save_steps", "save_on_each_node", "save_total_limit"), SAVING),
-    "enable_jit_checkpoint": SAVING,
+    **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit"), SAVING),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), HUB),
     **dict.fromkeys(("hub_always_push", "hub_revision"), HUB),
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "resume_from_checkpoint"), SCRIPTS),
@@ -332,11 +333,11 @@ def test_the_last_complete_checkpoint_is_resumed(tmp_path, method):
     whole = saved(tmp_path, method=method, num_train_epochs=1, max_steps=11, save_steps=4)
     (tmp_path / "checkpoint-8" / "trainer_state.json").rename(tmp_path / "kept.json")
     (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
-    resumed = build(tmp_path, method, max_steps=11)
+    resumed = build(tmp_path, method, max_steps=11, num_train_epochs=1)
     resumed.train(resume_from_checkpoint=True)
     assert resumed._initial_global_step == 4 and same(weights(resumed), weights(whole))
     (tmp_path / "kept.json").rename(tmp_path / "checkpoint-8" / "trainer_state.json")
-    resumed = build(tmp_path, method, max_steps=11)
+    resumed = build(tmp_path, method, max_steps=11, num_train_epochs=1)
     resumed.train(resume_from_checkpoint=True)
     assert resumed._initial_global_step == 8 and same(weights(resumed), weights(whole))
 
@@ -345,9 +346,9 @@ def test_a_checkpoint_without_optimizer_is_not_resumed(tmp_path):
     saved(tmp_path, save_only_model=True)
     run = build(tmp_path)
     before = weights(run)
-    with pytest.raises(AdapterFileError, match="no optimizer state.*checkpoint-3.*save_only_model"):
+    with pytest.raises(CheckpointError, match="no optimizer state.*checkpoint-3.*save_only_model"):
         run.train(resume_from_checkpoint=True)
-    with pytest.raises(AdapterFileError, match="no complete checkpoint.*elsewhere"):
+    with pytest.raises(CheckpointError, match="no manifest.json.*elsewhere"):
         run.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
     assert same(weights(run), before)
 

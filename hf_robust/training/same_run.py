@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be equal for a resumed training to be the training that was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..data.digest import rows_digest
+from ..data.rows import labelled_images
+from ..encoders.pretrained import pretrained_tensors
+from ..errors import CheckpointError, ConfigError, close_matches
+from ..ogen import OGENClassifier
+from ..shown import shown
+
+logger = logging.getLogger(__name__)
+
+# Arguments that change nothing of what is trained: what is shown, saved and pushed, and how fast it goes
+WITHOUT_EFFECT = re.compile(
+    "output_dir|do_.*|log_.*|logging_.*|save_.*|push_.*|hub_.*|report_to|run_name|project|trackio_.*|disable_tqdm|"
+    "dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers|multiprocessing_context)|ddp_.*|local_rank|"
+    "use_cpu|resume_from_checkpoint|allow_changed|ignore_data_skip|restore_callback_.*|skip_memory_metrics|torch_empty_cache_steps|selection_batch_size|"
+    "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|(bf16|fp16)_full_eval|"
+    "templates|head|deepspeed|debug"  # the classifier has the first two
+)
+CHOOSING = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
+OF_THE_CLASSIFIER = ("class_names", "templates", "head")
+OF_FILES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "saved")
+PACKAGES = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")
+MOST_SHOWN = 4  # differences in a message
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def describe_run(trainer: Any) -> dict[str, Any]:
+    """Describes a training by everything that its result depends on.
+
+    Functions and objects (an augmentation, a loss, an optimizer) are described by what `repr` says of them.
+
+    Args:
+        trainer: a `RobustTrainer` with its training set, before its first step.
+
+    Returns:
+        Names and values, of what JSON can hold.
+
+    Example:
+        >>> describe_run(trainer)["learning_rate"]
+        0.001
+    """
+    args, classifier = trainer.args, trainer.model
+    chooses = args.metric_for_best_model is not None  # a model, a learning rate or when to stop, by evaluations
+    settings = json.loads(args.to_json_string())
+    found = {name: value for name, value in settings.items() if not WITHOUT_EFFECT.fullmatch(name)}
+    if chooses:
+        found |= {name: settings[name] for name in CHOOSING} | {"evaluation_data": _sets(trainer.eval_dataset)}
+    found |= {name: getattr(classifier, name) for name in OF_THE_CLASSIFIER}
+    found |= {
+        "ranks": args.world_size,
+        "device": args.device.type,
+        "ogen": asdict(classifier.ogen) if isinstance(classifier, OGENClassifier) else None,
+        "adapters": _adapters(classifier.model),
+        "parameters": _parameters(classifier),
+        "pretrained_weights": bit_digest(_pretrained(trainer)),
+        "data": rows_digest(labelled_images(trainer.images_to_train_on, "train_dataset")),
+        "image_processor": json.loads(trainer.processing_class.image_processor.to_json_string()),
+        "collator": _text(getattr(trainer.data_collator, "transform", None) or type(trainer.data_collator)),
+        "compute_loss_func": _text(trainer.compute_loss_func),
+        "optimizer": _text(trainer.optimizer_cls_and_kwargs),
+    }
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what the last bits of a result may depend on, by name."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {package: version(package) for package in PACKAGES} | {"device": device}
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], allow_changed: Sequence[str], where: str) -> None:
+    """Refuses to resume a training as another one.
+
+    Args:
+        saved: what the manifest of the checkpoint says: `run` and `versions`.
+        now: what `describe_run` has returned.
+        allow_changed: names of what may differ; that of a group allows all of it.
+        where: the checkpoint.
+
+    Raises:
+        CheckpointError: something else differs.
+        ConfigError: a name in `allow_changed` is none.
+    """
+    known = sorted({*saved["run"], *now})
+    for name in allow_changed:
+        if name.partition(".")[0] not in known:
+            remedy = close_matches(name, known)
+            raise ConfigError("nothing of that name can change", where="allow_changed", got=name, remedy=remedy)
+    found = {
+        name: values
+        for name, values in differences(saved["run"], now).items()
+        if not any(f"{name}.".startswith(f"{allowed}.") for allowed in allow_changed)
+    }
+    if found:
+        what = "the checkpoint is of another run: " + listed(found)
+        names = sorted({name.partition(".")[0] for name in found})
+        remedy = f"Resume as it was started. allow_changed={names} goes on nevertheless; the result is another one."
+        raise CheckpointError(what, where=where, remedy=remedy)
+    others = differences(saved["versions"], versions())
+    if others:
+        logger.warning("Resumed with other versions, so the result may differ in its last bits: %s", listed(others))
+
+
+def differences(first: Any, second: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Returns what differs between two descriptions, by name; names inside a group are joined by dots.
+
+    Args:
+        first: of what JSON can hold.
+        second: likewise.
+        name: of both.
+
+    Example:
+        >>> differences({"seed": 1, "data": {"rows": 9}}, {"seed": 1, "data": {"rows": 8}})
+        {'data.rows': (9, 8)}
+    """
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        return {} if first == second else {name: (first, second)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in [*first, *(key for key in second if key not in first)]:
+        inside = f"{name}.{key}" if name else key
+        found |= differences(first.get(key), second.get(key), inside)
+    if not found and list(first) != list(second):  # parameters are told apart by their order
+        found[f"{name}.order" if name else "order"] = list(first), list(second)
+    return found
+
+
+def listed(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """Returns differences in words, the first ones alone where there are many.
+
+    Args:
+        found: what `differences` has returned.
+
+    Example:
+        >>> listed({"seed": (42, 43)})
+        'seed was 42, is 43'
+    """
+    some = [f"{name} was {shown(old)}, is {shown(new)}" for name, (old, new) in list(found.items())[:MOST_SHOWN]]
+    return "; ".join(some) + (f" (+{len(found) - MOST_SHOWN} more)" if len(found) > MOST_SHOWN else "")
+
+
+def bit_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns a digest of tensors that costs one look at their bits: names, formats, shapes, and sums of the bits.
+
+    Args:
+        tensors: with their names.
+
+    Example:
+        >>> bit_digest([("weight", torch.zeros(2))]) == bit_digest([("weight", torch.ones(2))])
+        False
+    """
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_sum_of_bits(tensor)}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def _sum_of_bits(tensor: Tensor) -> tuple[int, int]:
+    """As whole numbers of 8 bytes, modulo 2^64, and the bytes behind the last of these: no rounding hides a bit."""
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    words = len(content) // 8 * 8
+    whole = content[:words] if content.storage_offset() % 8 == 0 else content[:words].clone()
+    rest = int.from_bytes(bytes(content[words:].tolist()), "little")
+    return int(whole.view(torch.int64).sum()), rest
+
+
+def _adapters(encoder: nn.Module) -> dict[str, Any]:
+    if not isinstance(encoder, PeftModel):
+        return {}
+    found = {}
+    for name, config in encoder.peft_config.items():
+        settings: dict[str, Any] = {key: v for key, v in config.to_dict().items() if key not in OF_FILES}
+        found[name] = settings | {"active": name in encoder.active_adapters}
+    return found
+
+
+def _parameters(classifier: nn.Module) -> dict[str, list[Any]]:
+    """Shape, format and whether it is trained; SAFT's values are not there before it selects."""
+    named = ((name, p) for name, p in classifier.named_parameters() if "saft_" not in name)
+    return {name: [list(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad] for name, p in named}
+
+
+def _pretrained(trainer: Any) -> Iterator[tuple[str, Tensor]]:
+    if trainer.zero_shot is None:
+        yield from pretrained_tensors(trainer.model.model)
+        return
+    for name, parameter in trainer.model.named_parameters():
+        yield name, trainer.zero_shot.get(name, parameter)
+
+
+def _sets(given: Any) -> Any:
+    sets = given if isinstance(given, Mapping) else {"": given}
+    return {name: None if rows is None else rows_digest(labelled_images(rows, name)) for name, rows in sets.items()}
+
+
+def _text(value: Any) -> str:
+    return ADDRESS.sub("", repr(value))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else _text(value)

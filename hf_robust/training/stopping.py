@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training that is told to stop saves first; and one that another job shares a folder with does not start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+LOCK, HOLDER = ".hf_robust-lock", ".hf_robust-lock-holder"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # of an operating system, a user, and a scheduler that warns
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+LONGEST_NAME = 200  # characters read of who holds a lock
+
+
+class StopAtSignal(TrainerCallback):
+    """Saves a checkpoint and exits with 128 + n after a step in which a rank has received signal n.
+
+    A signal that the program handles itself stays its own. After the first one, another Ctrl-C stops at once.
+
+    Example:
+        >>> stop = StopAtSignal()
+        >>> with stop.listening():
+        ...     trainer.train()
+    """
+
+    received = 0  # by this rank
+    agreed = 0  # by any rank, as all know since this step
+    is_due = False  # the next checkpoint is the last
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside the context signals are noted, and nothing else happens when they come."""
+        self.received, self.agreed, self.is_due = 0, 0, False
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+            for name in SIGNALS:
+                number = getattr(signal, name, None)  # Windows lacks some
+                if number is not None and signal.getsignal(number) in DEFAULTS:
+                    before[number] = signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks for a checkpoint; after the last step of an epoch what is done at its end comes first.
+
+        Args:
+            args: the training arguments.
+            state: of the training.
+            control: what to do next.
+            kwargs: of no use here.
+        """
+        if self.agreed and not float(state.epoch or 0).is_integer():
+            control.should_save = self.is_due = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks for a checkpoint.
+
+        Args:
+            args: the training arguments.
+            state: of the training.
+            control: what to do next.
+            kwargs: of no use here.
+        """
+        if self.agreed:
+            control.should_save = self.is_due = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Exits.
+
+        Args:
+            args: the training arguments.
+            state: of the training.
+            control: what to do next.
+            kwargs: of no use here.
+
+        Raises:
+            SystemExit: the checkpoint was the last.
+        """
+        if self.is_due:
+            name = signal.Signals(self.agreed).name
+            if state.is_world_process_zero:
+                how = "resume_from_checkpoint=True goes on from there"
+                logger.warning("%s: saved after step %d; %s.", name, state.global_step, how)
+            raise SystemExit(128 + self.agreed)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside the context no other process gets the lock of a folder; it ends with the process, however that dies.
+
+    Args:
+        folder: it is made where it is missing.
+
+    Raises:
+        CheckpointError: another process has the lock, or the folder cannot be written to.
+
+    Example:
+        >>> with locked(Path("runs/saft")):
+        ...     trainer.train()
+    """
+    lock, holder = filelock.FileLock(folder / LOCK, timeout=0), folder / HOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except filelock.Timeout as error:
+        remedy = "Give this one another output_dir, or wait for it."
+        what, got = "another training saves into this folder", _read(holder)
+        raise CheckpointError(what, where=str(folder), got=got, remedy=remedy) from error
+    except OSError as error:
+        raise CheckpointError(f"folder cannot be written to ({error})", where=str(folder)) from error
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read(holder: Path) -> str:
+    try:
+        return holder.read_text(encoding="utf-8")[:LONGEST_NAME]
+    except (OSError, UnicodeDecodeError):
+        return "unknown"
