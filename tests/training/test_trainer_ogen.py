@@ -326,19 +326,16 @@ def test_resumed_run_ends_bit_identical(tmp_path, method, step, noise):
 
 def test_checkpoint_of_another_training_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+    others = {**settings, "allow_changed": ["ogen", "parameters", "head"]}
+    checkpoint = str(tmp_path / "checkpoint-5")
     trainer(tmp_path, ogen=False, **settings).train()
-    checkpoint, others = str(tmp_path / "checkpoint-5"), {**settings, "allow_changed": ["ogen", "parameters", "head"]}
     with pytest.raises(AdapterFileError, match="no state of OGEN"):
-        trainer(tmp_path, **settings, allow_changed=others).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
-        )
+        trainer(tmp_path, **others).train(checkpoint)
     trainer(tmp_path, **settings, config={"layer_norm": True}).train()
     with pytest.raises(CheckpointError, match="layer_norm was True, is False"):
-        trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        trainer(tmp_path, **settings).train(checkpoint)
     with pytest.raises(AdapterFileError, match="another generator"):
-        trainer(tmp_path, **settings, allow_changed=others).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-5")
-        )
+        trainer(tmp_path, **others).train(checkpoint)
 
 
 # --- errors ---
