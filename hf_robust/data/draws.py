@@ -80,9 +80,9 @@ class Draws:
             yield
 
     def _seeds(self, row: int | tuple[int, ...], what: str) -> list[int]:
-        """Three of 32 bits: from the same seed numpy and torch would draw the same numbers."""
-        key = self.seed, int(self._epoch), row, what
-        return np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=12).digest(), "<u4").tolist()
+        """One for each generator, of 32 bits: those of numpy and torch are of one kind, and would go the same way."""
+        key = f"{self.seed} {int(self._epoch)} {row} {what}"
+        return np.frombuffer(hashlib.blake2b(key.encode(), digest_size=12).digest(), "<u4").tolist()
 
 
 def with_draws(rows: Iterable[Any], draws: Draws) -> Iterator[tuple[Any, OfRow]]:

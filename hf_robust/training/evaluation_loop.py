@@ -53,10 +53,8 @@ class EvaluationLoopTrainer(SavingTrainer):
     @contextmanager
     def _kept_random_state(self) -> Iterator[None]:
         """Training draws the same, whether or not there was an evaluation: a loader draws, and metrics may."""
-        device = self.args.device
-        accelerators = [] if device.type in ("cpu", "mps") else [device]  # that of Apple's has no state by device
-        kind = device.type if accelerators else "cuda"
-        with kept_states(), torch.random.fork_rng(accelerators, device_type=kind):
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with kept_states(), torch.random.fork_rng(cuda, device_type="cuda"):
             yield
 
     @contextmanager
