@@ -69,7 +69,7 @@ class Draws:
         Afterwards they have the state they had before. Accelerators' generators are left alone.
 
         Args:
-            row: its number.
+            row: its place in the set.
             what: what the numbers are for; for something else the same row draws others.
         """
         for_python, for_numpy, for_torch = self._seeds(row, what)

@@ -105,15 +105,16 @@ class LabelledImages(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        numbers = self.numbers[indices].tolist()
-        found = self._labelled(numbers)
+        found = self._labelled(indices)
         if self.draws is None:
             return found
-        return [{**row, DRAW: partial(self.draws.of, number)} for row, number in zip(found, numbers, strict=True)]
+        # by the place among these rows: one of the dataset's that is shown twice draws twice
+        return [{**row, DRAW: partial(self.draws.of, index)} for row, index in zip(found, indices, strict=True)]
 
-    def _labelled(self, numbers: list[int]) -> list[dict[str, Any]]:
+    def _labelled(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        numbers = self.numbers[indices].tolist()
         many = isinstance(self.rows, datasets.Dataset)  # reads the rows of a batch at once
-        rows = self.rows.__getitems__(numbers) if many else [self._row(number) for number in numbers]
+        rows = self.rows.__getitems__(numbers) if many else list(map(self._row, indices, numbers))
         found = [_read(row, number, self.name, self.columns) for row, number in zip(rows, numbers, strict=True)]
         if self.labels is None:
             return found
@@ -122,9 +123,9 @@ class LabelledImages(torch.utils.data.Dataset):
             _check_same_labels([row.get(LABEL) for row in found], labels, self.name)
         return [{**row, LABEL: label} for row, label in zip(found, labels, strict=True)]
 
-    def _row(self, number: int) -> Any:
+    def _row(self, index: int, number: int) -> Any:
         try:
-            with nullcontext() if self.draws is None else self.draws.of(number, "row"):
+            with nullcontext() if self.draws is None else self.draws.of(index, "row"):
                 return self.rows[number]
         except OSError as error:  # what Pillow raises where a torch dataset opens its images itself
             raise DataError(f"row cannot be read ({error})", where=f"{self.name}, row {number}") from error

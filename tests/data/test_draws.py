@@ -103,7 +103,7 @@ def rows_and_collator(place):
         "set_transform": (table.with_transform(noisy_rows), plain),
         "torch dataset": (NoisyImages(), plain),
         "joined": (torch.utils.data.ConcatDataset([NoisyImages(), table.with_transform(noisy_rows)]), plain),
-        "subset": (torch.utils.data.Subset(NoisyImages(), range(8)), plain),
+        "subset": (torch.utils.data.Subset(NoisyImages(), [3, 3, 3, 3, 0, 1, 1, 2]), plain),
         "stream": (NoisyStream(), plain),
         "own collator": (table, OpeningCollator(noisy_collator)),
     }[place]
