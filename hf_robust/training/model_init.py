@@ -20,7 +20,7 @@ from ..losses.reference import Reference
 from ..ogen import OGENClassifier, OGENConfig
 from ..tasks.class_names import ZeroShotClassifier
 from .arguments import RobustTrainingArguments
-from .repeatable import RepeatableTrainer
+from .evaluating import EvaluatingTrainer
 from .task_loss import TaskLoss, class_weights
 
 ClassNames = Sequence[str] | Mapping[str | int, str]
@@ -105,7 +105,7 @@ def _made(model_init: Any, args: RobustTrainingArguments, trial: Any = None) -> 
     return model_init(trial) if inspect.signature(model_init).parameters else model_init()
 
 
-class ModelInitTrainer(RepeatableTrainer):
+class ModelInitTrainer(EvaluatingTrainer):
     """`model_init` and `hyperparameter_search` of `RobustTrainer`.
 
     What `model_init` returns, a dual encoder or a classifier, is built into a classifier at every call, and all that

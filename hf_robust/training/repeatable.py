@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order and augmentation of the training set: by seed, epoch and row alone, wherever a run is resumed."""
+"""Order and augmentation: by seed, epoch and row alone, wherever a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from torch.utils.data import DataLoader
 
 from ..data.collator import ImageCollator
 from ..data.draws import DrawingCollator, Draws
-from ..data.rows import LabelledImages, labelled_images
-from .evaluating import EvaluatingTrainer, Rows
+from ..data.rows import LabelledImages, LabelledStream, labelled_images
+from .evaluation_loop import EvaluationLoopTrainer
 from .replaced import replaced
 
+Rows = LabelledImages | LabelledStream
 
-class RepeatableTrainer(EvaluatingTrainer):
+
+class RepeatableTrainer(EvaluationLoopTrainer):
     """Order and augmentation of the training set by seed, epoch and row; a base of `RobustTrainer`.
 
     Whatever ran before, however many workers or ranks there are, and wherever a run is resumed: a row of an epoch is
-    augmented in the same way, see `Draws`.
+    augmented in the same way, see `Draws`. What draws in evaluation too, as a user's own collator, draws the same in
+    every one.
     """
+
+    data_collator: Any
 
     _draws: Draws | None = None
 
@@ -55,7 +60,7 @@ class RepeatableTrainer(EvaluatingTrainer):
         """Returns rows and collator that draw by row, or as they are if nothing is drawn.
 
         Args:
-            rows: of the training set.
+            rows: of a set.
             collator: an `ImageCollator`, or any other.
             draws: what to draw from.
         """

@@ -198,6 +198,18 @@ def test_selection_of_saft_hangs_on_the_arguments_alone(tmp_path, place):
     assert found[0] and same(*found)
 
 
+@pytest.mark.parametrize("place", ["set_transform", "torch dataset", "own collator"])
+def test_what_draws_in_evaluation_draws_the_same_in_every_one(tmp_path, place):
+    found = []
+    for seed, workers in ((1, 0), (2, 2)):
+        settings = PLACES[place]()
+        settings["eval_dataset"] = settings.pop("train_dataset", image_dataset(18, NAMES))
+        made = build(tmp_path, dataloader_num_workers=workers, class_names=NAMES, **settings)
+        torch.manual_seed(seed)
+        found += [made.evaluate()["eval_loss"] for _ in range(2)]
+    assert len(set(found)) == 1
+
+
 def test_an_order_by_the_global_generator_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="use_seedable_sampler"):
         trainer(tmp_path, accelerator_config={"use_seedable_sampler": False})
