@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor, ProcessorMixin
 
 from ..errors import DataError
 from .columns import IMAGE, IMAGE_EMBEDS, LABEL, REFERENCE_EMBEDS
+from .draws import DRAW, drawing
 from .images import UnopenedImage, load_rgb
 
 
@@ -31,7 +32,11 @@ class ImageCollator:
         processor: the model's processor, or its image processor alone.
         transform: augmentation, from an opened RGB `PIL.Image.Image` to another, or to a tensor as torchvision's
             transforms return it; without resizing to the model's size and without normalisation, which the processor
-            does. `RobustTrainer` uses it in training alone.
+            does. `RobustTrainer` uses it in training alone, and seeds the global generators of Python, numpy and torch
+            for every image, by seed, epoch and row: a resumed run sees the same images, with any number of workers or
+            ranks. It cannot seed a generator of the transform's own (albumentations, a `torch.Generator`,
+            `np.random.default_rng()`) or of an accelerator: let the transform draw from the global ones, or make its
+            generator anew from them in every call, as `np.random.default_rng(np.random.randint(2**31))`.
 
     Example:
         >>> collate = ImageCollator(processor)
@@ -77,14 +82,16 @@ class ImageCollator:
         return self if self.transform is None else ImageCollator(self.image_processor)
 
     def _images(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        parts = [self._image(_column(row, IMAGE)) for row in rows]
+        parts = [self._image(row) for row in rows]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _image(self, image: Any) -> dict[str, Tensor]:
-        opened = load_rgb(image)
-        if self.transform is not None:
-            where = image.where if isinstance(image, UnopenedImage) else None
-            opened = load_rgb(self.transform(opened), where)
+    def _image(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
+        image = _column(row, IMAGE)
+        with drawing(row, "image"):
+            opened = load_rgb(image)
+            if self.transform is not None:
+                where = image.where if isinstance(image, UnopenedImage) else None
+                opened = load_rgb(self.transform(opened), where)
         return dict(self.image_processor(images=[opened], return_tensors="pt"))  # (1, ...) each
 
 
@@ -100,7 +107,14 @@ class OpeningCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Opens the images of the rows, and batches them."""
-        return self.collator([{**row, IMAGE: load_rgb(row[IMAGE])} if IMAGE in row else dict(row) for row in rows])
+        return self.collator([self._opened(row) for row in rows])
+
+    def _opened(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: value for name, value in row.items() if name != DRAW}
+        if IMAGE in row:
+            with drawing(row, "image"):
+                found[IMAGE] = load_rgb(row[IMAGE])
+        return found
 
 
 def n_images(batch: Mapping[str, Tensor]) -> int:

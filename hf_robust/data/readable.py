@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
 from .columns import IMAGE
+from .draws import Draws, drawing
 from .images import load_rgb
 from .rows import LabelledImages, LabelledStream
 
@@ -50,7 +51,8 @@ def readable_rows(rows: LabelledImages | LabelledStream, workers: int = 0, silen
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
     generator = torch.Generator()  # a loader without one draws from the global one
-    loader: Any = DataLoader(Subset(rows, share), 16, num_workers=workers, collate_fn=_problems, generator=generator)
+    shown = replace(rows, draws=Draws(seed=0))  # a transform would draw from the global generators
+    loader: Any = DataLoader(Subset(shown, share), 16, num_workers=workers, collate_fn=_problems, generator=generator)
     title = f"Looking through {rows.name}"
     found = [problem for batch in tqdm(loader, desc=title, leave=False, disable=silent) for problem in batch]
     parts = gather_object([dict(zip(share, found, strict=True))])
@@ -72,7 +74,8 @@ def _problems(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
     for row in rows:
         try:
             if IMAGE in row:
-                load_rgb(row[IMAGE])
+                with drawing(row, "image"):
+                    load_rgb(row[IMAGE])
             found.append(None)
         except DataError as error:
             found.append(str(error))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from PIL.Image import Image as PILImage
 
 from ..errors import DataError
 from .columns import IMAGE, IMAGE_EMBEDS, LABEL, find_column, no_column
+from .draws import DRAW, Draws, with_draws
 from .images import UnopenedImage
 from .labels import NO_LABEL, check_labels, class_indices, replace_labels
 
@@ -84,6 +86,7 @@ class LabelledImages(torch.utils.data.Dataset):
         labels: `(all rows,)`, class indices; None where they are known only when a row is read.
         class_names: the data's own, in label order; None where there are none.
         skipped: what is wrong with the rows that were left out; None before `readable_rows` has looked for some.
+        draws: what rows draw while they are read, and bring for the collator; None for the global generators.
     """
 
     rows: Any
@@ -93,6 +96,7 @@ class LabelledImages(torch.utils.data.Dataset):
     labels: np.ndarray | None
     class_names: list[str] | None
     skipped: list[str] | None = None
+    draws: Draws | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -101,9 +105,16 @@ class LabelledImages(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        found = self._labelled(indices)
+        if self.draws is None:
+            return found
+        # by the place among these rows: one of the dataset's that is shown twice draws twice
+        return [{**row, DRAW: partial(self.draws.of, index)} for row, index in zip(found, indices, strict=True)]
+
+    def _labelled(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         numbers = self.numbers[indices].tolist()
         many = isinstance(self.rows, datasets.Dataset)  # reads the rows of a batch at once
-        rows = self.rows.__getitems__(numbers) if many else [self._row(number) for number in numbers]
+        rows = self.rows.__getitems__(numbers) if many else list(map(self._row, indices, numbers))
         found = [_read(row, number, self.name, self.columns) for row, number in zip(rows, numbers, strict=True)]
         if self.labels is None:
             return found
@@ -112,9 +123,10 @@ class LabelledImages(torch.utils.data.Dataset):
             _check_same_labels([row.get(LABEL) for row in found], labels, self.name)
         return [{**row, LABEL: label} for row, label in zip(found, labels, strict=True)]
 
-    def _row(self, number: int) -> Any:
+    def _row(self, index: int, number: int) -> Any:
         try:
-            return self.rows[number]
+            with nullcontext() if self.draws is None else self.draws.of(index, "row"):
+                return self.rows[number]
         except OSError as error:  # what Pillow raises where a torch dataset opens its images itself
             raise DataError(f"row cannot be read ({error})", where=f"{self.name}, row {number}") from error
 
@@ -159,6 +171,7 @@ class LabelledStream(torch.utils.data.IterableDataset):
         name: the dataset's, for messages.
         columns: which of its columns count; None where that shows only when a row is read.
         class_names: the data's own, in label order; None where there are none.
+        draws: as of `LabelledImages`.
     """
 
     rows: Any
@@ -166,10 +179,15 @@ class LabelledStream(torch.utils.data.IterableDataset):
     columns: Columns | None
     class_names: list[str] | None
     skipped: None = None
+    draws: Draws | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(self.rows):
-            yield _read(row, number, self.name, self.columns)
+        if self.draws is None:
+            for number, row in enumerate(self.rows):
+                yield _read(row, number, self.name, self.columns)
+            return
+        for number, (row, of_row) in enumerate(with_draws(self.rows, self.draws)):
+            yield {**_read(row, number, self.name, self.columns), DRAW: of_row}
 
     def set_epoch(self, epoch: int) -> None:
         """Passes on what the trainer says, so that rows are shuffled anew.

@@ -18,28 +18,27 @@ from transformers.trainer_utils import PredictionOutput
 
 from ..cards.results import CardResults, results_from_sweep, role_of
 from ..data.collator import ImageCollator
+from ..data.draws import Draws
 from ..data.readable import readable_rows
-from ..data.rows import LabelledImages, LabelledStream, labelled_images
+from ..data.rows import LabelledImages, labelled_images
 from ..errors import ConfigError, NonFiniteError
 from ..interpolation.sweep import AlphaSweep, alpha_sweep
-from .evaluation_loop import EvaluationLoopTrainer
 from .preflight import check_rows
+from .repeatable import RepeatableTrainer, Rows
 from .replaced import replaced
 
 TENTHS = tuple(step / 10 for step in range(11))
 SPEEDS = ("_runtime", "_per_second", "epoch")  # what Trainer adds to the metrics
 Metrics = dict[str, float]
-Rows = LabelledImages | LabelledStream
 
 
-class EvaluatingTrainer(EvaluationLoopTrainer):
+class EvaluatingTrainer(RepeatableTrainer):
     """Evaluation, prediction and α-sweeps of a `ZeroShotClassifier`; the base of `RobustTrainer`.
 
     Every set comes in through `_rows`, and is answered by the head that `ZeroShotClassifier.classes` makes for it.
     """
 
     eval_dataset: Any
-    data_collator: Any
     zero_shot: dict[str, Tensor] | None
     sweep: AlphaSweep | None = None
 
@@ -190,8 +189,8 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, "eval")
         vars(self).pop("_eval_dataloaders", None)  # with persistent workers the loader of one set was kept for others
-        with self._showing_all():
-            return super().get_eval_dataloader(rows)
+        with self._showing_all(rows) as shown:
+            return super().get_eval_dataloader(shown)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Returns batches of all images as they are, without the collator's augmentation.
@@ -200,8 +199,8 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
             test_dataset: as in `Trainer`.
         """
         rows: Any = self._rows(test_dataset, "test", labels=False)
-        with self._showing_all():
-            return super().get_test_dataloader(rows)
+        with self._showing_all(rows) as shown:
+            return super().get_test_dataloader(shown)
 
     # --- what comes in ---
 
@@ -237,11 +236,11 @@ class EvaluatingTrainer(EvaluationLoopTrainer):
         return collator.without_transform() if isinstance(collator, ImageCollator) else collator
 
     @contextmanager
-    def _showing_all(self) -> Iterator[None]:
-        """Makes loaders of evaluation: images as they are, and all of them, also where training drops some."""
-        plain = replaced(self, data_collator=self._plain_collator())
-        with plain, replaced(self.args, dataloader_drop_last=False):
-            yield
+    def _showing_all(self, rows: Rows) -> Iterator[Any]:
+        """For loaders of evaluation: images as they are, and all of them, also where training drops some."""
+        shown, collator = self.drawing_by_row(rows, self._plain_collator(), Draws(self.data_seed))
+        with replaced(self, data_collator=collator), replaced(self.args, dataloader_drop_last=False):
+            yield shown
 
     def _is_silent(self) -> bool:
         return self.args.disable_tqdm or not self.is_local_process_zero()

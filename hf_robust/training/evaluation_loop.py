@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.draws import kept_states
 from .accuracy import AccuracyAndLoss, correct_and_loss
 from .replaced import replaced
 from .saving import SavingTrainer
@@ -43,10 +44,18 @@ class EvaluationLoopTrainer(SavingTrainer):
             metric_key_prefix: first part of every metric's name.
         """
         how = prediction_loss_only, ignore_keys, metric_key_prefix
-        with self._default_metrics(whole=description == "Prediction"), self._evaluation_precision():
+        whole = description == "Prediction"
+        with self._kept_random_state(), self._default_metrics(whole), self._evaluation_precision():
             output = super().evaluation_loop(dataloader, description, *how)
         unwanted = f"{metric_key_prefix}_model_preparation_time"  # says nothing of the model
         return output._replace(metrics={name: v for name, v in (output.metrics or {}).items() if name != unwanted})
+
+    @contextmanager
+    def _kept_random_state(self) -> Iterator[None]:
+        """Training draws the same, whether or not there was an evaluation: a loader draws, and metrics may."""
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with kept_states(), torch.random.fork_rng(cuda, device_type="cuda"):
+            yield
 
     @contextmanager
     def _default_metrics(self, whole: bool) -> Iterator[None]:

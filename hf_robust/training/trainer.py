@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
 from ..data.columns import REFERENCE_EMBEDS, no_column
+from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError, NonFiniteError
@@ -289,7 +290,8 @@ class RobustTrainer(ModelInitTrainer):
         share = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
         title_or_none = None if self._is_silent() else title
-        yield from batches_in_order(Subset(dataset, share), self._plain_collator(), *how, title_or_none)
+        rows, collator = self.drawing_by_row(dataset, self._plain_collator(), Draws(self.data_seed))
+        yield from batches_in_order(Subset(rows, share), collator, *how, title_or_none)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -155,7 +155,8 @@ def check_accelerator(accelerator: Accelerator, args: TrainingArguments) -> None
         args: its arguments.
 
     Raises:
-        ConfigError: ranks would get batches of other sizes, DeepSpeed is used, or a CPU would use fp16.
+        ConfigError: ranks would get batches of other sizes, DeepSpeed is used, a CPU would use fp16, or the order of
+            images would hang on what ran before.
     """
     if args.fp16 and args.device.type == "cpu":
         remedy = "Use bf16=True."
@@ -166,6 +167,9 @@ def check_accelerator(accelerator: Accelerator, args: TrainingArguments) -> None
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         _, reason, remedy = UNSUPPORTED["deepspeed"]
         raise ConfigError(reason, where="accelerate launch", got="DeepSpeed", remedy=remedy)
+    if not accelerator.use_seedable_sampler:
+        what, got = "a resumed run would see the images in another order", {"use_seedable_sampler": False}
+        raise ConfigError(what, where="accelerator_config", got=got, allowed="use_seedable_sampler=True")
 
 
 def check_sharding(accelerator: Accelerator, classifier: nn.Module, optimizers: tuple[Any, Any]) -> None:
