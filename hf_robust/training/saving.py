@@ -160,8 +160,6 @@ class SavingTrainer(ShardingTrainer):
         problem = self._write_parts(temporary)
         self._on_all_or_remove(temporary, problem)
         self._on_first_rank_or_remove(temporary, lambda: self._publish(temporary, folder))
-        if self.args.should_save:
-            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _note_best(self, folder: Path) -> None:
         if self.state.best_global_step:
@@ -201,6 +199,7 @@ class SavingTrainer(ShardingTrainer):
         order = 1 + max((m["order"] for m in checkpoints_in(folder.parent).values() if isinstance(m, dict)), default=0)
         facts = {"step": self.state.global_step, "order": order, "run": self.run, "versions": versions()}
         publish_checkpoint(temporary, folder, facts)
+        rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _on_all_or_remove(self, temporary: Path, problem: Exception | None) -> None:
         try:
