@@ -24,7 +24,7 @@ from transformers import BaseImageProcessor, ProcessorMixin
 
 from ..encoders.dual_encoder import base_model, image_embeds, tower_modules
 from ..encoders.pretrained import pretrained_weights
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, NonFiniteError
 from .collator import ImageCollator, batches_in_order
 from .columns import IMAGE, IMAGE_EMBEDS, REFERENCE_EMBEDS
 from .rows import LabelledImages, labelled_images
@@ -61,6 +61,7 @@ def with_reference_embeds(
     Raises:
         ConfigError: images may not look the same every time, so that what is cached would be that of other images.
         DataError: the dataset has a column of that name, or an image cannot be used.
+        NonFiniteError: the model gives embeddings that are NaN or infinite.
         UnsafeFileError: something that is no file, a folder for one, has the file's name.
 
     Example:
@@ -76,7 +77,7 @@ def with_reference_embeds(
         images = datasets.Dataset(table, info=dataset.info, fingerprint=dataset._fingerprint).select_columns(IMAGE)
         device, title = next(model.parameters()).device, None if silent else "Embedding the training set"
         batches = batches_in_order(images.select(rows), collator, batch_size, workers, device, title)
-        embeds = (pretrained_image_embeds(model, batch).float().cpu().numpy() for batch in batches)  # (batch, dim)
+        embeds = (_finite(pretrained_image_embeds(model, batch)) for batch in batches)  # (batch, dim)
         _write(file, _columns(embeds, rows, len(table)))
     whole = datasets.Dataset(table, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
     joined = datasets.concatenate_datasets([whole, datasets.Dataset.from_file(str(file))], split=dataset.split, axis=1)
@@ -111,6 +112,7 @@ def with_image_embeds(
     Raises:
         ConfigError: images may not look the same every time.
         DataError: an image cannot be used.
+        NonFiniteError: the model gives embeddings that are NaN or infinite.
 
     Example:
         >>> with_image_embeds(photos, clip, processor).column_names
@@ -218,6 +220,12 @@ def _pretrained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in base.get_submodule(part).state_dict(prefix=f"{part}.").items():
                 if prefix is None or (prefix not in name and ".modules_to_save." not in name):
                     yield WRAPPERS.sub("", name), tensor
+
+
+def _finite(embeds: Tensor) -> np.ndarray:
+    if not embeds.isfinite().all():  # the file would give them again after the model has been mended
+        raise NonFiniteError("embeddings of images are NaN or infinite", where="pre-trained model")
+    return embeds.float().cpu().numpy()
 
 
 def _columns(embeds: Iterator[np.ndarray], rows: np.ndarray, length: int) -> Iterator[list[np.ndarray | None]]:

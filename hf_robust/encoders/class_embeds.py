@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, class_names: Sequence[str]
     for index, name in enumerate(class_names):
         ids = tokenizer(name, add_special_tokens=False)["input_ids"]
         where = f"class {index}"
-        if not tokenizer.decode(ids, skip_special_tokens=True).strip():
+        if not cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip():
             remedy = "Give it another name, or take a model whose tokenizer knows its letters."
             raise DataError("the tokenizer knows no part of a class name", where=where, got=name, remedy=remedy)
         if not special.isdisjoint(ids):

@@ -146,12 +146,15 @@ def image_embeds(
 
     Raises:
         ConfigError: the images are of another size than in pre-training, which is no multiple of the patch size.
+        DataError: there are no images.
 
     Example:
         >>> image_embeds(clip, processor(images=[picture], return_tensors="pt")["pixel_values"]).shape
         torch.Size([1, 512])
     """
     base = base_model(model)
+    if len(pixel_values) == 0:
+        raise DataError("batch has no images", got=tuple(pixel_values.shape), allowed="at least one image")
     extras: dict[str, Any] = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
     extras = {name: tensor for name, tensor in extras.items() if tensor is not None}
     if needs_interpolation(model, pixel_values):

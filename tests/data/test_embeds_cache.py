@@ -18,7 +18,7 @@ from hf_robust.data import embeds_cache
 from hf_robust.data.collator import REFERENCE_EMBEDS, ImageCollator
 from hf_robust.data.embeds_cache import pretrained_image_embeds, with_reference_embeds
 from hf_robust.encoders.dual_encoder import image_embeds
-from hf_robust.errors import ConfigError, DataError, UnsafeFileError
+from hf_robust.errors import ConfigError, DataError, NonFiniteError, UnsafeFileError
 from tests.methods import Method, batch, prepared, train
 from tests.tiny_models import image_dataset, synthetic_picture, tiny_model, tiny_processor
 
@@ -249,6 +249,15 @@ def test_a_file_that_cannot_be_read_is_computed_anew(folder, monkeypatch, caplog
         whole = embeds_cache._is_whole(file_of(folder))
     assert not whole and "Input/output error" in caplog.text
     assert cached(rows)[REFERENCE_EMBEDS][:] == fresh
+
+
+def test_embeddings_that_are_not_finite_are_not_kept(folder):
+    model = tiny_model("clip")
+    with torch.no_grad():
+        model.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="embeddings of images"):
+        cached(image_dataset(2, NAMES), model)
+    assert not list(folder.iterdir())
 
 
 def test_what_is_no_file_in_its_place_is_refused(folder):

@@ -163,6 +163,13 @@ def test_tokens_that_the_tower_does_not_know_are_refused(name):
         tokenize(processor, [*PROMPTS, "word599"], tiny_model(name))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_without_images_is_refused(name):
+    inputs = {key: tensor[:0] for key, tensor in tiny_batch(name, 2).items()}
+    with pytest.raises(DataError, match=r"batch has no images.*got \(0, "):
+        image_embeds(tiny_model(name), **inputs)
+
+
 def test_siglip2_ignores_padded_patches():
     model, batch = tiny_model("siglip2"), tiny_batch("siglip2", 2)
     padding = batch["pixel_attention_mask"] == 0

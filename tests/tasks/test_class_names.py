@@ -203,6 +203,13 @@ def test_bad_settings_are_refused(settings, message):
         build(**settings)
 
 
+@pytest.mark.parametrize("label", [-1, -100, len(NAMES)])
+def test_labels_outside_the_classes_are_refused(label):
+    inputs = tiny_batch("clip", 2)
+    with pytest.raises(DataError, match=f"label is no class.*got {label}; allowed 0 to {len(NAMES) - 1}"):
+        build()(**inputs, labels=torch.tensor([0, label]))
+
+
 def test_a_model_that_is_no_dual_encoder_is_refused():
     with pytest.raises(ConfigError, match="get_image_features"):
         ZeroShotClassifier(tiny_model("clip").vision_model, tiny_processor("clip"), NAMES)
