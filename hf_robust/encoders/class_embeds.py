@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..errors import DataError
 from .context import check_context
 from .dual_encoder import base_model, text_embeds, tokenize
+from .preprocessing import warn_of_other_images
 from .templates import check_class_names, check_templates, class_prompts
 
 PROMPTS_AT_ONCE = 256  # without gradients; bounds the memory of thousands of prompts
@@ -66,6 +67,7 @@ def prompt_tokens(
         DataError: a prompt is too long, the tokenizer does not know a class name or cannot tell it from another, or a
             class name contains a word of a learned context.
     """
+    warn_of_other_images(model, processor)
     _check_tokens(processor.tokenizer, class_names)
     prompts = tokenize(processor, class_prompts(class_names, templates), model)
     _check_told_apart(prompts["input_ids"], class_names, len(templates))
