@@ -288,14 +288,16 @@ def test_what_killed_processes_left_is_neither_taken_nor_kept(folder):
 def in_another_process(folder, barrier, results):
     datasets.config.HF_DATASETS_CACHE = folder
     torch.set_num_threads(1)
-    barrier.wait()
+    barrier.wait(60)
     results.put(cached(image_dataset(6, NAMES))[REFERENCE_EMBEDS][:])
 
 
 def test_processes_that_write_at_once_read_the_same(folder, tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=in_another_process, args=(tmp_path, barrier, results)) for _ in range(2)]
+    processes = [
+        context.Process(target=in_another_process, args=(tmp_path, barrier, results), daemon=True) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]
