@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from uuid import uuid4
 
 import datasets
 import numpy as np
@@ -21,13 +24,17 @@ from transformers import BaseImageProcessor, ProcessorMixin
 
 from ..encoders.dual_encoder import base_model, image_embeds, tower_modules
 from ..encoders.pretrained import pretrained_weights
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, NonFiniteError
 from .collator import ImageCollator, batches_in_order
 from .columns import IMAGE, IMAGE_EMBEDS, REFERENCE_EMBEDS
 from .rows import LabelledImages, labelled_images
+from .text_files import check_regular
 
+logger = logging.getLogger(__name__)
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")  # what PEFT puts into the names of the base's tensors
+SHA256, BLOCK = 32, 2**20  # bytes: of the digest that a file ends with, and read at once
+DEAD = 3600  # seconds without a write; a process that is at work writes after every batch
 
 
 def with_reference_embeds(
@@ -37,7 +44,8 @@ def with_reference_embeds(
 
     They come from an Arrow file in `HF_DATASETS_CACHE/hf_robust`, which is memory-mapped, and is written first where
     there is none. Its name stands for θ₀'s vision tower, the image processor, the dataset's fingerprint, size and time
-    of image files that it names, and the precision of an autocast around the call. Images are not copied.
+    of image files that it names, and the precision of an autocast around the call. It ends with a digest of what is
+    before, and is written anew, with a warning, where that does not fit. Images are not copied.
 
     Args:
         dataset: a `datasets.Dataset` with a column of images, see `labelled_images`, without transform.
@@ -53,6 +61,8 @@ def with_reference_embeds(
     Raises:
         ConfigError: images may not look the same every time, so that what is cached would be that of other images.
         DataError: the dataset has a column of that name, or an image cannot be used.
+        NonFiniteError: the model gives embeddings that are NaN or infinite.
+        UnsafeFileError: something that is no file, a folder for one, has the file's name.
 
     Example:
         >>> with_reference_embeds(train, clip, ImageCollator(processor), batch_size=64).column_names
@@ -62,12 +72,12 @@ def with_reference_embeds(
     table = dataset._data  # the rows in the order of the file, of which `dataset` may show some, in its own order
     indices = None if dataset._indices is None else dataset._indices["indices"].to_numpy().astype(np.int64)
     file = _file(dataset, model, collator)
-    if not file.exists():
+    if not _is_whole(file):
         rows = np.arange(len(table)) if indices is None else np.unique(indices)
         images = datasets.Dataset(table, info=dataset.info, fingerprint=dataset._fingerprint).select_columns(IMAGE)
         device, title = next(model.parameters()).device, None if silent else "Embedding the training set"
         batches = batches_in_order(images.select(rows), collator, batch_size, workers, device, title)
-        embeds = (pretrained_image_embeds(model, batch).float().cpu().numpy() for batch in batches)  # (batch, dim)
+        embeds = (_finite(pretrained_image_embeds(model, batch)) for batch in batches)  # (batch, dim)
         _write(file, _columns(embeds, rows, len(table)))
     whole = datasets.Dataset(table, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
     joined = datasets.concatenate_datasets([whole, datasets.Dataset.from_file(str(file))], split=dataset.split, axis=1)
@@ -102,6 +112,7 @@ def with_image_embeds(
     Raises:
         ConfigError: images may not look the same every time.
         DataError: an image cannot be used.
+        NonFiniteError: the model gives embeddings that are NaN or infinite.
 
     Example:
         >>> with_image_embeds(photos, clip, processor).column_names
@@ -211,6 +222,12 @@ def _pretrained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield WRAPPERS.sub("", name), tensor
 
 
+def _finite(embeds: Tensor) -> np.ndarray:
+    if not embeds.isfinite().all():  # the file would give them again after the model has been mended
+        raise NonFiniteError("embeddings of images are NaN or infinite", where="pre-trained model")
+    return embeds.float().cpu().numpy()
+
+
 def _columns(embeds: Iterator[np.ndarray], rows: np.ndarray, length: int) -> Iterator[list[np.ndarray | None]]:
     """The column in parts; a row of the file that is not among the sorted `rows` has nothing."""
     done = embedded = 0
@@ -224,18 +241,57 @@ def _columns(embeds: Iterator[np.ndarray], rows: np.ndarray, length: int) -> Ite
     yield [None] * (length - done)
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether a file is there as `_write` left it."""
+    try:
+        check_regular(file)
+        with file.open("rb") as stream:
+            whole = _digest(stream, os.fstat(stream.fileno()).st_size - SHA256) == stream.read()
+        problem = "its content is not that of its digest"
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # of a disk, say
+        whole, problem = False, str(error.strerror)
+    if not whole:
+        logger.warning("The cached embeddings in %s are computed anew: %s", file, problem)
+    return whole
+
+
+def _digest(stream: BinaryIO, length: int) -> bytes:
+    found = hashlib.sha256()
+    while length > 0 and (block := stream.read(min(length, BLOCK))):
+        found.update(block)
+        length -= len(block)
+    return found.digest()
+
+
 def _write(file: Path, columns: Iterator[list[np.ndarray | None]]) -> None:
-    """Writes a file that is complete or not there."""
+    """Writes a file that is complete or not there; several processes may do so at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial = file.with_suffix(f".{uuid4().hex}.partial")  # a process's number is its own on one machine alone
     schema = pa.schema({REFERENCE_EMBEDS: pa.list_(pa.float32())})
     try:
-        with partial.open("wb") as stream:
+        with partial.open("w+b") as stream:
+            _remove_dead(file.parent, os.fstat(stream.fileno()).st_mtime)
             with pa.ipc.new_stream(stream, schema) as writer:
                 for column in columns:
                     writer.write_batch(pa.record_batch([pa.array(column, pa.list_(pa.float32()))], schema=schema))
+                    stream.flush()
+            length = stream.tell()
+            stream.seek(0)
+            digest = _digest(stream, length)
+            stream.seek(length)
+            stream.write(digest)  # readers of Arrow stop before it
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_dead(folder: Path, now: float) -> None:
+    """Removes what processes that were killed have left; `now` is by the clock of the folder's file system."""
+    for partial in folder.glob("*.partial"):
+        with suppress(OSError):  # another process may have removed it, and a stranger's file may stay
+            if partial.stat().st_mtime < now - DEAD:
+                partial.unlink()

@@ -58,8 +58,9 @@ def load_rgb(image: Any, where: str | None = None) -> Image.Image:
         where: dataset and row, for messages.
 
     Raises:
-        DataError: when it is no image, is broken, has more than 50 million pixels, or is more than 20 times as long as
-            it is wide (resizing its short side would take gigabytes).
+        DataError: when it is no image, is broken, has no pixels or more than 50 million, is more than 20 times as long
+            as it is wide (resizing its short side would take gigabytes), or has grey values that may mean several
+            things (floating-point numbers, or 16 bits with values of 8).
 
     Example:
         >>> load_rgb(Image.new("LA", (4, 3))).mode
@@ -71,6 +72,8 @@ def load_rgb(image: Any, where: str | None = None) -> Image.Image:
         image = _from_tensor(image, where)
     opened, where = _open(image, where)
     width, height = opened.size
+    if width * height == 0:
+        raise DataError("image without pixels", where=where, got=(width, height))
     if width * height > MAX_PIXELS:
         raise DataError("image is too large", where=where, got=(width, height), allowed="at most 50 million pixels")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -82,6 +85,8 @@ def load_rgb(image: Any, where: str | None = None) -> Image.Image:
         opened.load()
         upright = _eight_bit(opened, where)
         return upright if upright.mode == "RGB" else upright.convert("RGB")
+    except DataError:  # a ValueError, too
+        raise
     except (
         OSError,
         ValueError,
@@ -132,7 +137,11 @@ def _eight_bit(image: Image.Image, where: str | None) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image)
-    # values of 8 bits in 32-bit pixels may be bright, or the darkest of 16 bits
-    if image.mode == "I" and not (pixels.min() >= 0 and 255 < pixels.max() <= 65535):
-        raise DataError("image of 32-bit pixels", where=where, allowed="integer pixels of 8 or 16 bits")
+    low, high = int(pixels.min()), int(pixels.max())
+    if low < 0 or high > 65535:
+        allowed = "integer pixels of 8 or 16 bits"
+        raise DataError("image of 32-bit pixels", where=where, got=(low, high), allowed=allowed)
+    if 0 < high <= 255:  # a bright picture, or the darkest values of 16 bits, which would all become black
+        remedy = "Save it with 8 bits per pixel."
+        raise DataError("image of 16-bit pixels has values of 8 bits", where=where, got=(low, high), remedy=remedy)
     return Image.fromarray((pixels / 257).round().astype(np.uint8))  # 65535 / 257 = 255; `convert` would clip instead

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..errors import DataError
 from .context import check_context
 from .dual_encoder import base_model, text_embeds, tokenize
+from .preprocessing import warn_of_other_images
 from .templates import check_class_names, check_templates, class_prompts
 
 PROMPTS_AT_ONCE = 256  # without gradients; bounds the memory of thousands of prompts
@@ -34,8 +37,9 @@ def class_embeddings(
         `(classes, dim)`, L2-normalised, in float32 or better.
 
     Raises:
-        ConfigError: the model is no supported dual encoder, or a template has no `{}`.
-        DataError: no class names, an empty or repeated one, or a prompt that is too long.
+        ConfigError: the model is no supported dual encoder, the tokenizer does not fit it, or a template has no `{}`.
+        DataError: no class names, an empty or repeated one, one that the tokenizer does not know or cannot tell from
+            another, or a prompt that is too long.
 
     Example:
         >>> class_embeddings(clip, processor, ["cat", "dog"], "photo").shape
@@ -59,11 +63,41 @@ def prompt_tokens(
         templates: prompts with `{}` in place of the class name.
 
     Raises:
-        DataError: a prompt is too long, or a class name contains a word of a learned context.
+        ConfigError: the tokenizer does not fit the model.
+        DataError: a prompt is too long, the tokenizer does not know a class name or cannot tell it from another, or a
+            class name contains a word of a learned context.
     """
+    warn_of_other_images(model, processor)
+    _check_tokens(processor.tokenizer, class_names)
     prompts = tokenize(processor, class_prompts(class_names, templates), model)
+    _check_told_apart(prompts["input_ids"], class_names, len(templates))
     check_context(model, processor, prompts["input_ids"], class_names, templates)
     return {name: tensor.to(base_model(model).device) for name, tensor in prompts.items()}
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, class_names: Sequence[str]) -> None:
+    """Refuses names of which no word would reach the text tower, or that could end a prompt where they stand."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+    for index, name in enumerate(class_names):
+        ids = tokenizer(name, add_special_tokens=False)["input_ids"]
+        where = f"class {index}"
+        if not cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip():
+            remedy = "Give it another name, or take a model whose tokenizer knows its letters."
+            raise DataError("the tokenizer knows no part of a class name", where=where, got=name, remedy=remedy)
+        if not special.isdisjoint(ids):
+            allowed = "names without " + ", ".join(map(repr, tokenizer.all_special_tokens))
+            raise DataError("class name has a special token of the tokenizer", where=where, got=name, allowed=allowed)
+
+
+def _check_told_apart(input_ids: Tensor, class_names: Sequence[str], n_templates: int) -> None:
+    """Refuses names that differ as text but not to the text tower: one of them would never be the answer."""
+    seen: dict[bytes, int] = {}
+    for index, prompts in enumerate(input_ids.unflatten(0, (-1, n_templates))):  # (templates, tokens)
+        other = seen.setdefault(prompts.numpy().tobytes(), index)
+        if other != index:
+            where, got = f"classes {other} and {index}", [class_names[other], class_names[index]]
+            remedy = "Give one of them another name; some tokenizers drop accents, or know few letters."
+            raise DataError("two class names have the same tokens", where=where, got=got, remedy=remedy)
 
 
 def encode_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, n_templates: int) -> Tensor:

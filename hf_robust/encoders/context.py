@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import ConfigError, DataError
-from .dual_encoder import base_model, input_embeddings, tokenize
+from .dual_encoder import base_model, input_embeddings, pools_at_largest_id, tokenize
 
 INIT_STD = 0.02  # of a context that starts from no words, as in CoOp
 
@@ -158,8 +158,7 @@ def _id_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """Ids of the context must be below this."""
     config = base_model(model).config.text_config
     limit = min(len(tokenizer), cast(nn.Embedding, input_embeddings(model)[1]).num_embeddings)
-    pools_at_largest_id = config.model_type == "clip_text_model" and config.eos_token_id == 2  # CLIP's first configs
-    return min(limit, cast(int, tokenizer.eos_token_id)) if pools_at_largest_id else limit
+    return min(limit, cast(int, tokenizer.eos_token_id)) if pools_at_largest_id(config) else limit
 
 
 def _context_words(model: nn.Module, tokenizer: PreTrainedTokenizerBase, n_tokens: int, used: set[int]) -> str:

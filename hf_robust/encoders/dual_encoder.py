@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import ConfigError, DataError
 
@@ -72,6 +72,7 @@ FAMILIES: dict[str, Family] = {
 # asked to, or need not be asked. Other towers take one size alone, or have not been tried.
 INTERPOLATING = ("clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model", "vit", "deit")
 SIZE_FREE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+POOLING_AT_EOS = ("clip_text_model", "metaclip_2_text_model")  # text towers; in a prompt without it at the first token
 
 
 def base_model(model: nn.Module) -> Any:  # a PreTrainedModel; mypy cannot know its towers
@@ -145,12 +146,15 @@ def image_embeds(
 
     Raises:
         ConfigError: the images are of another size than in pre-training, which is no multiple of the patch size.
+        DataError: there are no images.
 
     Example:
         >>> image_embeds(clip, processor(images=[picture], return_tensors="pt")["pixel_values"]).shape
         torch.Size([1, 512])
     """
     base = base_model(model)
+    if len(pixel_values) == 0:
+        raise DataError("batch has no images", got=tuple(pixel_values.shape), allowed="at least one image")
     extras: dict[str, Any] = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
     extras = {name: tensor for name, tensor in extras.items() if tensor is not None}
     if needs_interpolation(model, pixel_values):
@@ -290,6 +294,8 @@ def tokenize(processor: ProcessorMixin, prompts: list[str], model: nn.Module) ->
         the length of the longest prompt where the tower's pooling allows it, else the tower's full length.
 
     Raises:
+        ConfigError: the tokenizer is that of another model: it has tokens that the tower does not know, or ends no
+            prompt with the one that the tower looks for.
         DataError: a prompt has more tokens than the tower takes; cut off, it could equal another class's prompt.
 
     Example:
@@ -309,9 +315,38 @@ def tokenize(processor: ProcessorMixin, prompts: list[str], model: nn.Module) ->
         max_length=max_length,
         return_tensors="pt",
     )
+    _check_fit(tokenizer, tokens["input_ids"], text_config)
     if row.padding == "max_length":
         return {"input_ids": tokens["input_ids"]}
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def pools_at_largest_id(text_config: Any) -> bool:
+    """Returns whether a text tower pools at the largest token id of a prompt, as CLIP's first configs have it.
+
+    Args:
+        text_config: of the text tower.
+    """
+    return text_config.model_type == "clip_text_model" and text_config.eos_token_id == 2
+
+
+def _check_fit(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text_config: Any) -> None:
+    where, remedy = (
+        "processor.tokenizer",
+        "Load it with AutoProcessor.from_pretrained(name), for the name of the model.",
+    )
+    largest = input_ids.amax(dim=-1)  # (prompts,)
+    if largest.max() >= text_config.vocab_size:
+        what, allowed = "tokenizer has tokens that the text tower does not know", f"below {text_config.vocab_size}"
+        raise ConfigError(what, where=where, got=int(largest.max()), allowed=allowed, remedy=remedy)
+    if text_config.model_type not in POOLING_AT_EOS:
+        return
+    old = pools_at_largest_id(text_config)
+    end = tokenizer.eos_token_id if old else text_config.eos_token_id
+    ends = largest == end if old else (input_ids == end).any(dim=-1)
+    if not torch.as_tensor(ends).all():
+        what, got = "tokenizer ends no prompt with the token at which the text tower pools", input_ids[0].tolist()
+        raise ConfigError(what, where=where, got=got, allowed=f"prompts that end with {end}", remedy=remedy)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ..encoders.dual_encoder import (
 )
 from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.templates import TEMPLATES, check_class_names, check_templates
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where its own part is saved
 PROCESSOR_FOLDER = "processor"  # beside an adapter; that of a whole model lies with it
@@ -143,6 +143,7 @@ class ZeroShotClassifier(nn.Module):
 
         Raises:
             ConfigError: there are neither images nor embeddings, or both.
+            DataError: a label is no index into `class_names`.
         """
         if pixel_values is not None and image_embeds is None:
             embeds = embed_images(self.model, pixel_values, pixel_attention_mask, spatial_shapes)  # (batch, dim)
@@ -154,7 +155,7 @@ class ZeroShotClassifier(nn.Module):
         logits = self._logits(embeds, class_embeds)  # (batch, classes)
         if self._order is not None:
             logits, class_embeds = logits[:, self._order], class_embeds[self._order]
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else F.cross_entropy(logits, _checked(labels, logits.shape[1]))
         output = ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
         return self._with_terms(output, labels)
 
@@ -289,3 +290,11 @@ class ZeroShotClassifier(nn.Module):
     def _embed_prompts(self, rows: slice) -> Tensor:
         mask = self.prompt_attention_mask
         return embed_prompts(self.model, self.prompt_input_ids[rows], None if mask is None else mask[rows])
+
+
+def _checked(labels: Tensor, n_classes: int) -> Tensor:
+    """Labels of streams and foreign datasets show only here; on a GPU, PyTorch would abort without saying which."""
+    wrong = labels[(labels < 0) | (labels >= n_classes)]
+    if len(wrong):
+        raise DataError("label is no class", where="labels", got=int(wrong[0]), allowed=f"0 to {n_classes - 1}")
+    return labels

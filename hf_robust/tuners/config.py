@@ -17,7 +17,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch import Tensor
 
 from ..data.text_files import read_json
+from ..encoders.preprocessing import TRAINED_WITH
 from ..errors import AdapterFileError, ConfigError, DataError
+from ..tasks.class_names import PROCESSOR_FOLDER
 from .files import CONFIG_FILE, WEIGHTS_FILE, check_files, check_format
 
 Towers = Literal["both", "vision", "text"]
@@ -134,6 +136,7 @@ class RobustConfig(PeftConfig):
         tensors = check_files(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
         if tensors is not None:
             config.check_weights(tensors, str(folder))
+        config.__dict__[TRAINED_WITH] = _image_settings(folder)
         return config
 
     def check_weights(self, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -154,6 +157,19 @@ class RobustConfig(PeftConfig):
             raise ConfigError(f"{name} is empty", got=value, remedy="Leave it at None, or name modules.")
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             raise ConfigError(f"{name} is no list of names", got=value)
+
+
+def _image_settings(folder: Path) -> dict[str, Any] | None:
+    """Those of the processor that `RobustTrainer` saves beside an adapter; None where there is none."""
+    file = folder / PROCESSOR_FOLDER / "processor_config.json"
+    if not file.is_file():
+        return None
+    try:
+        settings = read_json(file)
+    except DataError as error:
+        raise AdapterFileError(error.what, where=error.where, got=error.got) from error
+    found = settings.get("image_processor") if isinstance(settings, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _download(config_cls: type[RobustConfig], repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:

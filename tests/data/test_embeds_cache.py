@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
+
 import datasets
 import pytest
 import torch
@@ -14,7 +18,7 @@ from hf_robust.data import embeds_cache
 from hf_robust.data.collator import REFERENCE_EMBEDS, ImageCollator
 from hf_robust.data.embeds_cache import pretrained_image_embeds, with_reference_embeds
 from hf_robust.encoders.dual_encoder import image_embeds
-from hf_robust.errors import ConfigError, DataError
+from hf_robust.errors import ConfigError, DataError, NonFiniteError, UnsafeFileError
 from tests.methods import Method, batch, prepared, train
 from tests.tiny_models import image_dataset, synthetic_picture, tiny_model, tiny_processor
 
@@ -187,3 +191,117 @@ def test_rows_without_the_column_among_others_are_refused():
     rows = [{"image": Image.new("L", (9, 9)), "label": 0, REFERENCE_EMBEDS: [0.5]}, {"image": Image.new("L", (9, 9))}]
     with pytest.raises(DataError, match=REFERENCE_EMBEDS):
         ImageCollator(tiny_processor("clip"))([rows[0], {**rows[1], "label": 1}])
+
+
+# --- the file ---
+
+
+def file_of(folder):
+    (file,) = folder.glob("*.arrow")
+    return file
+
+
+def damaged(content):
+    """A file in many ways: every seventh byte with another bit, cut to many lengths, and as it never was."""
+    for place in range(0, len(content), 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << (place % 8)
+        yield bytes(flipped)
+    for length in range(0, len(content), 31):
+        yield content[:length]
+    yield content[:-1]
+    yield content[:-32]  # without digest, as older versions wrote it
+    yield content + b"\0"
+    yield b"\0" * len(content)
+    yield b"no Arrow file"
+
+
+def test_a_damaged_file_is_computed_anew(folder, monkeypatch, caplog):
+    rows = image_dataset(2, NAMES)
+    fresh = cached(rows)[REFERENCE_EMBEDS][:]
+    file = file_of(folder)
+    content = file.read_bytes()
+    kept = torch.tensor(fresh)
+    monkeypatch.setattr(embeds_cache, "pretrained_image_embeds", lambda *_: kept)  # much faster
+    monkeypatch.setattr(embeds_cache, "_file", lambda *_: file)
+    for number, bad in enumerate(damaged(content)):
+        assert bad != content
+        file.write_bytes(bad)
+        caplog.clear()
+        assert cached(rows)[REFERENCE_EMBEDS][:] == fresh, number
+        (record,) = caplog.records
+        assert record.levelname == "WARNING" and str(file) in record.message and "digest" in record.message
+        assert file.read_bytes() == content
+    caplog.clear()
+    cached(rows)
+    assert not caplog.records and number > 100
+
+
+def test_a_file_that_cannot_be_read_is_computed_anew(folder, monkeypatch, caplog):
+    rows = image_dataset(2, NAMES)
+    fresh = cached(rows)[REFERENCE_EMBEDS][:]
+
+    def worn_out(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeds_cache, "_digest", worn_out)
+        whole = embeds_cache._is_whole(file_of(folder))
+    assert not whole and "Input/output error" in caplog.text
+    assert cached(rows)[REFERENCE_EMBEDS][:] == fresh
+
+
+def test_embeddings_that_are_not_finite_are_not_kept(folder):
+    model = tiny_model("clip")
+    with torch.no_grad():
+        model.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="embeddings of images"):
+        cached(image_dataset(2, NAMES), model)
+    assert not list(folder.iterdir())
+
+
+def test_what_is_no_file_in_its_place_is_refused(folder):
+    rows = image_dataset(2, NAMES)
+    cached(rows)
+    file = file_of(folder)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UnsafeFileError, match=f"not a regular file.*{file.name}"):
+        cached(rows)
+    assert list(folder.iterdir()) == [file]
+
+
+def test_what_killed_processes_left_is_neither_taken_nor_kept(folder):
+    rows = image_dataset(2, NAMES)
+    fresh = cached(rows)[REFERENCE_EMBEDS][:]
+    file = file_of(folder)
+    file.unlink()
+    for name, hours in {"dead": 2, "at-work": 0.5}.items():
+        partial = file.with_suffix(f".{name}.partial")
+        partial.write_bytes(b"half")
+        then = time.time() - 3600 * hours
+        os.utime(partial, (then, then))
+    assert cached(rows)[REFERENCE_EMBEDS][:] == fresh
+    assert {one.name for one in folder.iterdir()} == {file.name, file.with_suffix(".at-work.partial").name}
+
+
+def in_another_process(folder, barrier, results):
+    datasets.config.HF_DATASETS_CACHE = folder
+    torch.set_num_threads(1)
+    barrier.wait(60)
+    results.put(cached(image_dataset(6, NAMES))[REFERENCE_EMBEDS][:])
+
+
+def test_processes_that_write_at_once_read_the_same(folder, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=in_another_process, args=(tmp_path, barrier, results), daemon=True) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found[0] == found[1] == cached(image_dataset(6, NAMES))[REFERENCE_EMBEDS][:]
+    assert list(folder.iterdir()) == [file_of(folder)]

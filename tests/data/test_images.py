@@ -38,6 +38,9 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
     levels = np.array([[0, 257, 30000, 65535]], dtype=np.uint16)
     grey = np.asarray(load_rgb({"bytes": png(Image.fromarray(levels)), "path": None}))[0, :, 0]
     assert grey.tolist() == [0, 1, 117, 255]
+    for dtype in (np.uint16, np.int32):  # black, and what can be no 8 bits
+        assert load_rgb(Image.fromarray(np.zeros((3, 3), dtype=dtype))).getextrema() == ((0, 0),) * 3
+        assert load_rgb(Image.fromarray(np.full((3, 3), 256, dtype=dtype))).getextrema() == ((1, 1),) * 3
 
 
 def test_exif_orientation_is_applied():
@@ -47,6 +50,10 @@ def test_exif_orientation_is_applied():
     stored = {"bytes": png(image, exif=exif), "path": None}
     assert load_rgb(stored).tobytes() == ImageOps.exif_transpose(Image.open(io.BytesIO(stored["bytes"]))).tobytes()
     assert load_rgb(stored).size == (10, 20)
+
+
+def grey(value, dtype):
+    return Image.fromarray(np.full((3, 3), value, dtype=dtype))
 
 
 def header_of_png(width, height):
@@ -65,9 +72,14 @@ BAD_IMAGES = {
     "elongated": (lambda: Image.new("L", (1, 10_000)), "too elongated.*20:1"),
     "huge": (lambda: {"bytes": header_of_png(10_000, 10_000), "path": None}, "too large.*50 million"),
     "bomb": (lambda: {"bytes": header_of_png(20_000, 20_000), "path": None}, "cannot be opened.*bomb"),
-    "float": (lambda: Image.new("F", (3, 3)), "floating-point"),
-    "8 of 32 bits": (lambda: Image.fromarray(np.full((3, 3), 200, dtype=np.int32)), "32-bit"),
-    "32 bit": (lambda: Image.fromarray(np.full((3, 3), 70_000, dtype=np.int32)), "32-bit"),
+    "nothing in it": (lambda: Image.new("RGB", (0, 0)), "without pixels"),
+    "no height": (lambda: Image.new("I", (5, 0)), "without pixels"),
+    "float": (lambda: Image.new("F", (3, 3)), "^image of floating-point"),
+    "8 of 32 bits": (lambda: grey(200, np.int32), r"^image of 16-bit.*values of 8 bits.*\(200, 200\).*8 bits per"),
+    "8 of 16 bits": (lambda: grey(255, np.uint16), "values of 8 bits"),
+    "8 of 16 bits in a file": (lambda: {"bytes": png(grey(1, np.uint16)), "path": "a.png"}, "values of 8 bits.*a.png"),
+    "32 bit": (lambda: grey(70_000, np.int32), r"^image of 32-bit.*70000"),
+    "negative": (lambda: grey(-1, np.int32), "32-bit"),
 }
 
 

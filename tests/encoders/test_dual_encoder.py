@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from hf_robust.encoders.dual_encoder import (
@@ -87,7 +88,7 @@ def test_results_are_float32_or_better(name, dtype, expected):
 
 @pytest.mark.parametrize("name, legacy_eos", [("clip", False), ("clip", True), ("metaclip_2", False)])
 def test_padding_to_the_longest_prompt_changes_nothing_where_the_tower_pools_at_eos(name, legacy_eos):
-    model, processor = tiny_model(name, legacy_eos=legacy_eos), tiny_processor(name)
+    model, processor = tiny_model(name, legacy_eos=legacy_eos), tiny_processor(name, legacy_eos=legacy_eos)
     short = tokenize(processor, PROMPTS, model)
     full = processor.tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt")
     assert short["input_ids"].shape[1] < 30 and full["input_ids"].shape[1] == 77
@@ -130,6 +131,43 @@ def test_prompts_are_padded_on_the_right_whatever_the_tokenizer_prefers(name):
 def test_a_prompt_longer_than_the_tower_is_refused(name):
     with pytest.raises(DataError, match="longer than the text tower.*tokens"):
         tokenize(tiny_processor(name), ["an ox", "a photo of a " + "very " * 30 + "big ox"], tiny_model(name))
+
+
+WITHOUT_END = {  # a text tower, and a tokenizer that does not end a prompt as it needs
+    "clip": (lambda: tiny_model("clip"), lambda: without_end("clip")),
+    "clip of old, without": (lambda: tiny_model("clip", legacy_eos=True), lambda: without_end("clip", True)),
+    "clip of old, not the largest": (lambda: tiny_model("clip", legacy_eos=True), lambda: tiny_processor("clip")),
+    "metaclip_2": (lambda: tiny_model("metaclip_2"), lambda: without_end("metaclip_2")),
+}
+
+
+def without_end(name, legacy_eos=False):
+    processor = tiny_processor(name, legacy_eos)
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=["$A"], special_tokens=[])
+    return processor
+
+
+@pytest.mark.parametrize("name", WITHOUT_END)
+def test_prompts_without_the_token_at_which_the_tower_pools_are_refused(name):
+    model, processor = (make() for make in WITHOUT_END[name])
+    with pytest.raises(ConfigError, match="ends no prompt.*processor.tokenizer.*AutoProcessor"):
+        tokenize(processor, PROMPTS, model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_that_the_tower_does_not_know_are_refused(name):
+    processor = tiny_processor(name)
+    processor.tokenizer.add_tokens([f"word{number}" for number in range(600)])
+    tokenize(processor, PROMPTS, tiny_model(name))
+    with pytest.raises(ConfigError, match=r"does not know.*allowed below \d+"):
+        tokenize(processor, [*PROMPTS, "word599"], tiny_model(name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_without_images_is_refused(name):
+    inputs = {key: tensor[:0] for key, tensor in tiny_batch(name, 2).items()}
+    with pytest.raises(DataError, match=r"batch has no images.*got \(0, "):
+        image_embeds(tiny_model(name), **inputs)
 
 
 def test_siglip2_ignores_padded_patches():

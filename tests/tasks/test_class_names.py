@@ -160,11 +160,32 @@ def test_one_template_may_be_given_as_text():
         (["crane", "cat", "crane"], "twice.*classes 0 and 2.*'crane'"),
         (["crane", "Crane "], "twice.*classes 0 and 1.*'Crane '"),
         (["cat", "very " * 30 + "big cat"], "longer than the text tower"),
+        (["<|endoftext|> cat", "<|endoftext|> dog"], r"special token.*class 0.*<\|endoftext\|> cat"),
+        (["cat", "the <|startoftext|>"], "special token.*class 1"),
     ],
 )
 def test_bad_class_names_are_refused(names, message):
     with pytest.raises(DataError, match=message):
         build(names=names)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "clip"])  # CLIP's knows every letter
+def test_names_that_the_tokenizer_does_not_know_are_refused(family):
+    for names in (["cat", "漢字"], ["漢", "漢 字"]):
+        with pytest.raises(DataError, match="knows no part of a class name.*got '漢"):
+            build(family, names=names)
+    with pytest.raises(DataError, match=r"same tokens \(at classes 0 and 2\).*'漢 cat', '字 cat'"):
+        build(family, names=["漢 cat", "dog", "字 cat"])
+    build(family, names=["cat 漢", "dog 漢"])
+
+
+def test_names_that_only_the_tokenizer_takes_for_one_are_refused():
+    name = "vision-text-dual-encoder"
+    with pytest.raises(DataError, match="same tokens.*'résumé', 'resume'"):
+        class_embeddings(tiny_model(name), tiny_processor(name), ["résumé", "resume"])
+    build(names=["résumé", "resume"])  # CLIP's keeps accents
+    with pytest.raises(DataError, match="knows no part"):  # nothing that can be seen
+        build(name, names=["cat", "\u200b"])
 
 
 @pytest.mark.parametrize(
@@ -180,6 +201,13 @@ def test_bad_class_names_are_refused(names, message):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(**settings)
+
+
+@pytest.mark.parametrize("label", [-1, -100, len(NAMES)])
+def test_labels_outside_the_classes_are_refused(label):
+    inputs = tiny_batch("clip", 2)
+    with pytest.raises(DataError, match=f"label is no class.*got {label}; allowed 0 to {len(NAMES) - 1}"):
+        build()(**inputs, labels=torch.tensor([0, label]))
 
 
 def test_a_model_that_is_no_dual_encoder_is_refused():

@@ -219,6 +219,8 @@ def test_nan_and_zero_gradients_are_refused() -> None:
         select_saft(model, data, exact_loss)
     with pytest.raises(SelectionError, match="all gradients are zero"):
         select_saft(model, batches(), lambda m, b: exact_loss(m, b) * 0)
+    with pytest.raises(SelectionError, match="loss has no gradient .at loss_fn.*detach"):
+        select_saft(model, batches(), lambda m, b: exact_loss(m, b).detach())
     with pytest.raises(SelectionError, match="no batch"):
         select_saft(model, [], exact_loss)
     with pytest.raises(SelectionError, match="needs data"):

@@ -198,7 +198,11 @@ def _gradient_sums(
                 got=f"a batch of {count} images",
                 remedy="Pass batches of one image.",
             )
-        loss_fn(model, batch).backward()
+        loss = loss_fn(model, batch)
+        if not loss.requires_grad:
+            remedy = "Compute it from the model's outputs, without no_grad, detach or item."
+            raise SelectionError("the loss has no gradient", where="loss_fn", got=loss.item(), remedy=remedy)
+        loss.backward()
         images += count
         for name, tensor in tensors.items():
             if tensor.grad is not None:
