@@ -66,8 +66,11 @@ class ImageCollator:
             them; and what else the image processor returns (`pixel_attention_mask` and `spatial_shapes` of SigLIP 2).
 
         Raises:
-            DataError: a row has no image, its image cannot be used, or its label is no integer from 0.
+            DataError: there are no rows, or one has no image, an image that cannot be used, or a label that is no
+                integer from 0.
         """
+        if not rows:
+            raise DataError("batch without rows", allowed="at least one")
         batch = {} if any(IMAGE_EMBEDS in row for row in rows) else self._images(rows)
         if any(LABEL in row for row in rows):
             batch["labels"] = torch.tensor([_label(row) for row in rows])  # (batch,)

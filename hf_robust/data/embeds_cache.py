@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, ProcessorMixin
 
-from ..encoders.dual_encoder import base_model, image_embeds, tower_modules
-from ..encoders.pretrained import pretrained_weights
+from ..encoders.dual_encoder import base_model, image_embeds
+from ..encoders.pretrained import pretrained_tensors, pretrained_weights
 from ..errors import ConfigError, DataError, NonFiniteError
 from .collator import ImageCollator, batches_in_order
 from .columns import IMAGE, IMAGE_EMBEDS, REFERENCE_EMBEDS
@@ -32,7 +30,6 @@ from .text_files import check_regular
 
 logger = logging.getLogger(__name__)
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")  # what PEFT puts into the names of the base's tensors
 SHA256, BLOCK = 32, 2**20  # bytes: of the digest that a file ends with, and read at once
 DEAD = 3600  # seconds without a write; a process that is at work writes after every batch
 
@@ -188,7 +185,7 @@ def _file(dataset: datasets.Dataset, model: nn.Module, collator: ImageCollator) 
     for part in (dataset._fingerprint, collator.image_processor.to_json_string(), _precision(model)):
         digest.update(part.encode() + b"\0")
     digest.update(base_model(model).config.to_json_string().encode())  # the activation function, for one
-    for name, tensor in _pretrained_tensors(model):
+    for name, tensor in pretrained_tensors(model, "vision"):
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return Path(datasets.config.HF_DATASETS_CACHE) / "hf_robust" / f"reference-{digest.hexdigest()[:32]}.arrow"
@@ -209,17 +206,6 @@ def _named_files(dataset: datasets.Dataset) -> str:
 def _precision(model: nn.Module) -> str:
     device = next(model.parameters()).device.type
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as the model"
-
-
-def _pretrained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """θ₀'s tensors of the vision tower, by the names they have without adapters."""
-    base = base_model(model)
-    prefix = model.base_model.prefix if isinstance(model, PeftModel) else None
-    with pretrained_weights(model):
-        for part in tower_modules(base, "vision"):
-            for name, tensor in base.get_submodule(part).state_dict(prefix=f"{part}.").items():
-                if prefix is None or (prefix not in name and ".modules_to_save." not in name):
-                    yield WRAPPERS.sub("", name), tensor
 
 
 def _finite(embeds: Tensor) -> np.ndarray:

@@ -56,8 +56,10 @@ def run(main: Callable[..., None], *types: Any, defaults: Mapping[str, Any] | No
             main(*arguments)
     except HfRobustError as error:
         _fail(error, debug)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        end_processes()
+    except SystemExit:  # a signal has come, and a checkpoint is saved
+        _end_processes_if_any()
+        raise
+    _end_processes_if_any()
 
 
 def _without_debug(flags: Sequence[str]) -> tuple[list[str], bool]:
@@ -118,6 +120,11 @@ def no_empty_folders(folders: Sequence[str]) -> Iterator[None]:
             with suppress(OSError):
                 os.rmdir(folder)
         raise
+
+
+def _end_processes_if_any() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        end_processes()
 
 
 def end_processes() -> None:

@@ -180,8 +180,8 @@ def checkpoint_to_resume(given: str | bool, output_dir: Path) -> str:
         return str(folder)
     newest, problems = newest_whole(checkpoints_in(output_dir))
     if newest is None:
-        what = "no whole checkpoint to resume from" + (f"; the last: {problems[0]}" if problems else "")
+        what = "no whole checkpoint to resume from" + (f": {problems[0]}" if problems else "")
         raise CheckpointError(what, where=str(output_dir), remedy="Train without resume_from_checkpoint.")
     for problem in problems:
-        logger.warning("Resumed from %s, as a later checkpoint is not whole: %s", newest.name, problem)
+        logger.warning("Resumed from %s, not from another: %s", newest.name, problem)
     return str(newest)

@@ -134,7 +134,7 @@ def _order(manifest: Any) -> int:
 def newest_whole(
     found: Mapping[Path, dict[str, Any] | CheckpointError],
 ) -> tuple[Path | None, list[CheckpointError]]:
-    """Returns the checkpoint that was saved last among those that are whole, and what is wrong with later ones.
+    """Returns the checkpoint that was saved last among those that are whole, and what is wrong with others.
 
     Args:
         found: what `checkpoints_in` has returned.
@@ -142,11 +142,10 @@ def newest_whole(
     Returns:
         The folder, None where there is none, and an error for every one that was passed over.
     """
-    problems = []
-    for folder, manifest in reversed(list(found.items())):
+    problems = [manifest for manifest in found.values() if isinstance(manifest, CheckpointError)]
+    whole = [(folder, manifest) for folder, manifest in found.items() if not isinstance(manifest, CheckpointError)]
+    for folder, manifest in reversed(whole):
         try:
-            if isinstance(manifest, CheckpointError):
-                raise manifest
             check_files(folder, manifest)
         except CheckpointError as error:
             problems.append(error)

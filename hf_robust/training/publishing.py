@@ -15,7 +15,7 @@ from .manifest import checkpoints_in, seal_checkpoint
 
 
 def publish_checkpoint(temporary: Path, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Gives a checkpoint its name when it is whole and on the disk; one that had the name before goes.
+    """Gives a checkpoint its name when it is whole and on the disk; one that had the name before is a leftover then.
 
     Args:
         temporary: where its files are, beside its place.
@@ -34,7 +34,6 @@ def publish_checkpoint(temporary: Path, folder: Path, facts: Mapping[str, Any]) 
         os.rename(folder, old)
     os.rename(temporary, folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def not_saved(error: Exception, temporary: Path) -> HfRobustError:
@@ -52,7 +51,7 @@ def not_saved(error: Exception, temporary: Path) -> HfRobustError:
 
 
 def rotate(saved: Path, limit: int | None, best: str | None) -> None:
-    """Removes the whole checkpoints that were saved first, until no more than a limit are left.
+    """Makes leftovers of the whole checkpoints that were saved first, until no more than a limit are left.
 
     Args:
         saved: the one just saved, which stays.
@@ -68,13 +67,11 @@ def rotate(saved: Path, limit: int | None, best: str | None) -> None:
     kept = {saved, *([] if best is None else [Path(best)])}
     others = [folder for folder in found if folder not in kept]
     for folder in others[: max(0, len(found) - max(limit, len(kept)))]:
-        gone = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-        os.rename(folder, gone)  # so that it is never there in part
-        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(folder, folder.with_name(f"{TEMPORARY}old-{folder.name}"))  # so that it is never there in part
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a job that was killed has left unfinished.
+    """Removes leftovers: checkpoints that have lost their name, and those of a killed job, which had none yet.
 
     Args:
         folder: of a training that no other job writes to.

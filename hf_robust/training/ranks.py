@@ -15,13 +15,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from ..errors import HfRobustError, RankMismatchError
 from .same_run import bit_digest, differences, listed
 
 Result = TypeVar("Result")
 LONGEST_SEARCH = 60.0  # seconds that a rank is given to say that it is there
-OF_A_COLLECTIVE = re.compile(r"gloo|nccl|connection closed|timed out", re.IGNORECASE)
+OF_A_COLLECTIVE = re.compile("gloo|nccl|connection|timeout|timed out|pair closure", re.IGNORECASE)
 
 
 def on_first_rank(work: Callable[[], Result], accelerator: Accelerator) -> Result:
@@ -91,25 +92,24 @@ def check_agreement(facts: Mapping[str, Any], accelerator: Accelerator) -> None:
     raise RankMismatchError(what, got=None if len(odd) == 1 else f"ranks {sorted(odd)}", remedy=remedy)
 
 
-def trained_facts(model: nn.Module) -> dict[str, str]:
-    """Returns digests of what is the same on all ranks while they train: weights, and SAFT's entries.
+def entries_digest(model: nn.Module) -> str:
+    """Returns a digest of what says where a sparse adapter trains.
 
     Args:
         model: the model, whole.
     """
-    entries = ((name, buffer) for name, buffer in model.named_buffers() if not buffer.is_floating_point())
-    return {"weights": bit_digest(model.named_parameters()), "entries": bit_digest(entries)}
+    return bit_digest((name, buffer) for name, buffer in model.named_buffers() if not buffer.is_floating_point())
 
 
 @contextmanager
 def naming_the_missing(accelerator: Accelerator, timeout: float) -> Iterator[None]:
     """Inside the context a wait for a rank that has stopped or died ends with an error that names it.
 
-    The wait is as long as the process group's timeout; over NCCL, whose own watchdog ends the process, it has no name.
+    Over NCCL, whose own watchdog ends the process, it has no name.
 
     Args:
         accelerator: the trainer's.
-        timeout: of the process group, in seconds.
+        timeout: how long to wait, in seconds; Trainer gives it to the process group itself, but not on CPUs.
 
     Raises:
         RankMismatchError: a rank has not answered.
@@ -117,20 +117,22 @@ def naming_the_missing(accelerator: Accelerator, timeout: float) -> Iterator[Non
     if accelerator.num_processes == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=min(timeout, LONGEST_SEARCH)))
+    distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+    search = timedelta(seconds=min(timeout, LONGEST_SEARCH))
+    group = dist.new_group(backend="gloo", timeout=search)
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, HfRobustError) and OF_A_COLLECTIVE.search(str(error)):
-            _name_the_missing(group, error)
+            _name_the_missing(group, search, error)
         raise
     else:
         dist.destroy_process_group(group)
 
 
-def _name_the_missing(group: Any, error: RuntimeError) -> None:
+def _name_the_missing(group: Any, search: timedelta, error: RuntimeError) -> None:
     try:
-        dist.monitored_barrier(group, wait_all_ranks=True)
+        dist.monitored_barrier(group, search, wait_all_ranks=True)
     except RuntimeError as answer:
         missing = sorted({int(rank) for rank in re.findall(r"[Rr]anks? (\d+)", str(answer))} - {dist.get_rank()})
         names = ", ".join(map(str, missing)) or "unknown"

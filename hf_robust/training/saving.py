@@ -27,8 +27,8 @@ from .arguments import RobustTrainingArguments
 from .checkpoint import load_encoder, load_head, processor_folder, save_encoder, save_head
 from .manifest import checkpoints_in
 from .publishing import not_saved, publish_checkpoint, rotate, sweep
-from .ranks import check_agreement, naming_the_missing, on_first_rank, raise_on_all, trained_facts
-from .same_run import versions
+from .ranks import check_agreement, entries_digest, naming_the_missing, on_first_rank, raise_on_all
+from .same_run import bit_digest, versions
 from .sharding import ShardingTrainer
 from .stopping import StopAtSignal, locked
 
@@ -147,6 +147,10 @@ class SavingTrainer(ShardingTrainer):
                 stack.enter_context(self.stop.listening())
             yield
 
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
+        check_agreement({"entries": entries_digest(self.model)}, self.accelerator)  # selected, or of a checkpoint
+        return super()._prepare_for_training(*args)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint aside; it gets its name, on the first rank, when all ranks have written their part."""
         if self.hp_search_backend is None and trial is None:
@@ -155,7 +159,8 @@ class SavingTrainer(ShardingTrainer):
         temporary = folder.with_name(TEMPORARY + folder.name)
         self._note_best(folder)
         with self.whole_model():
-            check_agreement(trained_facts(self.model), self.accelerator)
+            facts = {"weights": bit_digest(self.model.named_parameters()), "entries": entries_digest(self.model)}
+            check_agreement(facts, self.accelerator)
         self._on_first_rank_or_remove(temporary, lambda: temporary.mkdir(parents=True))
         problem = self._write_parts(temporary)
         self._on_all_or_remove(temporary, problem)
@@ -200,6 +205,7 @@ class SavingTrainer(ShardingTrainer):
         facts = {"step": self.state.global_step, "order": order, "run": self.run, "versions": versions()}
         publish_checkpoint(temporary, folder, facts)
         rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        sweep(folder.parent)
 
     def _on_all_or_remove(self, temporary: Path, problem: Exception | None) -> None:
         try:

@@ -21,7 +21,7 @@ from ..data.columns import REFERENCE_EMBEDS, no_column
 from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
@@ -301,6 +301,8 @@ class RobustTrainer(ModelInitTrainer):
         problem = None
         try:
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if not batches and self.state.global_step == 0:  # of a stream, which has no length to be known by
+                raise DataError("dataset is empty", where="train_dataset")
         except Exception as error:
             problem = error
         raise_on_all(problem, self.accelerator)

@@ -36,7 +36,7 @@ RUNS = {
     "aclip": {"method": "aclip"},
     "full": {"method": "full", "head": "trainable", "save_total_limit": 1},
     "similar": {"method": "full", "similarity_weight": 2.0, "cache_reference_embeddings": True},
-    "ogen": {"method": "lora", "templates": "b c d e {}.", "ogen": OGENConfig(["cat", "dog"])},
+    "ogen": {"method": "lora", "templates": "b c d e {}.", "ogen": OGENConfig(["cat", "dog", "owl"], neighbours=2)},
 }
 
 
