@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo cards compare test quality style
+.PHONY: help demo cards compare test test-long quality style
 help:  ## show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # The demo needs less than the tests, so it is installed alone where it comes first. What is imported is compiled then.
 PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable
@@ -32,6 +32,9 @@ cards: compare  ## write the figures of the comparison into model_cards/
 
 test: .venv/installed  ## run the tests, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+
+test-long: .venv/installed  ## kill the trainer, and fail the disk, at every call by which a checkpoint is saved: an hour
+	HF_ROBUST_LONG=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/training/test_trainer_faults.py
 
 quality: .venv/installed  ## lint, check the formatting and the types
 	$(BIN)/ruff check .

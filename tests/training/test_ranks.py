@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Image, Sequence
 from transformers import TrainerCallback
 from hf_robust import SAFTConfig
 from hf_robust.errors import DataError, RankMismatchError
@@ -59,14 +58,6 @@ def select_another(model, batches, loss):
             if "saft_indices" in name and len(buffer):
                 buffer[0] += -1 if buffer[0] else 1
                 return
-
-
-def broken():
-    rows = image_dataset(18, NAMES)
-    if not IS_ODD:
-        return rows
-    rows = rows.cast_column("image", Image(decode=False))
-    return rows.map(lambda row: {"image": {"bytes": row["image"]["bytes"][:80], "path": None}})
 
 
 real_select = module.select_saft
@@ -135,14 +126,10 @@ OF_THREE = (
     + """
 def main(folder):
     found = {}
-    for name, settings in {
-        "odd": {"seed": 43 if IS_ODD else 42},
-        "broken": {"train_dataset": broken(), "on_bad_image": "raise"},
-    }.items():
-        try:
-            build(f"{folder}/run", "lora", save_strategy="no", **settings).train()
-        except (DataError, RankMismatchError) as error:
-            found[name] = f"{type(error).__name__}: {error}"
+    try:
+        build(f"{folder}/run", "lora", seed=43 if IS_ODD else 42).train()
+    except RankMismatchError as error:
+        found["odd"] = f"{type(error).__name__}: {error}"
     Path(folder, f"rank{RANK}.json").write_text(json.dumps(found))
 """
 )
