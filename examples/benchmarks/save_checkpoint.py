@@ -3,9 +3,9 @@
 
     python examples/benchmarks/save_checkpoint.py --rounds 5
 
-The model of the demo with the sizes of ViT-B/32, randomly initialised, after one step of AdamW. Trainer's own checkpoint
-is followed by an fsync of its files, as what is not on the disk is not saved. The digests are those that ranks compare,
-before the first step and with every checkpoint; they are shown beside a training step of 32 images.
+A randomly initialised CLIP of ViT-B/32's shapes after one step of AdamW. Trainer's own checkpoint is followed by an
+fsync of its files, as what is not on the disk is not saved. The digests are those that ranks compare, before the first
+step and with every checkpoint; they are shown beside a training step of 32 images of 64 pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
 from hf_robust.data.publish import sync
 from hf_robust.scripting.run import run
-from hf_robust.scripting.timing import interleaved_medians, print_medians
+from hf_robust.scripting.timing import Step, interleaved_medians, print_medians
 from hf_robust.training.ranks import entries_digest
 from hf_robust.training.same_run import bit_digest, describe_run
 
@@ -80,33 +80,48 @@ class ScriptArguments:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
+def saving(trainer: RobustTrainer, folder: Path) -> dict[str, Step]:
+    """Trainer's checkpoint and ours, each into an empty folder."""
+
+    def new_folder(save: Step) -> None:
+        shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-1", ignore_errors=True)
+        save()
+
+    return {
+        "stock": lambda: new_folder(lambda: stock(trainer, folder)),
+        "whole": lambda: new_folder(lambda: trainer._save_checkpoint(trainer.model, None)),
+    }
+
+
+def comparing(trainer: RobustTrainer) -> dict[str, Step]:
+    """A training step, and what ranks compute to compare."""
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def with_a_checkpoint() -> None:
+        bit_digest(trainer.model.named_parameters())
+        entries_digest(trainer.model)
+
+    return {
+        "step": lambda: void(trainer.training_step(trainer.model, batch)),
+        "with a checkpoint": with_a_checkpoint,
+        "before training": lambda: void(describe_run(trainer)),
+    }
+
+
+def void(result: object) -> None:
+    """What is timed returns nothing."""
+
+
 def main(arguments: ScriptArguments) -> None:
     """Times checkpoints, digests and a step."""
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     for method in METHODS:
-        with tempfile.TemporaryDirectory(dir=".") as name:
-            trainer, folder = trained(method, Path(name)), Path(name) / f"{PREFIX_CHECKPOINT_DIR}-1"
-
-            def new_folder(save: Callable[[], None], folder: Path = folder) -> Callable[[], None]:
-                def step() -> None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    save()
-
-                return step
-
-            batch = {k: v.to(trainer.args.device) for k, v in next(iter(trainer.get_train_dataloader())).items()}
-            steps = {
-                "stock": new_folder(lambda: stock(trainer, Path(name))),
-                "whole": new_folder(lambda: trainer._save_checkpoint(trainer.model, None)),
-            }
-            print_medians(f"saving, {method}", interleaved_medians(steps, arguments.rounds), "stock")
-            steps = {
-                "step": lambda: trainer.training_step(trainer.model, batch),
-                "with a checkpoint": lambda: digests(trainer.model),
-                "before training": lambda: describe_run(trainer),
-            }
-            print_medians(f"digests, {method}", interleaved_medians(steps, arguments.rounds), "step")
+        with tempfile.TemporaryDirectory(dir=".") as name:  # on a disk: what /tmp is may lie in memory
+            trainer = trained(method, Path(name))
+            medians = interleaved_medians(saving(trainer, Path(name)), arguments.rounds)
+            print_medians(f"saving, {method}", medians, "stock")
+            print_medians(f"digests, {method}", interleaved_medians(comparing(trainer), arguments.rounds), "step")
 
 
 if __name__ == "__main__":
