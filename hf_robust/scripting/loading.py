@@ -180,11 +180,11 @@ def wish_to_resume(training_args: TrainingArguments) -> str | None:
     """Returns the checkpoint that `resume_from_checkpoint` asks for; None for a training from the start.
 
     Args:
-        training_args: its `resume_from_checkpoint` may be a folder, or `"true"` or `"last"` for the last complete one
+        training_args: its `resume_from_checkpoint` may be a folder, or `"true"` or `"last"` for the last whole one
             in `output_dir`.
 
     Raises:
-        AdapterFileError: there is none.
+        CheckpointError: there is none, or it is not whole.
 
     Example:
         >>> wish_to_resume(RobustTrainingArguments("runs/saft", resume_from_checkpoint="last"))

@@ -73,7 +73,7 @@ class RobustTrainingArguments(TrainingArguments):
     Args:
         allow_changed: names of what may differ between a run and the checkpoint that it resumes from, as
             `["num_train_epochs"]`; the error that refuses it tells the names. The result is then not that of the
-            uninterrupted run.
+            uninterrupted run. What the optimizer's saved state has (learning rate, weight decay, β, ε) cannot change.
 
     `ddp_timeout` is how many seconds ranks wait for one that has stopped, before an error names it. Where the first
     rank works alone for longer, embedding a large training set for a cache, it must be raised.
@@ -127,7 +127,10 @@ class RobustTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Embed the training set with the pre-trained model once, and keep that."}
     )
     allow_changed: list[str] = field(
-        default_factory=list, metadata={"help": "Names of what may differ from the run that is resumed."}
+        default_factory=list, metadata={"help": "What may differ from the run that is resumed: num_train_epochs data."}
+    )
+    resume_from_checkpoint: None | str = field(
+        default=None, metadata={"help": "For scripts: a checkpoint's folder, or last for the last whole one."}
     )
     ddp_timeout: int = field(default=600, metadata={"help": "Seconds that ranks wait for one that has stopped."})
     restore_callback_states_from_checkpoint: bool = field(

@@ -180,8 +180,12 @@ def checkpoint_to_resume(given: str | bool, output_dir: Path) -> str:
         return str(folder)
     newest, problems = newest_whole(checkpoints_in(output_dir))
     if newest is None:
-        what = "no whole checkpoint to resume from" + (f": {problems[0]}" if problems else "")
+        what = "; ".join(["no whole checkpoint to resume from", *map(_in_short, problems)])
         raise CheckpointError(what, where=str(output_dir), remedy="Train without resume_from_checkpoint.")
     for problem in problems:
-        logger.warning("Resumed from %s, not from another: %s", newest.name, problem)
+        logger.warning("Resumed from %s; passed over %s", newest.name, _in_short(problem))
     return str(newest)
+
+
+def _in_short(problem: CheckpointError) -> str:
+    return f"{Path(str(problem.where)).name}: {problem.what}"

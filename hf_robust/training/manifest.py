@@ -62,6 +62,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it is damaged, or a later version has written it.
     """
+    if not folder.is_dir():
+        remedy = "Name a folder checkpoint-*, or take the last: resume_from_checkpoint=True, in a script `last`."
+        raise CheckpointError("no such checkpoint", where=str(folder), remedy=remedy)
     remedy = "Load the model from it, and start a new training."
     if not (folder / MANIFEST).is_file():
         what = f"checkpoint is not whole: it has no {MANIFEST}"

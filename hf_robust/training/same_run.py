@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.trainer_callback import ExportableState
 
 from ..data.digest import rows_digest
 from ..data.rows import labelled_images
+from ..encoders.dual_encoder import base_model
 from ..encoders.pretrained import pretrained_tensors
 from ..errors import CheckpointError, ConfigError, close_matches
 from ..ogen import OGENClassifier
@@ -29,12 +31,23 @@ logger = logging.getLogger(__name__)
 WITHOUT_EFFECT = re.compile(
     "output_dir|do_.*|log_.*|logging_.*|save_.*|push_.*|hub_.*|report_to|run_name|project|trackio_.*|disable_tqdm|"
     "dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers|multiprocessing_context)|ddp_.*|local_rank|"
-    "use_cpu|resume_from_checkpoint|allow_changed|ignore_data_skip|restore_callback_.*|skip_memory_metrics|torch_empty_cache_steps|selection_batch_size|"
+    "use_cpu|resume_from_checkpoint|allow_changed|ignore_data_skip|restore_callback_.*|skip_memory_metrics|"
+    "torch_empty_cache_steps|selection_batch_size|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|(bf16|fp16)_full_eval|"
     "templates|head|deepspeed|debug"  # the classifier has the first two
 )
 CHOOSING = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
+KEPT_BY_THE_OPTIMIZER = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "optimizer",
+)
 OF_THE_CLASSIFIER = ("class_names", "templates", "head")
+OF_A_MODEL_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype")
 OF_FILES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "saved")
 PACKAGES = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")
 MOST_SHOWN = 4  # differences in a message
@@ -56,7 +69,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         >>> describe_run(trainer)["learning_rate"]
         0.001
     """
-    args, classifier = trainer.args, trainer.model
+    args, classifier, callbacks = trainer.args, trainer.model, trainer.callback_handler.callbacks
     chooses = args.metric_for_best_model is not None  # a model, a learning rate or when to stop, by evaluations
     settings = json.loads(args.to_json_string())
     found = {name: value for name, value in settings.items() if not WITHOUT_EFFECT.fullmatch(name)}
@@ -67,6 +80,8 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "ranks": args.world_size,
         "device": args.device.type,
         "ogen": asdict(classifier.ogen) if isinstance(classifier, OGENClassifier) else None,
+        "model": _settings(base_model(classifier.model).config.to_dict()),
+        "attention": base_model(classifier.model).config._attn_implementation,
         "adapters": _adapters(classifier.model),
         "parameters": _parameters(classifier),
         "pretrained_weights": bit_digest(_pretrained(trainer)),
@@ -75,6 +90,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "collator": _text(getattr(trainer.data_collator, "transform", None) or type(trainer.data_collator)),
         "compute_loss_func": _text(trainer.compute_loss_func),
         "optimizer": _text(trainer.optimizer_cls_and_kwargs),
+        "callbacks": sorted(type(one).__name__ for one in callbacks if isinstance(one, ExportableState)),
     }
     return json.loads(json.dumps(found, default=_plain))
 
@@ -96,23 +112,28 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], allow_chang
 
     Raises:
         CheckpointError: something else differs.
-        ConfigError: a name in `allow_changed` is none.
+        ConfigError: a name in `allow_changed` is none, or one of what the optimizer's state brings along.
     """
+    kept = sorted({*allow_changed} & {*KEPT_BY_THE_OPTIMIZER})
+    if kept:
+        what, remedy = "the optimizer's saved state has it, so it cannot change", "Load the model, and train it anew."
+        raise ConfigError(what, where="allow_changed", got=kept, remedy=remedy)
     known = sorted({*saved["run"], *now})
     for name in allow_changed:
         if name.partition(".")[0] not in known:
             remedy = close_matches(name, known)
             raise ConfigError("nothing of that name can change", where="allow_changed", got=name, remedy=remedy)
-    found = {
-        name: values
-        for name, values in differences(saved["run"], now).items()
-        if not any(f"{name}.".startswith(f"{allowed}.") for allowed in allow_changed)
-    }
+    changed = differences(saved["run"], now)
+    allowed = {name for name in changed if any(f"{name}.".startswith(f"{one}.") for one in allow_changed)}
+    found = {name: values for name, values in changed.items() if name not in allowed}
     if found:
         what = "the checkpoint is of another run: " + listed(found)
         names = sorted({name.partition(".")[0] for name in found})
-        remedy = f"Resume as it was started. allow_changed={names} goes on nevertheless; the result is another one."
+        goes_on = f"allow_changed={names} (in a script: --allow_changed {' '.join(names)})"
+        remedy = f"Resume as it was started. {goes_on} goes on nevertheless; the result is another one."
         raise CheckpointError(what, where=where, remedy=remedy)
+    if allowed:
+        logger.warning("Resumed from %s with changes: %s", where, listed(changed))
     others = differences(saved["versions"], versions())
     if others:
         logger.warning("Resumed with other versions, so the result may differ in its last bits: %s", listed(others))
@@ -178,6 +199,12 @@ def _sum_of_bits(tensor: Tensor) -> tuple[int, int]:
     whole = content[:words] if content.storage_offset() % 8 == 0 else content[:words].clone()
     rest = int.from_bytes(bytes(content[words:].tolist()), "little")
     return int(whole.view(torch.int64).sum()), rest
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model: dropout, activation functions, how attention is computed."""
+    inside = {name: value for name, value in config.items() if name not in OF_A_MODEL_FILE}
+    return {name: _settings(value) if isinstance(value, Mapping) else value for name, value in inside.items()}
 
 
 def _adapters(encoder: nn.Module) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class StopAtSignal(TrainerCallback):
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        how = "when the step has ended a checkpoint is saved, and training stops; another Ctrl-C stops at once"
+        logger.warning("%s: %s.", signal.Signals(number).name, how)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,7 +107,7 @@ class StopAtSignal(TrainerCallback):
         if self.is_due:
             name = signal.Signals(self.agreed).name
             if state.is_world_process_zero:
-                how = "resume_from_checkpoint=True goes on from there"
+                how = "resume_from_checkpoint=True (in a script: last) goes on from there"
                 logger.warning("%s: saved after step %d; %s.", name, state.global_step, how)
             raise SystemExit(128 + self.agreed)
 

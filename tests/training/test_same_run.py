@@ -15,6 +15,7 @@ from datasets import ClassLabel
 from peft import LoraConfig, get_peft_model
 from PIL import ImageOps
 from torch import nn
+from transformers import EarlyStoppingCallback
 
 from hf_robust import RobustTrainingArguments, SAFTConfig
 from hf_robust.data.collator import ImageCollator
@@ -22,7 +23,7 @@ from hf_robust.data.digest import rows_digest
 from hf_robust.data.rows import labelled_images
 from hf_robust.errors import CheckpointError, ConfigError
 from hf_robust.training import same_run
-from hf_robust.training.same_run import WITHOUT_EFFECT, bit_digest, differences, listed
+from hf_robust.training.same_run import KEPT_BY_THE_OPTIMIZER, WITHOUT_EFFECT, bit_digest, differences, listed
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 from tests.trainers import NAMES, build, same, weights
 
@@ -56,6 +57,12 @@ def other_base():
     return get_peft_model(base, SAFTConfig(density=0.01))
 
 
+def with_dropout():
+    base = tiny_model("clip")
+    base.config.text_config.attention_dropout = 0.5
+    return get_peft_model(base, SAFTConfig(density=0.01))
+
+
 def other_size():
     processor = copy.deepcopy(tiny_processor("clip"))
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
@@ -66,6 +73,8 @@ def another_loss(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(outputs.logits, labels)
 
 
+STOPPING = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_id_loss"}
+STOPPING["allow_changed"] = ["metric_for_best_model", "greater_is_better", "evaluation_data", *same_run.CHOOSING]
 CHANGES = {
     "seed": lambda: {"seed": 43},
     "learning_rate": lambda: {"learning_rate": 2e-2},
@@ -88,6 +97,8 @@ CHANGES = {
     "collator": lambda: {"data_collator": ImageCollator(tiny_processor("clip"), ImageOps.mirror)},
     "compute_loss_func": lambda: {"compute_loss_func": another_loss},
     "optimizer": lambda: {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
+    "model.text_config.attention_dropout": lambda: {"method": "full", "model": with_dropout()},
+    "callbacks": lambda: {"callbacks": [EarlyStoppingCallback()], **STOPPING},
     "data.rows": lambda: {"train_dataset": image_dataset(15, NAMES)},
 }
 
@@ -103,14 +114,23 @@ def test_another_method_is_refused(run, tmp_path):
         resume(run, tmp_path, "lora")
 
 
-def test_what_is_allowed_may_change(run, tmp_path):
-    changed = {"max_steps": 6, "learning_rate": 5e-3}
-    with pytest.raises(CheckpointError, match="another run: learning_rate was 0.01, is 0.005"):
+def test_what_is_allowed_may_change(run, tmp_path, caplog):
+    changed = {"max_steps": 6, "label_smoothing_factor": 0.1}
+    with pytest.raises(CheckpointError, match="another run: label_smoothing_factor was 0.0, is 0.1"):
         resume(run, tmp_path, **changed, allow_changed=["max_steps"])
-    longer = resume(run, tmp_path, **changed, allow_changed=["max_steps", "learning_rate"])
+    with caplog.at_level(logging.WARNING, "hf_robust"):
+        longer = resume(run, tmp_path, **changed, allow_changed=["max_steps", "label_smoothing_factor"])
     assert longer.state.global_step == 6
+    assert "with changes: max_steps was 4, is 6; label_smoothing_factor was 0.0, is 0.1" in caplog.text
     with pytest.raises(ConfigError, match="nothing of that name.*allow_changed.*learnin_rate.*learning_rate"):
         resume(run, tmp_path, allow_changed=["learnin_rate"])
+
+
+@pytest.mark.parametrize("name", KEPT_BY_THE_OPTIMIZER)
+def test_what_the_saved_optimizer_brings_along_cannot_change(run, tmp_path, name):
+    """It would be in the card, and in no step."""
+    with pytest.raises(ConfigError, match=f"saved state.*allow_changed.*{name}"):
+        resume(run, tmp_path, allow_changed=[name])
 
 
 def test_a_group_and_a_part_of_it_may_be_allowed(run, tmp_path):
