@@ -190,7 +190,7 @@ class EvaluatingTrainer(RepeatableTrainer):
         rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, "eval")
         vars(self).pop("_eval_dataloaders", None)  # with persistent workers the loader of one set was kept for others
         with self._showing_all(rows) as shown:
-            return super().get_eval_dataloader(shown)
+            return self.spared(super().get_eval_dataloader(shown))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Returns batches of all images as they are, without the collator's augmentation.
@@ -200,7 +200,7 @@ class EvaluatingTrainer(RepeatableTrainer):
         """
         rows: Any = self._rows(test_dataset, "test", labels=False)
         with self._showing_all(rows) as shown:
-            return super().get_test_dataloader(shown)
+            return self.spared(super().get_test_dataloader(shown))
 
     # --- what comes in ---
 

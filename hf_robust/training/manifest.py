@@ -20,6 +20,7 @@ from ..errors import CheckpointError, HfRobustError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+NEEDED = {"step", "epoch", "extra", "order", "run", "versions", "files"}
 FOR_PEOPLE = ("README.md",)  # which they may edit
 CHUNK = 2**20  # bytes read at once
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d{{1,18}}")
@@ -73,6 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = read_json(folder / MANIFEST)
         own = content.pop("sha256")
         known, damaged = content["format_version"] == FORMAT_VERSION, own != _own_digest(content)
+        damaged = damaged or (known and not content.keys() >= NEEDED)
     except (OSError, HfRobustError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError("manifest of a checkpoint is damaged", where=str(folder), remedy=remedy) from error
     if damaged:
@@ -96,7 +98,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     listed = manifest["files"]
     if not any(name.startswith("optimizer") for name in listed):
         remedy = "It was saved with save_only_model=True: load the model from it, and start a new training."
-        raise CheckpointError("checkpoint has no optimizer state", where=str(folder), remedy=remedy)
+        raise CheckpointError("checkpoint has no optimizer state (save_only_model)", where=str(folder), remedy=remedy)
     for name, expected in listed.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"checkpoint is incomplete: {name} is missing", where=str(folder))

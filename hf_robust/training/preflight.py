@@ -90,8 +90,8 @@ def check_training(classifier: ZeroShotClassifier, rows: LabelledImages | Labell
         rows: the training set.
 
     Raises:
-        ConfigError: nothing is trained, an adapter is frozen, its name is none of a folder, or weights of 16 bits
-            are trained themselves.
+        ConfigError: nothing is trained, an adapter is frozen, its name is none of a folder, weights are trained
+            beside it, or weights of 16 bits are trained themselves.
         DataError: there is one class alone.
     """
     names = rows.class_names
@@ -114,6 +114,8 @@ def check_training(classifier: ZeroShotClassifier, rows: LabelledImages | Labell
         remedy = "Call model.requires_grad_(True), or add an adapter."
         raise ConfigError("no weight of the model is trained", where=f"head={classifier.head!r}", remedy=remedy)
     _check_adapter(classifier.model, trained)
+    if isinstance(classifier.model, PeftModel):
+        _check_beside(classifier.model)
     small = [name for name, parameter in trained.items() if parameter.dtype in SIXTEEN_BITS]
     if small:
         what = f"weights of 16 bits are trained, which lose most updates: {', '.join(small[:MOST_SHOWN])}"
@@ -130,6 +132,17 @@ def _check_adapter(encoder: nn.Module, trained: Mapping[str, Any]) -> None:
             "head='live'. To train a head on it as it is, merge it first: model.merge_and_unload()."
         )
         raise ConfigError(what, remedy=remedy)
+
+
+def _check_beside(encoder: PeftModel) -> None:
+    """Refuses weights beside the adapters, which are trained but that no file of an adapter would hold."""
+    inside = {id(p) for module in encoder.modules() if isinstance(module, ADAPTERS) for p in module.parameters()}
+    biases = any(vars(config).get("bias", "none") != "none" for config in encoder.peft_config.values())
+    beside = [name for name, p in encoder.named_parameters() if p.requires_grad and id(p) not in inside]
+    beside = [name for name in beside if not (biases and name.endswith("bias"))]  # which PEFT saves
+    if beside:
+        what = f"weights are trained beside the adapter, which it is saved without: {', '.join(beside[:MOST_SHOWN])}"
+        raise ConfigError(what, remedy="Freeze them, or name their modules in the adapter's modules_to_save.")
 
 
 def check_best_metric(args: RobustTrainingArguments, eval_dataset: Any, own_metrics: bool) -> None:

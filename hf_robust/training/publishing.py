@@ -77,4 +77,7 @@ def sweep(folder: Path) -> None:
         folder: of a training that no other job writes to.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:  # a checkpoint may be a link to another disk
+            path.unlink(missing_ok=True)

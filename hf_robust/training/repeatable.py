@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import SaveStrategy
 
 from ..data.collator import ImageCollator
 from ..data.draws import DrawingCollator, Draws
 from ..data.rows import LabelledImages, LabelledStream, labelled_images
 from .evaluation_loop import EvaluationLoopTrainer
 from .replaced import replaced
+from .stopping import leave_signals
 
 Rows = LabelledImages | LabelledStream
 
@@ -54,6 +57,17 @@ class RepeatableTrainer(EvaluationLoopTrainer):
             loader = super().get_train_dataloader()
         # every iterator draws a seed for its workers: from the global generator it would change the dropout after it
         getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return self.spared(loader)
+
+    def spared(self, loader: DataLoader) -> DataLoader:
+        """Makes the workers of a loader leave signals to the process that saves.
+
+        Args:
+            loader: of a set.
+        """
+        if self.args.save_strategy != SaveStrategy.NO:
+            base: Any = getattr(loader, "base_dataloader", loader)
+            base.worker_init_fn = partial(leave_signals, base.worker_init_fn)
         return loader
 
     def drawing_by_row(self, rows: Rows, collator: Any, draws: Draws) -> tuple[Rows, Callable[..., Any]]:
@@ -69,7 +83,8 @@ class RepeatableTrainer(EvaluationLoopTrainer):
         return replace(rows, draws=draws), DrawingCollator(collator)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self.draws.set_epoch(kwargs["epoch"])  # before the epoch's first batch is fetched
+        self.epoch = kwargs["epoch"]
+        self.draws.set_epoch(self.epoch)  # before the epoch's first batch is fetched
         super()._run_epoch(*args, **kwargs)
 
 

@@ -17,17 +17,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
+from ..data.collator import ImageCollator, OpeningCollator
 from ..data.digest import rows_digest
-from ..data.rows import labelled_images
+from ..data.rows import LabelledStream, labelled_images
 from ..encoders.dual_encoder import base_model
 from ..encoders.pretrained import pretrained_tensors
 from ..errors import CheckpointError, ConfigError, close_matches
+from ..interpolation.callback import WiSEFTCallback
 from ..ogen import OGENClassifier
 from ..shown import shown
 
 logger = logging.getLogger(__name__)
 
-# Arguments that change nothing of what is trained: what is shown, saved and pushed, and how fast it goes
+# Arguments that change nothing of what is trained: what is shown, saved and pushed, how fast it goes, how it resumes
 WITHOUT_EFFECT = re.compile(
     "output_dir|do_.*|log_.*|logging_.*|save_.*|push_.*|hub_.*|report_to|run_name|project|trackio_.*|disable_tqdm|"
     "dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers|multiprocessing_context)|ddp_.*|local_rank|"
@@ -36,6 +38,7 @@ WITHOUT_EFFECT = re.compile(
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|(bf16|fp16)_full_eval|"
     "templates|head|deepspeed|debug"  # the classifier has the first two
 )
+CHANGING = ExportableState | WiSEFTCallback  # callbacks that have a say in the result
 CHOOSING = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
 KEPT_BY_THE_OPTIMIZER = (
     "learning_rate",
@@ -74,7 +77,11 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     settings = json.loads(args.to_json_string())
     found = {name: value for name, value in settings.items() if not WITHOUT_EFFECT.fullmatch(name)}
     if chooses:
-        found |= {name: settings[name] for name in CHOOSING} | {"evaluation_data": _sets(trainer.eval_dataset)}
+        found |= {name: settings[name] for name in CHOOSING}
+        found |= {"evaluation_data": _sets(trainer.eval_dataset), "compute_metrics": _text(trainer.compute_metrics)}
+    rows = labelled_images(trainer.images_to_train_on, "train_dataset")
+    if isinstance(rows, LabelledStream):  # workers share it by its parts
+        found["dataloader_num_workers"] = args.dataloader_num_workers
     found |= {name: getattr(classifier, name) for name in OF_THE_CLASSIFIER}
     found |= {
         "ranks": args.world_size,
@@ -85,14 +92,17 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "adapters": _adapters(classifier.model),
         "parameters": _parameters(classifier),
         "pretrained_weights": bit_digest(_pretrained(trainer)),
-        "data": rows_digest(labelled_images(trainer.images_to_train_on, "train_dataset")),
-        "image_processor": json.loads(trainer.processing_class.image_processor.to_json_string()),
-        "collator": _text(getattr(trainer.data_collator, "transform", None) or type(trainer.data_collator)),
+        "data": rows_digest(rows),
+        "data_transform": _text(rows.columns and rows.columns.transform),
+        "prompts": bit_digest([("tokens", classifier.prompt_input_ids)]),
+        "trainer": type(trainer).__name__,
+        "mixed_precision": trainer.accelerator.mixed_precision,
         "compute_loss_func": _text(trainer.compute_loss_func),
-        "optimizer": _text(trainer.optimizer_cls_and_kwargs),
-        "callbacks": sorted(type(one).__name__ for one in callbacks if isinstance(one, ExportableState)),
+        "optimizer": _text(trainer.optimizer_cls_and_kwargs or trainer.optimizers_given),
+        "callbacks": sorted(type(one).__name__ for one in callbacks if isinstance(one, CHANGING)),
+        **_collator(trainer),
     }
-    return json.loads(json.dumps(found, default=_plain))
+    return json.loads(json.dumps(found, default=_plain), parse_constant=str)  # infinity is no JSON
 
 
 def versions() -> dict[str, str]:
@@ -157,8 +167,8 @@ def differences(first: Any, second: Any, name: str = "") -> dict[str, tuple[Any,
     for key in [*first, *(key for key in second if key not in first)]:
         inside = f"{name}.{key}" if name else key
         found |= differences(first.get(key), second.get(key), inside)
-    if not found and list(first) != list(second):  # parameters are told apart by their order
-        found[f"{name}.order" if name else "order"] = list(first), list(second)
+    if name == "parameters" and not found and list(first) != list(second):  # an optimizer tells them by their order
+        found[f"{name}.order"] = list(first), list(second)
     return found
 
 
@@ -234,6 +244,14 @@ def _pretrained(trainer: Any) -> Iterator[tuple[str, Tensor]]:
 def _sets(given: Any) -> Any:
     sets = given if isinstance(given, Mapping) else {"": given}
     return {name: None if rows is None else rows_digest(labelled_images(rows, name)) for name, rows in sets.items()}
+
+
+def _collator(trainer: Any) -> dict[str, Any]:
+    collator = trainer.data_collator
+    if not isinstance(collator, ImageCollator):
+        return {"collator": _text(collator.collator if isinstance(collator, OpeningCollator) else collator)}
+    settings = json.loads(collator.image_processor.to_json_string())
+    return {"collator": _text(collator.transform), "image_processor": settings}
 
 
 def _text(value: Any) -> str:

@@ -25,7 +25,7 @@ from ..errors import CheckpointError, HfRobustError
 from ..ogen.training import OGENTraining
 from .arguments import RobustTrainingArguments
 from .checkpoint import load_encoder, load_head, processor_folder, save_encoder, save_head
-from .manifest import checkpoints_in
+from .manifest import checkpoints_in, read_manifest
 from .publishing import not_saved, publish_checkpoint, rotate, sweep
 from .ranks import check_agreement, entries_digest, naming_the_missing, on_first_rank, raise_on_all
 from .same_run import bit_digest, versions
@@ -50,6 +50,7 @@ class SavingTrainer(ShardingTrainer):
     ogen: OGENTraining | None = None
     card: ModelCard | None = None
     stop: StopAtSignal
+    epoch = 0  # passes over the training set that have begun, less one
     run: dict[str, Any] | None = None  # what `describe_run` says of the training
 
     def card_results(self) -> CardResults | None:
@@ -140,6 +141,7 @@ class SavingTrainer(ShardingTrainer):
             RankMismatchError: a rank has stopped.
         """
         with naming_the_missing(self.accelerator, self.args.ddp_timeout), ExitStack() as stack:
+            check_agreement({"save_strategy": str(self.args.save_strategy)}, self.accelerator)
             if self.args.save_strategy != SaveStrategy.NO:
                 folder = Path(self._get_output_dir(trial))
                 on_first_rank(lambda: stack.enter_context(locked(folder)), self.accelerator)
@@ -157,7 +159,8 @@ class SavingTrainer(ShardingTrainer):
             self.store_flos()
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         temporary = folder.with_name(TEMPORARY + folder.name)
-        self._note_best(folder)
+        if not self.stop.is_extra:  # the uninterrupted run does not have it
+            self._note_best(folder)
         with self.whole_model():
             facts = {"weights": bit_digest(self.model.named_parameters()), "entries": entries_digest(self.model)}
             check_agreement(facts, self.accelerator)
@@ -169,8 +172,19 @@ class SavingTrainer(ShardingTrainer):
     def _note_best(self, folder: Path) -> None:
         if self.state.best_global_step:
             best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best == folder or best.is_dir():
+            if best == folder or self._is_of_this_run(best):
                 self.state.best_model_checkpoint = str(best)
+
+    def _is_of_this_run(self, folder: Path) -> bool:
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError:
+            return False
+        return manifest["run"] == self.run and not manifest["extra"]
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_strategy="best"` would take a signal's checkpoint back."""
+        return super()._determine_best_metric(*args, **kwargs) or self.stop.is_due
 
     def _write_parts(self, folder: Path) -> Exception | None:
         """Writes all parts even after an error, as each may ask something of all ranks; returns the first error."""
@@ -202,7 +216,8 @@ class SavingTrainer(ShardingTrainer):
             remedy = "Give them a folder that all machines share."
             raise CheckpointError("ranks write elsewhere", where=str(folder), got=f"ranks {missing}", remedy=remedy)
         order = 1 + max((m["order"] for m in checkpoints_in(folder.parent).values() if isinstance(m, dict)), default=0)
-        facts = {"step": self.state.global_step, "order": order, "run": self.run, "versions": versions()}
+        facts: dict[str, Any] = {"step": self.state.global_step, "epoch": self.epoch, "order": order}
+        facts |= {"extra": self.stop.is_extra, "run": self.run, "versions": versions()}
         publish_checkpoint(temporary, folder, facts)
         rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         sweep(folder.parent)
@@ -227,12 +242,14 @@ class SavingTrainer(ShardingTrainer):
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         done = super()._init_training_state(*args)
         resumed: Any = args[3]
-        if resumed is not None and self.state.best_global_step:  # what the file says may be a path of another machine
-            best = Path(resumed).with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        said = resumed and TrainerState.load_from_json(str(Path(resumed, TRAINER_STATE_NAME))).best_model_checkpoint
+        if said:  # which may be a path of another machine
+            beside = Path(resumed).resolve().with_name(Path(said).name)
+            best = beside if beside.is_dir() else Path(said)
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
             if self.args.load_best_model_at_end and not best.is_dir():
                 remedy = "Put it back, or resume with load_best_model_at_end=False."
-                raise CheckpointError("the best checkpoint so far is missing", where=str(best), remedy=remedy)
+                raise CheckpointError("the best checkpoint so far is missing", where=str(beside), remedy=remedy)
         return done
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

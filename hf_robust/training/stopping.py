@@ -8,13 +8,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CheckpointError
 
@@ -40,11 +40,13 @@ class StopAtSignal(TrainerCallback):
     received = 0  # by this rank
     agreed = 0  # by any rank, as all know since this step
     is_due = False  # the next checkpoint is the last
+    is_extra = False  # it is not one of those that the settings ask for
+    waits = False  # a checkpoint waits for the evaluation at the end of the epoch
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside the context signals are noted, and nothing else happens when they come."""
-        self.received, self.agreed, self.is_due = 0, 0, False
+        self.received, self.agreed, self.is_due, self.is_extra, self.waits = 0, 0, False, False, False
         before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
             for name in SIGNALS:
@@ -56,6 +58,8 @@ class StopAtSignal(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.received:  # after the last step: there was nothing left to stop
+            signal.raise_signal(self.received)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received and number == signal.SIGINT:
@@ -67,7 +71,9 @@ class StopAtSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Asks for a checkpoint; after the last step of an epoch what is done at its end comes first.
+        """Asks for a checkpoint; after the last step of an epoch what is evaluated at its end comes first.
+
+        A run that was resumed from a checkpoint of that step would go on without that evaluation.
 
         Args:
             args: the training arguments.
@@ -75,8 +81,11 @@ class StopAtSignal(TrainerCallback):
             control: what to do next.
             kwargs: of no use here.
         """
-        if self.agreed and not float(state.epoch or 0).is_integer():
-            control.should_save = self.is_due = True
+        ends_epoch = float(state.epoch or 0).is_integer()
+        if ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH:
+            self.waits, control.should_save = control.should_save, False
+        elif self.agreed and not ends_epoch:
+            self._ask(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,8 +98,14 @@ class StopAtSignal(TrainerCallback):
             control: what to do next.
             kwargs: of no use here.
         """
+        control.should_save = control.should_save or self.waits
+        self.waits = False
         if self.agreed:
-            control.should_save = self.is_due = True
+            self._ask(control)
+
+    def _ask(self, control: TrainerControl) -> None:
+        self.is_extra = not control.should_save
+        control.should_save = self.is_due = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Exits.
@@ -108,8 +123,27 @@ class StopAtSignal(TrainerCallback):
             name = signal.Signals(self.agreed).name
             if state.is_world_process_zero:
                 how = "resume_from_checkpoint=True (in a script: last) goes on from there"
+                if args.save_only_model:
+                    how = "save_only_model=True keeps nothing to resume from"
                 logger.warning("%s: saved after step %d; %s.", name, state.global_step, how)
             raise SystemExit(128 + self.agreed)
+
+
+def leave_signals(then: Callable[[int], None] | None, worker: int) -> None:
+    """Makes a worker of a `DataLoader` ignore signals to stop, which a scheduler sends to all processes of a job.
+
+    It ends with the process that it works for.
+
+    Args:
+        then: what else to do when the worker starts.
+        worker: its number.
+    """
+    for name in SIGNALS:
+        number = getattr(signal, name, None)
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..data.columns import REFERENCE_EMBEDS, no_column
 from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
-from ..errors import ConfigError, DataError, NonFiniteError
+from ..errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
@@ -43,6 +43,7 @@ from .stopping import StopAtSignal
 from .unsupported import check_accelerator, check_optimizer, check_options, check_sharding
 
 logger = logging.getLogger(__name__)
+TOGETHER = ("save_steps", "eval_strategy", "eval_steps", "eval_on_start", "logging_strategy", "logging_steps")
 
 
 class RobustTrainer(ModelInitTrainer):
@@ -159,6 +160,7 @@ class RobustTrainer(ModelInitTrainer):
         self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
         self.can_return_loss = True
         self.loss_log = LossLog()
+        self.optimizers_given = [type(one).__name__ for one in optimizers if one is not None]
         self.stop = StopAtSignal()
         self.add_callback(self.stop)
         self._take_datasets()
@@ -199,10 +201,11 @@ class RobustTrainer(ModelInitTrainer):
             raise ConfigError("no set to train on", where="train_dataset")
         self.train_dataset = labelled_images(self.train_dataset, "train_dataset")
         with self.guarded(trial):
-            folder = None if not resume_from_checkpoint else self._checkpoint(resume_from_checkpoint, trial)
+            resumes = resume_from_checkpoint is not None and resume_from_checkpoint is not False
+            folder = self._checkpoint(resume_from_checkpoint, trial) if resumes else None
             return self._train(folder, trial, ignore_keys_for_eval)
 
-    def _checkpoint(self, given: str | bool, trial: Any) -> str:
+    def _checkpoint(self, given: Any, trial: Any) -> str:
         output_dir = Path(self._get_output_dir(trial))
         return on_first_rank(lambda: checkpoint_to_resume(given, output_dir), self.accelerator)
 
@@ -222,8 +225,10 @@ class RobustTrainer(ModelInitTrainer):
         if checkpoint is None and saft_unselected(self.model):
             self.select_entries()
         check_training(self.model, self.train_dataset)
+        starts = self.args.eval_on_start and checkpoint is None
         try:
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
+            with replaced(self.args, eval_on_start=starts):  # the run that is resumed has had it
+                return super().train(checkpoint, trial, ignore_keys_for_eval)
         except NonFiniteError:  # on all ranks at once, which gathering needs
             self.gather_shards()
             raise
@@ -238,9 +243,15 @@ class RobustTrainer(ModelInitTrainer):
         if self.args.save_strategy == SaveStrategy.NO and checkpoint is None and ranks == 1:
             return  # no one will ask
         self.run = describe_run(self)
-        check_agreement(self.run, self.accelerator)
-        if checkpoint is not None:
-            check_same_run(read_manifest(Path(checkpoint)), self.run, self.args.allow_changed, checkpoint)
+        when = {name: getattr(self.args, name) for name in TOGETHER}
+        check_agreement({**self.run, **when}, self.accelerator)
+        if checkpoint is None:
+            return
+        manifest = read_manifest(Path(checkpoint))
+        check_same_run(manifest, self.run, self.args.allow_changed, checkpoint)
+        if isinstance(self.train_dataset, LabelledStream) and manifest["epoch"] > 0:
+            what, remedy = "a stream cannot be resumed after its first pass", "Use a dataset with numbered rows."
+            raise CheckpointError(what, where=checkpoint, got=f"pass {manifest['epoch'] + 1}", remedy=remedy)
 
     def _unprepare(self) -> None:
         """Takes back what `evaluate` did to the model.

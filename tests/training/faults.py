@@ -52,11 +52,11 @@ def touches_a_file(function):
 class Faulty(RobustTrainer):
     """Meets a fault at the `when`th call of the second checkpoint that could change a file."""
 
-    fault: str
+    fault: str | None = None
     when: int
 
     def _save_checkpoint(self, model, trial):
-        if self.state.global_step != FAULTY:
+        if self.fault is None or self.state.global_step != FAULTY:
             return super()._save_checkpoint(model, trial)
         seen = 0
 
@@ -85,7 +85,7 @@ def text_lora(model):
     return get_peft_model(model, LoraConfig(target_modules=r".*text_model.*(q_proj|v_proj)"))
 
 
-def trainer(name, folder, cls=RobustTrainer):
+def trainer(name, folder):
     """A training of three steps that saves after each."""
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS, "ddp_timeout": 5, **RUNS[name]}
     settings |= {"per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", 1))}
@@ -93,7 +93,7 @@ def trainer(name, folder, cls=RobustTrainer):
     torch.manual_seed(0)
     model = text_lora(tiny_model("clip")) if name == "ogen" else METHODS[method](tiny_model("clip"))
     small = {"train_dataset": image_dataset(12, NAMES), "eval_dataset": image_dataset(3, NAMES, seed=50)}
-    return build(folder, model=model, cls=cls, **small, **settings)
+    return build(folder, model=model, cls=Faulty, **small, **settings)
 
 
 def state(folder):
@@ -107,7 +107,7 @@ def state(folder):
 def train(order):
     """Trains as an order says: with a fault, resumed from the last whole checkpoint, or neither."""
     folder = Path(order["folder"])
-    run = trainer(order["name"], folder, Faulty if order["fault"] else RobustTrainer)
+    run = trainer(order["name"], folder)
     if order["fault"]:
         run.fault, run.when = order["fault"], order["when"] if run.args.process_index == order["rank"] else NEVER
     run.train(resume_from_checkpoint=order["resume"] or None)

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from hf_robust.errors import CheckpointError
 from hf_robust.training.checkpoint import checkpoint_to_resume
 from hf_robust.training.manifest import MANIFEST, check_files, checkpoints_in, read_manifest, seal_checkpoint
 from hf_robust.training.publishing import rotate
-from tests.trainers import build, same, weights
+from tests.tiny_models import image_dataset
+from tests.trainers import NAMES, build, same, weights
+from tests.training.test_stopping import Signals
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 
@@ -103,7 +106,7 @@ def test_any_other_manifest_is_damaged(folder, text):
 def test_a_newer_format_is_said(folder, monkeypatch):
     monkeypatch.setattr("hf_robust.training.manifest.FORMAT_VERSION", 2)
     (folder / "checkpoint-3" / MANIFEST).unlink()
-    seal_checkpoint(folder / "checkpoint-3", {"step": 3, "order": 3, "run": {}, "versions": {}})
+    seal_checkpoint(folder / "checkpoint-3", {"step": 3, "order": 3})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="newer version.*got 2; allowed 1"):
         read_manifest(folder / "checkpoint-3")
@@ -156,26 +159,94 @@ def test_files_are_as_readable_as_folders(run):
     assert modes == {(run[0] / "checkpoint-2").stat().st_mode & 0o666}
 
 
+class Scores:
+    """A metric that follows a script."""
+
+    def __init__(self, *scores):
+        self.scores = list(scores)
+
+    def __call__(self, prediction):
+        return {"score": self.scores.pop(0)}
+
+
+CHOOSING = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+CHOOSING |= {"metric_for_best_model": "eval_score", "greater_is_better": True}
+
+
+def choosing(folder, *scores, **settings):
+    rows = image_dataset(7, NAMES, seed=50)
+    given = {**SETTINGS, **CHOOSING, "eval_dataset": rows, "compute_metrics": Scores(*scores), **settings}
+    return build(folder, **given)
+
+
+def test_a_best_step_between_saves_is_no_missing_checkpoint(tmp_path):
+    whole = choosing(tmp_path, 1, 2, 3, 2)
+    whole.train()
+    assert Path(whole.state.best_model_checkpoint).name == "checkpoint-2"
+    resumed = choosing(tmp_path, 3, 2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_that_a_signal_asked_for_is_not_chosen(tmp_path):
+    whole = choosing(tmp_path / "whole", 1, 2, 3, 2)
+    whole.train()
+    with pytest.raises(SystemExit):
+        choosing(tmp_path, 1, 2, 3, callbacks=[Signals("step", 2, signal.SIGTERM)]).train()
+    assert (tmp_path / "checkpoint-3").exists()
+    resumed = choosing(tmp_path, 2)
+    resumed.train(resume_from_checkpoint=True)
+    assert Path(resumed.state.best_model_checkpoint).name == "checkpoint-2"
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_chosen(tmp_path):
+    build(tmp_path, seed=7, **{**SETTINGS, "max_steps": 4}).train()
+    run = choosing(tmp_path, 1, 2, 3, 2)
+    run.train()
+    assert Path(run.state.best_model_checkpoint).name == "checkpoint-2"
+
+
+def test_a_checkpoint_may_be_a_link_to_another_disk(tmp_path):
+    build(tmp_path / "run", **{**SETTINGS, "max_steps": 2}).train()
+    (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "big")
+    (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "big")
+    again = build(tmp_path / "run", **{**SETTINGS, "max_steps": 2}, save_total_limit=1)
+    again.train()
+    assert (tmp_path / "big" / MANIFEST).exists()
+    assert [path.name for path in (tmp_path / "run").glob("[!.]*")] == ["checkpoint-2"]
+    assert not list((tmp_path / "run").glob(".hf_robust-tmp-*"))
+
+
+def test_a_manifest_of_the_format_lacks_nothing(folder):
+    (folder / "checkpoint-3" / MANIFEST).unlink()
+    seal_checkpoint(folder / "checkpoint-3", {"step": 3})
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_manifest(folder / "checkpoint-3")
+
+
+def test_a_path_that_is_not_there_is_said(tmp_path):
+    for path in (str(tmp_path / "nope"), ""):
+        with pytest.raises(CheckpointError, match="no such checkpoint|no manifest.json"):
+            build(tmp_path, **SETTINGS).train(resume_from_checkpoint=path)
+
+
 def test_the_best_checkpoint_is_found_where_the_folder_is_now(tmp_path):
     """The path in the state of the training may be one of another machine."""
-    settings = {**SETTINGS, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
-    settings |= {"metric_for_best_model": "eval_score", "compute_metrics": lambda prediction: {"score": best[0]}}
-    settings |= {"eval_dataset": build(tmp_path / "any").eval_dataset["id"]}
-    best = [1.0]
-    here = build(tmp_path / "here", **settings)
+    here = choosing(tmp_path / "here", 4, 3, 2, 1, save_steps=1)
     here.train()
     assert Path(here.state.best_model_checkpoint).name == "checkpoint-1"
     shutil.rmtree(tmp_path / "here" / "checkpoint-4")
     shutil.rmtree(tmp_path / "here" / "checkpoint-3")
     (tmp_path / "here").rename(tmp_path / "there")
-    there = build(tmp_path / "there", **settings)
+    there = choosing(tmp_path / "there", 2, 1, save_steps=1)
     there.train(resume_from_checkpoint=True)
     assert there.state.best_model_checkpoint == str(tmp_path / "there" / "checkpoint-1")
     assert same(weights(there), weights(here))
     for number in (1, 3, 4):
         shutil.rmtree(tmp_path / "there" / f"checkpoint-{number}")
     with pytest.raises(CheckpointError, match="best checkpoint so far is missing.*checkpoint-1"):
-        build(tmp_path / "there", **settings).train(resume_from_checkpoint=True)
+        choosing(tmp_path / "there", 2, 1, save_steps=1).train(resume_from_checkpoint=True)
 
 
 def test_a_manifest_says_nothing_of_tokens_and_paths(run):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import DatasetDict
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
 from hf_robust import RobustTrainer, context_prompt
@@ -60,6 +60,17 @@ def test_an_adapter_of_a_tower_that_is_not_run_is_refused(tmp_path):
     model, _ = context_prompt(tiny_model("clip"), tiny_processor("clip"), 4, None, NAMES)
     with pytest.raises(ConfigError, match="adapter is frozen.*text tower alone needs head='live'"):
         build(tmp_path, head="trainable", model=model).train()
+
+
+def test_weights_beside_an_adapter_are_refused(tmp_path):
+    """A checkpoint would lack them, and so would the saved adapter."""
+    run = build(tmp_path, "lora")
+    run.model.model.base_model.model.visual_projection.weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match="saved without: base_model.model.visual_projection.weight.*modules_to_save"):
+        run.train()
+    for settings in ({"bias": "all"}, {"modules_to_save": ["visual_projection"]}):
+        config = LoraConfig(target_modules=["q_proj"], **settings)
+        build(tmp_path, model=get_peft_model(tiny_model("clip"), config), max_steps=1).train()
 
 
 def test_nothing_to_train_is_refused_and_a_linear_probe_is_not(tmp_path):

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import fields
 
 import pytest
+import tokenizers
 import torch
 from datasets import ClassLabel
 from peft import LoraConfig, get_peft_model
@@ -17,7 +18,7 @@ from PIL import ImageOps
 from torch import nn
 from transformers import EarlyStoppingCallback
 
-from hf_robust import RobustTrainingArguments, SAFTConfig
+from hf_robust import RobustTrainer, RobustTrainingArguments, SAFTConfig
 from hf_robust.data.collator import ImageCollator
 from hf_robust.data.digest import rows_digest
 from hf_robust.data.rows import labelled_images
@@ -69,12 +70,35 @@ def other_size():
     return processor
 
 
+def other_tokens():
+    processor = copy.deepcopy(tiny_processor("clip"))
+    processor.tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("d", "e")
+    return processor
+
+
 def another_loss(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(outputs.logits, labels)
 
 
 STOPPING = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_id_loss"}
 STOPPING["allow_changed"] = ["metric_for_best_model", "greater_is_better", "evaluation_data", *same_run.CHOOSING]
+
+
+class Collator:
+    """A user's own."""
+
+    def __call__(self, rows):
+        return ImageCollator(tiny_processor("clip"))(rows)
+
+
+class OtherTrainer(RobustTrainer):
+    """A user's own, as for another loss."""
+
+
+def transformed(rows):
+    return rows.with_transform(lambda batch: batch)
+
+
 CHANGES = {
     "seed": lambda: {"seed": 43},
     "learning_rate": lambda: {"learning_rate": 2e-2},
@@ -93,11 +117,16 @@ CHANGES = {
     "adapters": lambda: {"method": "full", "model": saft(density=0.02)},
     "pretrained_weights": lambda: {"method": "full", "model": other_base()},
     "data": lambda: {"train_dataset": image_dataset(18, NAMES, seed=3)},
-    "image_processor": lambda: {"processing_class": other_size()},
+    "image_processor.image_mean": lambda: {"processing_class": other_size()},
     "collator": lambda: {"data_collator": ImageCollator(tiny_processor("clip"), ImageOps.mirror)},
     "compute_loss_func": lambda: {"compute_loss_func": another_loss},
     "optimizer": lambda: {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
     "model.text_config.attention_dropout": lambda: {"method": "full", "model": with_dropout()},
+    "trainer": lambda: {"cls": OtherTrainer},
+    "data_transform": lambda: {"train_dataset": transformed(image_dataset(18, NAMES))},
+    "Collator": lambda: {"data_collator": Collator()},
+    "image_processor": lambda: {"data_collator": ImageCollator(other_size())},
+    "prompts": lambda: {"processing_class": other_tokens()},
     "callbacks": lambda: {"callbacks": [EarlyStoppingCallback()], **STOPPING},
     "data.rows": lambda: {"train_dataset": image_dataset(15, NAMES)},
 }
@@ -105,7 +134,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_run_is_refused_with_old_and_new_values(run, tmp_path, name):
-    with pytest.raises(CheckpointError, match=rf"another run: .*{name}[.\w]* was .*, is .*allow_changed="):
+    with pytest.raises(CheckpointError, match=rf"another run: .*{name}.* was .*, is .*allow_changed="):
         resume(run, tmp_path, **CHANGES[name]())
 
 
@@ -151,6 +180,45 @@ WITHOUT = {
     "ddp_timeout": 30,
     "selection_batch_size": 2,
 }
+
+
+def test_an_optimizer_given_is_compared_by_its_class(tmp_path):
+    def given(cls):
+        run = build(tmp_path, **SETTINGS)
+        return build(tmp_path, optimizers=(cls(run.model.parameters(), lr=1e-3), None), model=run.model, **SETTINGS)
+
+    run = given(torch.optim.AdamW)
+    run.train()
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(CheckpointError, match="optimizer was .*AdamW.*, is .*RAdam"):
+        given(torch.optim.RAdam).train(resume_from_checkpoint=True)
+
+
+def test_precision_of_the_launcher_is_compared(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(CheckpointError, match="mixed_precision was 'no', is 'bf16'"):
+        resume(run, tmp_path)
+
+
+def test_infinite_settings_are_described(tmp_path):
+    build(tmp_path, max_grad_norm=float("inf"), **SETTINGS).train()
+    build(tmp_path, max_grad_norm=float("inf"), **SETTINGS).train(resume_from_checkpoint=True)
+
+
+def test_a_stream_is_resumed_in_its_first_pass_alone(tmp_path):
+    """Trainer counts its steps as if a pass never ended."""
+
+    def stream():
+        rows = image_dataset(12, NAMES).to_iterable_dataset()
+        return build(tmp_path, **{**SETTINGS, "save_steps": 1}, train_dataset=rows)
+
+    whole = stream()
+    whole.train()
+    first = stream()
+    first.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights(first), weights(whole))
+    with pytest.raises(CheckpointError, match="stream cannot be resumed.*got 'pass 2'"):
+        stream().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_what_changes_nothing_may_differ(run, tmp_path):

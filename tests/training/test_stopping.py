@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 
+import psutil
 import pytest
 from transformers import TrainerCallback
 
@@ -33,6 +34,9 @@ class Signals(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.send("step", state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.send("end", state)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.send("evaluation", state)
@@ -75,6 +79,50 @@ def test_what_is_due_at_the_end_of_an_epoch_comes_before_the_exit(tmp_path):
     logs = [run.state.log_history for run in (resumed, whole)]
     losses = [[entry["eval_id_loss"] for entry in log if "eval_id_loss" in entry] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_the_schedule_by_evaluations_is_resumed_at_the_end_of_an_epoch(tmp_path):
+    """A checkpoint of an epoch's last step would be saved before the evaluation that the schedule waits for."""
+    settings = {**SAVING, "save_steps": 5, "eval_strategy": "epoch", "metric_for_best_model": "eval_id_accuracy"}
+    settings |= {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.1}}
+    settings |= {"num_train_epochs": 3, "greater_is_better": False, "eval_on_start": True}
+    whole = build(tmp_path, **settings)
+    whole.train()
+    resumed = build(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same(weights(resumed), weights(whole))
+    assert len(resumed.state.log_history) == len(whole.state.log_history)
+
+
+def test_the_best_alone_is_saved_but_for_a_signal(tmp_path):
+    settings = {**SAVING, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"metric_for_best_model": "eval_id_loss", "greater_is_better": True}  # it falls
+    assert stopped(build(tmp_path, **settings, callbacks=[Signals("step", 3, signal.SIGTERM)])) == 143
+    assert (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_signal_after_the_last_step_is_handed_on(tmp_path):
+    run = build(tmp_path, **SAVING, max_steps=2, callbacks=[Signals("end", 2, signal.SIGINT)])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.state.global_step == 2
+
+
+def test_workers_leave_signals_to_the_trainer(tmp_path):
+    """A scheduler sends them to all processes of a job."""
+
+    class ToAll(Signals):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                for child in psutil.Process().children():
+                    for number in self.numbers:
+                        child.send_signal(number)
+            super().on_step_begin(args, state, control, **kwargs)
+
+    numbers = signal.SIGTERM, signal.SIGUSR1
+    run = build(tmp_path, **SAVING, dataloader_num_workers=1, callbacks=[ToAll("step", 2, *numbers)])
+    assert stopped(run) in (128 + number for number in numbers)
+    assert (tmp_path / "checkpoint-3").exists()
 
 
 @pytest.mark.parametrize("event", ["evaluation", "save"])

@@ -170,7 +170,8 @@ def test_the_order_without_anything_that_draws_is_as_by_accelerate(tmp_path):
 
 def test_resuming_at_the_start_of_the_epoch_repeats_its_images(tmp_path):
     trained(tmp_path)
-    made = trainer(tmp_path / "resumed", cls=Shown, save_strategy="no", ignore_data_skip=True)
+    how = {"save_strategy": "no", "ignore_data_skip": True, "allow_changed": ["trainer"]}
+    made = trainer(tmp_path / "resumed", cls=Shown, **how)
     made.train(str(tmp_path / "checkpoint-4"))
     whole = trainer(tmp_path / "whole", cls=Shown, save_strategy="no")
     whole.train()

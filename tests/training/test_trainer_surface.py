@@ -346,9 +346,11 @@ def test_a_checkpoint_without_optimizer_is_not_resumed(tmp_path):
     saved(tmp_path, save_only_model=True)
     run = build(tmp_path)
     before = weights(run)
-    with pytest.raises(CheckpointError, match="no optimizer state.*checkpoint-3.*save_only_model"):
+    with pytest.raises(
+        CheckpointError, match=r"no whole.*checkpoint-3: checkpoint has no optimizer state \(save_only_model"
+    ):
         run.train(resume_from_checkpoint=True)
-    with pytest.raises(CheckpointError, match="no manifest.json.*elsewhere"):
+    with pytest.raises(CheckpointError, match="no such checkpoint.*elsewhere"):
         run.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
     assert same(weights(run), before)
 
