@@ -138,7 +138,11 @@ def _check_beside(encoder: PeftModel) -> None:
     """Refuses weights beside the adapters, which are trained but that no file of an adapter would hold."""
     inside = {id(p) for module in encoder.modules() if isinstance(module, ADAPTERS) for p in module.parameters()}
     biases = any(vars(config).get("bias", "none") != "none" for config in encoder.peft_config.values())
-    beside = [name for name, p in encoder.named_parameters() if p.requires_grad and id(p) not in inside]
+    beside = [
+        name
+        for name, p in encoder.named_parameters()
+        if p.requires_grad and (id(p) not in inside or ".base_layer." in name or ".original_module." in name)
+    ]
     beside = [name for name in beside if not (biases and name.endswith("bias"))]  # which PEFT saves
     if beside:
         what = f"weights are trained beside the adapter, which it is saved without: {', '.join(beside[:MOST_SHOWN])}"

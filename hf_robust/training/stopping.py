@@ -29,7 +29,8 @@ LONGEST_NAME = 200  # characters read of who holds a lock
 class StopAtSignal(TrainerCallback):
     """Saves a checkpoint and exits with 128 + n after a step in which a rank has received signal n.
 
-    A signal that the program handles itself stays its own. After the first one, another Ctrl-C stops at once.
+    A signal that the program handles itself stays its own. After the first one, another Ctrl-C stops at once. The
+    checkpoint of an epoch's last step is saved after the evaluation at its end, where there is one.
 
     Example:
         >>> stop = StopAtSignal()

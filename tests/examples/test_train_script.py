@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
 from hf_robust import RobustTrainingArguments
-from hf_robust.errors import AdapterFileError, ConfigError, DataError
+from hf_robust.errors import CheckpointError, ConfigError, DataError
 from hf_robust.interpolation.sweep import AlphaSweep
 from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import launch_on_two, load_training_script
@@ -185,8 +185,8 @@ BAD_INPUT = {
     "no JSON": (lambda _: ["--eval_data", "a.parquet"], ConfigError, "no sets by name.*eval_data.*a.parquet"),
     "no checkpoint": (
         lambda _: ["--resume_from_checkpoint", "true"],
-        AdapterFileError,
-        "no complete checkpoint to resume from.*out",
+        CheckpointError,
+        "no whole checkpoint to resume from.*out",
     ),
     "wise_ft without validation": (
         lambda _: ["--wise_ft", "--validation_data", ""],

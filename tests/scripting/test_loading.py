@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset
 
 from hf_robust import RobustTrainingArguments
-from hf_robust.errors import AdapterFileError, ConfigError, DataError
+from hf_robust.errors import CheckpointError, ConfigError, DataError
 from hf_robust.scripting.loading import load_images, load_model, read_class_names, usable, wish_to_resume
+from hf_robust.training.manifest import seal_checkpoint
 from tests.tiny_models import image_dataset, tiny_model
 
 NAMES = ["red", "green", "blue"]
@@ -75,6 +76,8 @@ def output(tmp_path):
         (tmp_path / f"checkpoint-{number}").mkdir()
         for file in ("trainer_state.json", "optimizer.pt"):
             (tmp_path / f"checkpoint-{number}" / file).touch()
+        facts = {"step": number, "epoch": 0, "extra": False, "order": number, "run": {}, "versions": {}}
+        seal_checkpoint(tmp_path / f"checkpoint-{number}", facts)
     return tmp_path
 
 
@@ -93,5 +96,5 @@ def test_no_checkpoint_is_an_error(output, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, wish in ((tmp_path / "empty", "last"), (tmp_path / "new", "true"), (output, "nowhere"), (output, ".")):
         args = RobustTrainingArguments(str(folder), resume_from_checkpoint=wish)
-        with pytest.raises(AdapterFileError, match="no complete checkpoint to resume from"):
+        with pytest.raises(CheckpointError, match="no whole checkpoint|no such checkpoint|no manifest"):
             wish_to_resume(args)

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 
+from hf_robust.errors import RankMismatchError
+from hf_robust.training import ranks
+from hf_robust.training.ranks import check_agreement
 from tests.programs import run_on_ranks
 from tests.trainers import same
 
@@ -60,6 +65,19 @@ def select_another(model, batches, loss):
                 return
 
 
+class Fails(torch.utils.data.Dataset):
+    classes = NAMES
+    targets = [number % 3 for number in range(18)]
+
+    def __len__(self):
+        return 18
+
+    def __getitem__(self, index):
+        if IS_ODD:
+            raise OSError("no such picture")
+        return image_dataset(18, NAMES)[index]["image"], self.targets[index]
+
+
 real_select = module.select_saft
 
 
@@ -84,6 +102,8 @@ def main(folder):
     module.select_saft = select_another
     error_of("entries", saft(save_strategy="no"))
     module.select_saft = real_select
+
+    error_of("picture", lambda: build(f"{folder}/errors", "lora", save_strategy="no", train_dataset=Fails()))
 
     whole = build(f"{folder}/whole", "saft", **SAVING)
     whole.train()
@@ -115,64 +135,24 @@ def test_ranks_that_differ_or_are_told_to_stop_do_so_together(tmp_path):
         kind, text, seconds = first[name]
         assert kind == "RankMismatchError" and f"rank 1 differs from rank 0: {fact}" in text
         assert second[name][:2] == [kind, text] and seconds < 60
+    assert first["picture"][:2] == second["picture"][:2] and "no such picture" in first["picture"][1]
     assert first["status"] == second["status"] == 143 and first["saved"] == ["checkpoint-3"]
     for rank in (0, 1):
         whole, resumed = torch.load(tmp_path / f"rank{rank}.pt")
         assert same(whole, resumed)
 
 
-OF_THREE = (
-    TOGETHER[: TOGETHER.index("def main")]
-    + """
-def main(folder):
-    found = {}
-    try:
-        build(f"{folder}/run", "lora", seed=43 if IS_ODD else 42).train()
-    except RankMismatchError as error:
-        found["odd"] = f"{type(error).__name__}: {error}"
-    Path(folder, f"rank{RANK}.json").write_text(json.dumps(found))
-"""
-)
+@pytest.mark.parametrize(("seeds", "text"), [((42, 42, 43), "rank 2 differs"), ((42, 43, 42), "rank 1 differs")])
+def test_the_odd_one_of_three_is_named(monkeypatch, seeds, text):
+    monkeypatch.setattr(ranks, "gather_object", lambda facts: [{"seed": seed} for seed in seeds])
+    with pytest.raises(RankMismatchError, match=f"{text} from the others: seed is elsewhere 42, here 43"):
+        check_agreement({"seed": 42}, SimpleNamespace(num_processes=3))
 
 
-def test_the_odd_one_of_three_is_named(tmp_path):
-    run_on_ranks(3, OF_THREE, tmp_path)
-    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
-    assert found[0] == found[1] == found[2]
-    assert "RankMismatchError: rank 2 differs from the others: seed is elsewhere 42, here 43" in found[0]["odd"]
-
-
-FAILS = (
-    TOGETHER[: TOGETHER.index("def main")]
-    + """
-class Fails(torch.utils.data.Dataset):
-    classes = NAMES
-    targets = [number % 3 for number in range(18)]
-
-    def __len__(self):
-        return 18
-
-    def __getitem__(self, index):
-        if IS_ODD:
-            raise OSError("no such picture")
-        return image_dataset(18, NAMES)[index]["image"], self.targets[index]
-
-
-def main(folder):
-    found = {}
-    try:
-        build(f"{folder}/run", "lora", save_strategy="no", train_dataset=Fails()).train()
-    except DataError as error:
-        found["text"] = str(error)
-    Path(folder, f"rank{RANK}.json").write_text(json.dumps(found))
-"""
-)
-
-
-def test_an_error_of_one_rank_is_raised_on_all(tmp_path):
-    run_on_ranks(2, FAILS, tmp_path)
-    first, second = ((tmp_path / f"rank{rank}.json").read_text() for rank in (0, 1))
-    assert first == second and "no such picture" in first
+def test_all_that_differ_are_named(monkeypatch):
+    monkeypatch.setattr(ranks, "gather_object", lambda facts: [{"seed": seed} for seed in (1, 2, 1, 3, 1)])
+    with pytest.raises(RankMismatchError, match=r"rank 1 differs .*ranks \[1, 3\]"):
+        check_agreement({"seed": 1}, SimpleNamespace(num_processes=5))
 
 
 STOPPED = """

@@ -22,8 +22,9 @@ from tests.programs import ROOT
 from tests.training.faults import KILLED, NEVER, REFUSED, RUNS
 
 LONG = os.environ.get("HF_ROBUST_LONG") == "1"
-LAST = 3  # calls: the rename and what follows
-SPREAD = {KILLED: 3, "ENOSPC": 1, "EIO": 1}  # more of them
+LAST = 2  # calls: the rename and what follows
+SPREAD = {KILLED: 2, "ENOSPC": 1}  # more of them; of a disk that fails otherwise, `make test-long` alone
+FAULTS = [KILLED, "ENOSPC", "EIO"] if LONG else list(SPREAD)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def check_fault(folder, train, name, n_ranks, expected, fault, when, rank=0):
     assert not list((folder / "run").glob(".hf_robust-tmp-*"))
 
 
-@pytest.mark.parametrize("fault", SPREAD)
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_fault_at_any_call_costs_no_more_than_a_step(ranks, train, name, fault):
     folder, _ = ranks
