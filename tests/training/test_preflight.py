@@ -66,9 +66,7 @@ def test_weights_beside_an_adapter_are_refused(tmp_path):
     """A checkpoint would lack them, and so would the saved adapter."""
     run = build(tmp_path, "lora")
     run.model.model.base_model.model.visual_projection.weight.requires_grad_(True)
-    with pytest.raises(
-        ConfigError, match="saved without: base_model.model.visual_projection.*weight.*modules_to_save"
-    ):
+    with pytest.raises(ConfigError, match="saved without: .*visual_projection.*weight.*modules_to_save"):
         run.train()
     for settings in ({"bias": "all"}, {"modules_to_save": ["visual_projection"]}):
         config = LoraConfig(target_modules=["q_proj"], **settings)
