@@ -78,7 +78,6 @@ def check_agreement(facts: Mapping[str, Any], accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         return
     of_ranks = gather_object([dict(facts)])
-    usual = of_ranks[0]
     counts = Counter(map(repr, of_ranks))
     if len(counts) == 1:
         return

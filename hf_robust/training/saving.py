@@ -21,17 +21,20 @@ from ..cards.card import model_card
 from ..cards.push import push, write_card
 from ..cards.results import CardResults, draw_curve
 from ..data.publish import TEMPORARY
+from ..data.rows import LabelledStream
 from ..errors import CheckpointError, HfRobustError
 from ..ogen.training import OGENTraining
 from .arguments import RobustTrainingArguments
-from .checkpoint import load_encoder, load_head, processor_folder, save_encoder, save_head
+from .checkpoint import checkpoint_to_resume, load_encoder, load_head, processor_folder, save_encoder, save_head
 from .manifest import checkpoints_in, read_manifest
 from .publishing import not_saved, publish_checkpoint, rotate, sweep
 from .ranks import check_agreement, entries_digest, naming_the_missing, on_first_rank, raise_on_all
-from .same_run import bit_digest, versions
+from .same_run import bit_digest, check_same_run, describe_run, versions
 from .sharding import ShardingTrainer
 from .stopping import StopAtSignal, locked
 
+# Arguments without a say in the result that say when ranks meet
+TOGETHER = ("save_steps", "eval_strategy", "eval_steps", "eval_on_start", "logging_strategy", "logging_steps")
 TRAINING_ARGS = "training_args.json"
 
 
@@ -148,6 +151,26 @@ class SavingTrainer(ShardingTrainer):
                 on_first_rank(lambda: sweep(folder), self.accelerator)
                 stack.enter_context(self.stop.listening())
             yield
+
+    def _checkpoint(self, given: Any, trial: Any) -> str:
+        output_dir = Path(self._get_output_dir(trial))
+        return on_first_rank(lambda: checkpoint_to_resume(given, output_dir), self.accelerator)
+
+    def _describe_run(self, checkpoint: str | None) -> None:
+        """Looks whether all ranks train the same, and whether that is what the checkpoint was of."""
+        ranks = self.accelerator.num_processes
+        if self.args.save_strategy == SaveStrategy.NO and checkpoint is None and ranks == 1:
+            return  # no one will ask
+        self.run = describe_run(self)
+        when = {name: getattr(self.args, name) for name in TOGETHER}
+        check_agreement({**self.run, **when}, self.accelerator)
+        if checkpoint is None:
+            return
+        manifest = read_manifest(Path(checkpoint))
+        check_same_run(manifest, self.run, self.args.allow_changed, checkpoint)
+        if isinstance(self.train_dataset, LabelledStream) and manifest["epoch"] > 0:
+            what, remedy = "a stream cannot be resumed after its first pass", "Use a dataset with numbered rows."
+            raise CheckpointError(what, where=checkpoint, got=f"pass {manifest['epoch'] + 1}", remedy=remedy)
 
     def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, Any]:
         check_agreement({"entries": entries_digest(self.model)}, self.accelerator)  # selected, or of a checkpoint

@@ -7,21 +7,20 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
 from ..data.columns import REFERENCE_EMBEDS, no_column
 from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
-from ..errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
@@ -30,20 +29,16 @@ from ..tuners.saft.edits import show_values
 from ..tuners.saft.selection import scores_single_images
 from .accuracy import AccuracyAndLoss, check_metrics
 from .arguments import RobustTrainingArguments
-from .checkpoint import checkpoint_to_resume
 from .evaluating import Metrics
 from .image_size import processor_of_size
-from .manifest import read_manifest
 from .model_init import ClassNames, ModelInitTrainer, as_classifier, model_or_first
 from .preflight import check_arguments, check_best_metric, check_training, columns_of
-from .ranks import check_agreement, on_first_rank, raise_on_all
+from .ranks import raise_on_all
 from .replaced import replaced
-from .same_run import check_same_run, describe_run
 from .stopping import StopAtSignal
 from .unsupported import check_accelerator, check_optimizer, check_options, check_sharding
 
 logger = logging.getLogger(__name__)
-TOGETHER = ("save_steps", "eval_strategy", "eval_steps", "eval_on_start", "logging_strategy", "logging_steps")
 
 
 class RobustTrainer(ModelInitTrainer):
@@ -205,10 +200,6 @@ class RobustTrainer(ModelInitTrainer):
             folder = self._checkpoint(resume_from_checkpoint, trial) if resumes else None
             return self._train(folder, trial, ignore_keys_for_eval)
 
-    def _checkpoint(self, given: Any, trial: Any) -> str:
-        output_dir = Path(self._get_output_dir(trial))
-        return on_first_rank(lambda: checkpoint_to_resume(given, output_dir), self.accelerator)
-
     def _train(self, checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         if self.model_init is None:
             self._unprepare()
@@ -236,22 +227,6 @@ class RobustTrainer(ModelInitTrainer):
             self.is_in_train = False  # it would stay so after an error
             self.drop_shards()
             show_values(self.model)
-
-    def _describe_run(self, checkpoint: str | None) -> None:
-        """Looks whether all ranks train the same, and whether that is what the checkpoint was of."""
-        ranks = self.accelerator.num_processes
-        if self.args.save_strategy == SaveStrategy.NO and checkpoint is None and ranks == 1:
-            return  # no one will ask
-        self.run = describe_run(self)
-        when = {name: getattr(self.args, name) for name in TOGETHER}
-        check_agreement({**self.run, **when}, self.accelerator)
-        if checkpoint is None:
-            return
-        manifest = read_manifest(Path(checkpoint))
-        check_same_run(manifest, self.run, self.args.allow_changed, checkpoint)
-        if isinstance(self.train_dataset, LabelledStream) and manifest["epoch"] > 0:
-            what, remedy = "a stream cannot be resumed after its first pass", "Use a dataset with numbered rows."
-            raise CheckpointError(what, where=checkpoint, got=f"pass {manifest['epoch'] + 1}", remedy=remedy)
 
     def _unprepare(self) -> None:
         """Takes back what `evaluate` did to the model.
