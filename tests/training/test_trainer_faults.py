@@ -23,8 +23,10 @@ from tests.training.faults import KILLED, NEVER, REFUSED, RUNS
 
 LONG = os.environ.get("HF_ROBUST_LONG") == "1"
 LAST = 2  # calls: the rename and what follows
-SPREAD = {KILLED: 2, "ENOSPC": 1}  # more of them; of a disk that fails otherwise, `make test-long` alone
-FAULTS = [KILLED, "ENOSPC", "EIO"] if LONG else list(SPREAD)
+SPREAD = 2  # more of them
+CASES = [(name, KILLED) for name in RUNS] + [("saft", "ENOSPC"), ("full", "EIO")]
+if LONG:
+    CASES = [(name, fault) for name in RUNS for fault in (KILLED, "ENOSPC", "EIO")]
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +82,11 @@ def results(folder, n_ranks):
     return [torch.load(folder / "run" / f"result-{rank}.pt", weights_only=False) for rank in range(n_ranks)]
 
 
-def some(calls, fault):
+def some(calls):
     """All calls, or the last ones and some of the others."""
     if LONG:
         return range(1, calls + 1)
-    spread = SPREAD[fault]
-    return [*(calls * (2 * i + 1) // (2 * spread) for i in range(spread)), *range(calls - LAST + 1, calls + 1)]
+    return [*(calls * (2 * i + 1) // (2 * SPREAD) for i in range(SPREAD)), *range(calls - LAST + 1, calls + 1)]
 
 
 def check_fault(folder, train, name, n_ranks, expected, fault, when, rank=0):
@@ -104,15 +105,14 @@ def check_fault(folder, train, name, n_ranks, expected, fault, when, rank=0):
     assert not list((folder / "run").glob(".hf_robust-tmp-*"))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "fault"), CASES)
 def test_a_fault_at_any_call_costs_no_more_than_a_step(ranks, train, name, fault):
     folder, _ = ranks
     shutil.rmtree(folder / "run", ignore_errors=True)
     assert train(name, fault=fault, when=NEVER) == [0]
     expected, calls = results(folder, 1), int((folder / "run" / "calls").read_text())
     assert calls > 50
-    for when in some(calls, fault):
+    for when in some(calls):
         check_fault(folder, train, name, 1, expected, fault, when)
 
 
@@ -123,6 +123,6 @@ def test_a_fault_on_one_of_two_ranks_stops_both(ranks, train, rank, fault):
     shutil.rmtree(folder / "run", ignore_errors=True)
     assert train("saft", 2, fault, NEVER) == [0, 0]
     expected, calls = results(folder, 2), int((folder / "run" / "calls").read_text())
-    points = range(1, 4) if rank == 1 else some(calls, fault) if LONG else [calls // 2, calls - 1]
+    points = range(1, 4) if rank == 1 else some(calls) if LONG else [calls // 2, calls - 1]
     for when in points if LONG else list(points)[:2]:
         check_fault(folder, train, "saft", 2, expected, fault, when, rank)
