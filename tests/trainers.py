@@ -51,6 +51,13 @@ def build(folder, method="full", family="clip", model=None, **settings):
     return cls(model, args, **datasets, processing_class=processor, **given)
 
 
+def trained(folder, method="full", **settings):
+    """A trainer after its training."""
+    trainer = build(folder, method, **settings)
+    trainer.train()
+    return trainer
+
+
 def weights(trainer):
     """The trained tensors; the weights of a model with SAFT show its values only from the next forward on."""
     named = trainer.model.named_parameters()

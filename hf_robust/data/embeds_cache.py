@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from uuid import uuid4
 
 import datasets
@@ -25,12 +25,13 @@ from ..encoders.pretrained import pretrained_tensors, pretrained_weights
 from ..errors import ConfigError, DataError, NonFiniteError
 from .collator import ImageCollator, batches_in_order
 from .columns import IMAGE, IMAGE_EMBEDS, REFERENCE_EMBEDS
+from .publish import stream_sha256
 from .rows import LabelledImages, labelled_images
 from .text_files import check_regular
 
 logger = logging.getLogger(__name__)
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-SHA256, BLOCK = 32, 2**20  # bytes: of the digest that a file ends with, and read at once
+SHA256 = 32  # bytes of the digest that a file ends with
 DEAD = 3600  # seconds without a write; a process that is at work writes after every batch
 
 
@@ -232,7 +233,7 @@ def _is_whole(file: Path) -> bool:
     try:
         check_regular(file)
         with file.open("rb") as stream:
-            whole = _digest(stream, os.fstat(stream.fileno()).st_size - SHA256) == stream.read()
+            whole = stream_sha256(stream, os.fstat(stream.fileno()).st_size - SHA256) == stream.read()
         problem = "its content is not that of its digest"
     except FileNotFoundError:
         return False
@@ -241,14 +242,6 @@ def _is_whole(file: Path) -> bool:
     if not whole:
         logger.warning("The cached embeddings in %s are computed anew: %s", file, problem)
     return whole
-
-
-def _digest(stream: BinaryIO, length: int) -> bytes:
-    found = hashlib.sha256()
-    while length > 0 and (block := stream.read(min(length, BLOCK))):
-        found.update(block)
-        length -= len(block)
-    return found.digest()
 
 
 def _write(file: Path, columns: Iterator[list[np.ndarray | None]]) -> None:
@@ -265,7 +258,7 @@ def _write(file: Path, columns: Iterator[list[np.ndarray | None]]) -> None:
                     stream.flush()
             length = stream.tell()
             stream.seek(0)
-            digest = _digest(stream, length)
+            digest = stream_sha256(stream, length)
             stream.seek(length)
             stream.write(digest)  # readers of Arrow stop before it
             stream.flush()

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY = ".hf_robust-tmp-"  # first part of the name of a folder that is not whole yet, or no more
+BLOCK = 2**20  # bytes read at once
 
 
 def seal(folder: Path) -> None:
@@ -29,6 +33,24 @@ def seal(folder: Path) -> None:
             path.chmod(mode)  # the safetensors library writes for the owner alone
     for path in [*paths, folder]:
         sync(path)
+
+
+def stream_sha256(stream: BinaryIO, length: int | None = None) -> bytes:
+    """Returns the SHA-256 of what a stream holds from here on.
+
+    Args:
+        stream: a file opened for reading bytes.
+        length: how many bytes count; None for all.
+
+    Example:
+        >>> stream_sha256(io.BytesIO(b"")).hex()[:8]
+        'e3b0c442'
+    """
+    found, left = hashlib.sha256(), sys.maxsize if length is None else length
+    while left > 0 and (block := stream.read(min(left, BLOCK))):
+        found.update(block)
+        left -= len(block)
+    return found.digest()
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.publish import seal, sync
+from ..data.publish import seal, stream_sha256, sync
 from ..data.text_files import read_json
 from ..errors import CheckpointError, HfRobustError
 
@@ -22,7 +22,6 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 NEEDED = {"step", "epoch", "extra", "order", "run", "versions", "files"}
 FOR_PEOPLE = ("README.md",)  # which they may edit
-CHUNK = 2**20  # bytes read at once
 NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d{{1,18}}")
 
 
@@ -168,11 +167,8 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+        return stream_sha256(stream).hex()
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.publish import TEMPORARY, sync
 from ..errors import CheckpointError, HfRobustError
-from .manifest import checkpoints_in, seal_checkpoint
+from .manifest import seal_checkpoint
 
 
 def publish_checkpoint(temporary: Path, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -50,23 +50,24 @@ def not_saved(error: Exception, temporary: Path) -> HfRobustError:
     return CheckpointError(f"checkpoint cannot be saved ({error})", where=where, remedy=remedy)
 
 
-def rotate(saved: Path, limit: int | None, best: str | None) -> None:
+def rotate(before: Mapping[Path, object], saved: Path, limit: int | None, best: str | None) -> None:
     """Makes leftovers of the whole checkpoints that were saved first, until no more than a limit are left.
 
     Args:
+        before: what `checkpoints_in` returned before the last was saved.
         saved: the one just saved, which stays.
         limit: how many may be left, at least this one and the best; None for no limit.
         best: the best, which stays; None where none is known.
 
     Example:
-        >>> rotate(Path("runs/saft/checkpoint-30"), limit=2, best=None)
+        >>> rotate(checkpoints_in(Path("runs/saft")), Path("runs/saft/checkpoint-30"), limit=2, best=None)
     """
     if limit is None or limit <= 0:
         return
-    found = [folder for folder, manifest in checkpoints_in(saved.parent).items() if isinstance(manifest, dict)]
+    found = [folder for folder, manifest in before.items() if isinstance(manifest, dict) and folder != saved]
     kept = {saved, *([] if best is None else [Path(best)])}
     others = [folder for folder in found if folder not in kept]
-    for folder in others[: max(0, len(found) - max(limit, len(kept)))]:
+    for folder in others[: max(0, len(found) + 1 - max(limit, len(kept)))]:
         os.rename(folder, folder.with_name(f"{TEMPORARY}old-{folder.name}"))  # so that it is never there in part
 
 

@@ -60,7 +60,7 @@ def raise_on_all(problem: Exception | None, accelerator: Accelerator) -> None:
         if not accelerator.gather(failed).any():
             return
         found = gather_object([None if problem is None else _sendable(problem)])
-        problem = problem or next(error for error in found if error is not None)
+        problem = next(error for error in found if error is not None)
     if problem is not None:
         raise problem
 

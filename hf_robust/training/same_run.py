@@ -23,6 +23,7 @@ from ..data.rows import LabelledStream, labelled_images
 from ..encoders.dual_encoder import base_model
 from ..encoders.pretrained import pretrained_tensors
 from ..errors import CheckpointError, ConfigError, close_matches
+from ..evaluation.run import VERSIONS_OF
 from ..interpolation.callback import WiSEFTCallback
 from ..ogen import OGENClassifier
 from ..shown import shown
@@ -52,7 +53,6 @@ KEPT_BY_THE_OPTIMIZER = (
 OF_THE_CLASSIFIER = ("class_names", "templates", "head")
 OF_A_MODEL_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype")
 OF_FILES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "saved")
-PACKAGES = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")
 MOST_SHOWN = 4  # differences in a message
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -108,7 +108,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Returns the versions of what the last bits of a result may depend on, by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {package: version(package) for package in PACKAGES} | {"device": device}
+    return {package: version(package) for package in VERSIONS_OF} | {"device": device}
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], allow_changed: Sequence[str], where: str) -> None:
@@ -124,10 +124,10 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], allow_chang
         CheckpointError: something else differs.
         ConfigError: a name in `allow_changed` is none, or one of what the optimizer's state brings along.
     """
-    kept = sorted({*allow_changed} & {*KEPT_BY_THE_OPTIMIZER})
-    if kept:
+    fixed = sorted({*allow_changed} & {*KEPT_BY_THE_OPTIMIZER})
+    if fixed:
         what, remedy = "the optimizer's saved state has it, so it cannot change", "Load the model, and train it anew."
-        raise ConfigError(what, where="allow_changed", got=kept, remedy=remedy)
+        raise ConfigError(what, where="allow_changed", got=fixed, remedy=remedy)
     known = sorted({*saved["run"], *now})
     for name in allow_changed:
         if name.partition(".")[0] not in known:
@@ -140,7 +140,9 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], allow_chang
         what = "the checkpoint is of another run: " + listed(found)
         names = sorted({name.partition(".")[0] for name in found})
         goes_on = f"allow_changed={names} (in a script: --allow_changed {' '.join(names)})"
-        remedy = f"Resume as it was started. {goes_on} goes on nevertheless; the result is another one."
+        kept = [name for name in names if name in KEPT_BY_THE_OPTIMIZER]
+        then = f"is refused for {', '.join(kept)}" if kept else "goes on nevertheless; the result is another one"
+        remedy = f"Resume as it was started. {goes_on} {then}."
         raise CheckpointError(what, where=where, remedy=remedy)
     if allowed:
         logger.warning("Resumed from %s with changes: %s", where, listed(changed))

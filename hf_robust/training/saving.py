@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -187,10 +187,10 @@ class SavingTrainer(ShardingTrainer):
         with self.whole_model():
             facts = {"weights": bit_digest(self.model.named_parameters()), "entries": entries_digest(self.model)}
             check_agreement(facts, self.accelerator)
-        self._on_first_rank_or_remove(temporary, lambda: temporary.mkdir(parents=True))
-        problem = self._write_parts(temporary)
-        self._on_all_or_remove(temporary, problem)
-        self._on_first_rank_or_remove(temporary, lambda: self._publish(temporary, folder))
+        saves = self.args.should_save
+        self._together(temporary, [lambda: temporary.mkdir(parents=True)] if saves else [])
+        self._together(temporary, self._parts(temporary))
+        self._together(temporary, [lambda: self._publish(temporary, folder)] if saves else [])
 
     def _note_best(self, folder: Path) -> None:
         if self.state.best_global_step:
@@ -209,22 +209,28 @@ class SavingTrainer(ShardingTrainer):
         """`save_strategy="best"` would take a signal's checkpoint back."""
         return super()._determine_best_metric(*args, **kwargs) or self.stop.is_due
 
-    def _write_parts(self, folder: Path) -> Exception | None:
-        """Writes all parts even after an error, as each may ask something of all ranks; returns the first error."""
-        parts: list[Callable[[Any], None]] = [partial(self.save_model, _internal_call=True)]
-        if not self.args.save_only_model:
-            parts += [self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state]
-        if self.args.should_save:
-            parts.append(self._save_state)
-            if self.ogen is not None:
-                parts.append(self.ogen.save)
+    def _together(self, temporary: Path, parts: Sequence[Callable[[], object]]) -> None:
+        """Does all parts even after an error, as each may ask something of all ranks; then all raise it."""
         problems = []
         for part in parts:
             try:
-                part(str(folder))
+                part()
             except Exception as error:
-                problems.append(error)
-        return problems[0] if problems else None
+                problems.append(not_saved(error, temporary))
+        try:
+            raise_on_all(problems[0] if problems else None, self.accelerator)
+        except HfRobustError:
+            if self.args.should_save:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _parts(self, folder: Path) -> list[Callable[[], object]]:
+        parts: list[Callable[[str], object]] = [partial(self.save_model, _internal_call=True)]
+        if not self.args.save_only_model:
+            parts += [self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state]
+        if self.args.should_save:
+            parts += [self._save_state, *([] if self.ogen is None else [self.ogen.save])]
+        return [partial(part, str(folder)) for part in parts]
 
     def _save_state(self, folder: str) -> None:
         all_of_them: list[Any] = [*self.callback_handler.callbacks, self.control]
@@ -238,29 +244,13 @@ class SavingTrainer(ShardingTrainer):
         if missing and not self.args.save_only_model:
             remedy = "Give them a folder that all machines share."
             raise CheckpointError("ranks write elsewhere", where=str(folder), got=f"ranks {missing}", remedy=remedy)
-        order = 1 + max((m["order"] for m in checkpoints_in(folder.parent).values() if isinstance(m, dict)), default=0)
+        before = checkpoints_in(folder.parent)
+        order = 1 + max((m["order"] for m in before.values() if isinstance(m, dict)), default=0)
         facts: dict[str, Any] = {"step": self.state.global_step, "epoch": self.epoch, "order": order}
         facts |= {"extra": self.stop.is_extra, "run": self.run, "versions": versions()}
         publish_checkpoint(temporary, folder, facts)
-        rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        rotate(before, folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         sweep(folder.parent)
-
-    def _on_all_or_remove(self, temporary: Path, problem: Exception | None) -> None:
-        try:
-            raise_on_all(None if problem is None else not_saved(problem, temporary), self.accelerator)
-        except HfRobustError:
-            if self.args.should_save:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-    def _on_first_rank_or_remove(self, temporary: Path, work: Callable[[], object]) -> None:
-        problem = None
-        if self.args.should_save:
-            try:
-                work()
-            except Exception as error:
-                problem = error
-        self._on_all_or_remove(temporary, problem)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         done = super()._init_training_state(*args)

@@ -21,7 +21,8 @@ from ..errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 LOCK, HOLDER = ".hf_robust-lock", ".hf_robust-lock-holder"
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # of an operating system, a user, and a scheduler that warns
+# of an operating system, a user, and a scheduler that warns, which Windows lacks
+SIGNALS = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGINT", "SIGUSR1")]
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 LONGEST_NAME = 200  # characters read of who holds a lock
 
@@ -50,9 +51,8 @@ class StopAtSignal(TrainerCallback):
         self.received, self.agreed, self.is_due, self.is_extra, self.waits = 0, 0, False, False, False
         before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-            for name in SIGNALS:
-                number = getattr(signal, name, None)  # Windows lacks some
-                if number is not None and signal.getsignal(number) in DEFAULTS:
+            for number in SIGNALS:
+                if signal.getsignal(number) in DEFAULTS:
                     before[number] = signal.signal(number, self._note)
         try:
             yield
@@ -139,10 +139,8 @@ def leave_signals(then: Callable[[int], None] | None, worker: int) -> None:
         then: what else to do when the worker starts.
         worker: its number.
     """
-    for name in SIGNALS:
-        number = getattr(signal, name, None)
-        if number is not None:
-            signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if then is not None:
         then(worker)
 

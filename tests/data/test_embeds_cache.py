@@ -245,7 +245,7 @@ def test_a_file_that_cannot_be_read_is_computed_anew(folder, monkeypatch, caplog
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embeds_cache, "_digest", worn_out)
+        patch.setattr(embeds_cache, "stream_sha256", worn_out)
         whole = embeds_cache._is_whole(file_of(folder))
     assert not whole and "Input/output error" in caplog.text
     assert cached(rows)[REFERENCE_EMBEDS][:] == fresh

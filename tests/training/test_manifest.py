@@ -18,7 +18,7 @@ from hf_robust.training.checkpoint import checkpoint_to_resume
 from hf_robust.training.manifest import MANIFEST, check_files, checkpoints_in, read_manifest, seal_checkpoint
 from hf_robust.training.publishing import rotate
 from tests.tiny_models import image_dataset
-from tests.trainers import NAMES, build, same, weights
+from tests.trainers import NAMES, build, same, trained, weights
 from tests.training.test_stopping import Signals
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
@@ -27,9 +27,7 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    whole = build(folder, "saft", **SETTINGS)
-    whole.train()
-    return folder, whole
+    return folder, trained(folder, "saft", **SETTINGS)
 
 
 @pytest.fixture
@@ -143,14 +141,14 @@ def test_an_unreadable_file_is_an_error_of_ours(folder, monkeypatch):
     ("limit", "best", "left"), [(None, None, "123"), (0, None, "123"), (2, None, "23"), (1, None, "3"), (1, "1", "13")]
 )
 def test_the_oldest_are_removed_and_the_best_and_the_new_stay(folder, limit, best, left):
-    rotate(folder / "checkpoint-3", limit, best and str(folder / f"checkpoint-{best}"))
+    rotate(checkpoints_in(folder), folder / "checkpoint-3", limit, best and str(folder / f"checkpoint-{best}"))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{number}" for number in left]
 
 
 def test_broken_ones_do_not_count(folder):
     for number in (1, 2):
         (folder / f"checkpoint-{number}" / MANIFEST).unlink()
-    rotate(folder / "checkpoint-3", 1, None)
+    rotate(checkpoints_in(folder), folder / "checkpoint-3", 1, None)
     assert len(list(folder.glob("checkpoint-*"))) == 3
 
 

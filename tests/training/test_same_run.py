@@ -26,7 +26,7 @@ from hf_robust.errors import CheckpointError, ConfigError
 from hf_robust.training import same_run
 from hf_robust.training.same_run import KEPT_BY_THE_OPTIMIZER, WITHOUT_EFFECT, bit_digest, differences, listed
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
-from tests.trainers import NAMES, build, same, weights
+from tests.trainers import NAMES, build, same, trained, weights
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4}
 
@@ -34,9 +34,7 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_devi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    whole = build(folder, "saft", **SETTINGS)
-    whole.train()
-    return folder, whole
+    return folder, trained(folder, "saft", **SETTINGS)
 
 
 def resume(run, tmp_path, method="saft", **changed):

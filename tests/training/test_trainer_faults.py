@@ -36,11 +36,10 @@ def ranks(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["HF_DATASETS_CACHE"] = str(folder / "datasets")
     command = [sys.executable, "-m", "tests.training.faults", str(folder / "warm")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with ExitStack() as stack:
         log = stack.enter_context((folder / "log").open("w"))
-        start = lambda: subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, **pipes)  # noqa: E731
-        programs = [stack.enter_context(start()) for _ in range(2)]
+        how = {"cwd": ROOT, "env": environment, "stderr": log, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        programs = [stack.enter_context(subprocess.Popen(command, text=True, **how)) for _ in range(2)]
         yield folder, programs
         for program in programs:
             program.stdin.close()
