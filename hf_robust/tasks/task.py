@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a task is: a dual encoder with what is learned around it, as `RobustTrainer` trains it."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, ProcessorMixin
+from transformers.utils import ModelOutput
+
+from ..data.collator import ImageCollator
+from ..data.rows import LabelledImages, LabelledStream
+from ..encoders.dual_encoder import base_model
+
+Rows = LabelledImages | LabelledStream
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class TaskOutput(ModelOutput):
+    """What a task returns at least.
+
+    Args:
+        loss: 0-dim, a mean over the batch; None where there is nothing to learn from.
+        image_embeds: `(batch, dim)`, L2-normalised.
+        terms: in training, what pulls on Δ beside the loss: 0-dim each, with their weights, by name.
+    """
+
+    loss: Tensor | None = None
+    image_embeds: Tensor | None = None
+    terms: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is.
+
+    Args:
+        step: optimizer steps done.
+        steps: of the whole training.
+        epoch: passes over the training set that have begun, less one.
+        epochs: of the whole training.
+        seed: of the training; what is drawn for a step hangs on it and on `step`.
+    """
+
+    step: int = 0
+    steps: int = 1
+    epoch: int = 0
+    epochs: int = 1
+    seed: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """What has been done of the training, in [0, 1]."""
+        return self.step / self.steps
+
+    def generator(self, what: str) -> torch.Generator:
+        """Returns a generator (CPU) that draws the same for a seed and a step, on every rank and after a resume.
+
+        Args:
+            what: what the numbers are for; for something else it draws others.
+        """
+        key = f"{self.seed} {self.step} {what}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
+
+
+class Measure:
+    """What an evaluation computes of a set: a `compute_metrics` of `Trainer`, made anew for every evaluation.
+
+    Called once with all images, or batch by batch. `of_batch` says what is kept of every batch.
+    """
+
+    def of_batch(self, outputs: Any, labels: Any) -> Tensor:
+        """Returns what is kept of a batch, `(batch, …)`: `preprocess_logits_for_metrics` of `Trainer`.
+
+        Args:
+            outputs: those of the task's outputs that `Task.kept_outputs` names.
+            labels: what `Task.label_names` names.
+        """
+        return outputs
+
+    @abstractmethod
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Adds images; returns the metrics of all of them, `loss` among them.
+
+        Args:
+            prediction: predictions and labels, or lists of them where batches are not concatenated.
+            compute_result: False while more images will come; then nothing is returned.
+        """
+
+
+class Task(nn.Module):
+    """A dual encoder with what is learned around it.
+
+    A subclass has a `forward(**batch)` that returns a `TaskOutput`, ended by `self.with_terms(output, batch)`, and says
+    below what is particular to it; so a trainer, checkpoints and cards need not know which task it is.
+
+    Args:
+        model: a dual encoder, plain or a `PeftModel` around one.
+        processor: its processor.
+    """
+
+    main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
+    name: ClassVar[str]  # in files, configs and on the command line
+    target: ClassVar[str]  # what rows have beside their image, see `labelled_images`
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
+    kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first
+
+    def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.terms = nn.ModuleDict()  # of the loss, by name
+        self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.reference`
+        self.progress = Progress()
+
+    # --- what is particular to a task ---
+
+    @classmethod
+    @abstractmethod
+    def build(cls, model: nn.Module, processor: ProcessorMixin, rows: Rows | None, class_names: Any, args: Any) -> Task:
+        """Builds the task around a dual encoder for a training.
+
+        Args:
+            model: the dual encoder.
+            processor: its processor.
+            rows: the training set; None where there is none.
+            class_names: what the user gave the trainer.
+            args: the `RobustTrainingArguments`.
+        """
+
+    @abstractmethod
+    def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
+        """Returns what makes batches of rows.
+
+        Args:
+            images: makes a batch of images of them.
+        """
+
+    def check_rows(self, rows: Rows, targets: bool = True) -> None:
+        """Refuses a set that cannot be trained or evaluated on.
+
+        Args:
+            rows: the set.
+            targets: whether rows must say what is right.
+
+        Raises:
+            DataError: it is none.
+        """
+
+    def check_training(self, rows: Rows) -> None:
+        """Refuses a training set from which nothing would be learned.
+
+        Args:
+            rows: the training set.
+
+        Raises:
+            DataError: it is none.
+        """
+
+    @contextmanager
+    def answering(self, rows: Rows) -> Iterator[None]:
+        """Inside the context the task answers for the rows of a set to evaluate.
+
+        Args:
+            rows: the set.
+        """
+        yield
+
+    @abstractmethod
+    def measure(self, rows: Rows | None, whole: bool) -> Measure:
+        """Returns what an evaluation of a set computes.
+
+        Args:
+            rows: the set.
+            whole: whether the predictions themselves are wanted, so that `of_batch` must keep them.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what has to be written beside the encoder to build the task again, of what JSON can hold."""
+        return {}
+
+    def check_settings(self, saved: Mapping[str, Any], where: str) -> None:
+        """Refuses a checkpoint of another task.
+
+        Args:
+            saved: what `settings` returned.
+            where: the folder.
+
+        Raises:
+            AdapterFileError: it is of other classes, say.
+        """
+
+    # --- what is the same for all ---
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that are neither the encoder's nor those of terms, by name: a head's."""
+        return {n: t for n, t in self.state_dict().items() if not n.startswith(("model.", "terms."))}
+
+    def with_terms(self, output: Any, inputs: Batch) -> Any:
+        """Adds to an output the terms of the loss, with their weights.
+
+        Args:
+            output: the `TaskOutput`.
+            inputs: the batch.
+        """
+        if not self.training or not self.terms or output.loss is None:
+            return output
+        reference, found = self.reference.of_batch(self, output, inputs), {}
+        for name, term in self.terms.items():
+            found |= term.weighted(name, output, reference, self.progress)
+        output.terms = found
+        return output
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recomputes activations in the backward; called by the `Trainer` of older transformers.
+
+        Args:
+            gradient_checkpointing_kwargs: passed on to `torch.utils.checkpoint.checkpoint`.
+        """
+        base_model(self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recomputes activations in the backward; called by `Trainer`.
+
+        Args:
+            activation_checkpointing_kwargs: passed on to `torch.utils.checkpoint.checkpoint`.
+            every_n_layers: of how many layers one is recomputed.
+            offload: whether what is kept for the recomputation waits in host memory.
+        """
+        base_model(self.model).activation_checkpointing_enable(
+            activation_checkpointing_kwargs, every_n_layers, offload
+        )
