@@ -21,6 +21,8 @@ from ..encoders.dual_encoder import base_model
 from .measure import Measure
 from .task_loss import TaskLoss, check_plain
 
+CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where a task's own part is saved
+PROCESSOR_FOLDER = "processor"  # beside an adapter; that of a whole model lies with it
 Rows = LabelledImages | LabelledStream
 Batch = Mapping[str, Tensor]
 
