@@ -34,8 +34,8 @@ Batch = Mapping[str, Tensor]
 class TaskOutput(ModelOutput):
     """What a task returns at least; a subclass adds `image_embeds`, and as its last field `terms`.
 
-    `image_embeds` are `(batch, dim)`, L2-normalised; `terms`, in training, what pulls on Δ beside the loss: 0-dim each,
-    with their weights, by name.
+    `image_embeds` are `(batch, dim)`, L2-normalised; `terms`, in training, what pulls on Δ beside the loss: 0-dim
+    each, with their weights, by name.
 
     Args:
         loss: 0-dim, a mean over the batch; None where there is nothing to learn from.
