@@ -81,7 +81,8 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     rows = labelled_images(trainer.images_to_train_on, "train_dataset")
     if isinstance(rows, LabelledStream):  # workers share it by its parts
         found["dataloader_num_workers"] = args.dataloader_num_workers
-    found |= {"task": task.name, **task.settings()}
+    settings_of_task = {name: v for name, v in task.settings().items() if name != "data_names"}  # "data" has them
+    found |= {"task": task.name, **settings_of_task}
     found |= {
         "ranks": args.world_size,
         "device": args.device.type,
