@@ -18,6 +18,7 @@ from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from ..data.collator import ImageCollator
+from ..data.columns import Target
 from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.dual_encoder import base_model
 from ..errors import ConfigError
@@ -92,7 +93,7 @@ class Task(nn.Module):
 
     main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
     name: ClassVar[str]  # in files, configs and on the command line
-    target: ClassVar[str]  # what rows have beside their image, see `labelled_images`
+    target: ClassVar[Target]  # what rows have beside their image, see `labelled_images`
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
     kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first
