@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 
 from ..data.class_spaces import ClassSpace, class_space
 from ..data.collator import ImageCollator
+from ..data.columns import Target
 from ..data.labels import check_labels
 from ..data.rows import LabelledImages
 from ..encoders.class_embeds import class_embeddings, embed_prompts, encode_prompts, evaluating, prompt_tokens
@@ -32,6 +33,7 @@ from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.templates import TEMPLATES, check_class_names, check_templates
 from ..errors import AdapterFileError, ConfigError, DataError
 from .accuracy import AccuracyAndLoss
+from .measure import Measure
 from .task import Rows, Task, TaskOutput, task_settings
 from .task_loss import TaskLoss, class_weights
 
@@ -98,8 +100,8 @@ class ZeroShotClassifier(Task):
     """
 
     name = "class_names"
-    target = "label"
-    metrics = ("accuracy", "loss")
+    target: ClassVar[Target] = "label"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     output_type = ZeroShotClassifierOutput
     prompt_input_ids: Tensor
     prompt_attention_mask: Tensor | None
@@ -239,7 +241,7 @@ class ZeroShotClassifier(Task):
         """Whether the classes of a set are among its own."""
         return rows.class_names is None or self.class_space.relate(rows.class_names).kind != "foreign"
 
-    def measure(self, rows: Rows, whole: bool) -> AccuracyAndLoss:
+    def measure(self, rows: Rows, whole: bool) -> Measure:
         """Returns what computes accuracy and cross-entropy."""
         return AccuracyAndLoss(from_logits=whole)
 
