@@ -11,9 +11,10 @@ from torch import nn
 from ..data.columns import Target
 from ..errors import ConfigError, close_matches
 from .class_names import ZeroShotClassifier
+from .several_labels import SeveralLabels
 from .task import Rows, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier, SeveralLabels)}
 
 
 def target_of(given: str | Mapping[str, Any] | None, model: nn.Module | None) -> Target | None:

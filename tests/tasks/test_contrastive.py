@@ -115,14 +115,19 @@ def test_loss_is_that_of_transformers(family):
     model = tiny_model(family).double()
     ids = tokenize(tiny_processor(family), ["a cat", "two dogs", "an ox"], model)
     out = model(**ids, pixel_values=tiny_batch(family, 3)["pixel_values"].double(), return_loss=True)
-    pairs, scale = gather_pairs(out.image_embeds, out.text_embeds, torch.arange(3), torch.arange(3)), logit_scale(model)
+    pairs, scale = (
+        gather_pairs(out.image_embeds, out.text_embeds, torch.arange(3), torch.arange(3)),
+        logit_scale(model),
+    )
     bias = logit_bias(model)
     found = softmax_loss(pairs, scale) if bias is None else sigmoid_loss(pairs, scale, bias)
     torch.testing.assert_close(found, out.loss, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"repeated_texts": "drop"}, {"label_smoothing": 1.0}, {"margin": -0.1}], ids=lambda wrong: next(iter(wrong))
+    "wrong",
+    [{"repeated_texts": "drop"}, {"label_smoothing": 1.0}, {"margin": -0.1}],
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_settings_out_of_range_are_refused(wrong):
     pairs = gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2))
