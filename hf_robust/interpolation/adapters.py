@@ -14,6 +14,7 @@ from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, MergeError
 from ..ogen.generator import FeatureGenerator
 from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.task import Task
 from ..tuners.saft.edits import show_values
 from .arithmetic import check_alpha, check_finite
 from .files import some
@@ -126,10 +127,12 @@ def _other_tensors(model: nn.Module, zero_shot: Mapping[str, Tensor] | None) -> 
     adapters = {id(parameter) for layer in layers for parameter in _adapter_parameters(layer)}
     generators = [module for module in model.modules() if isinstance(module, FeatureGenerator)]
     for_training = {id(parameter) for module in generators for parameter in module.parameters()}  # no part of θ
+    tasks = [(f"{name}." if name else "", module) for name, module in model.named_modules() if isinstance(module, Task)]
+    beside = {prefix + name for prefix, task in tasks for name in task.beside()}
     found, unknown = [], []
     for name, owner, key in owned_parameters(model):
         parameter: Any = owner._parameters[key]
-        if id(parameter) in for_training:
+        if id(parameter) in for_training or name in beside:
             continue
         if id(parameter) in inside:
             if parameter.requires_grad and id(parameter) not in adapters:

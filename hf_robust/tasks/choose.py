@@ -8,9 +8,10 @@ from typing import Any
 
 from ..errors import ConfigError, close_matches
 from .class_names import ZeroShotClassifier
+from .identities import Identities
 from .task import Rows, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier, Identities)}
 
 
 def task_class(given: str | Mapping[str, Any] | None, rows: Rows | None) -> type[Task]:

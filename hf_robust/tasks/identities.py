@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -59,6 +60,20 @@ class IdentityMeasure(Measure):
         return found | {"loss": 1 - found["mAP@R"]}
 
 
+@dataclass
+class IdentitiesOutput(TaskOutput):
+    """What `Identities` returns.
+
+    Args:
+        loss: 0-dim, the mean loss of the head over the batch; None without labels of its identities.
+        image_embeds: `(batch, dim)`, L2-normalised.
+        terms: as in `TaskOutput`.
+    """
+
+    image_embeds: Tensor | None = None
+    terms: dict[str, Tensor] | None = None
+
+
 class Identities(Task):
     """Embeddings in which an identity's images lie together, around a dual encoder.
 
@@ -101,6 +116,7 @@ class Identities(Task):
     target = "identity"
     kept_outputs = ("image_embeds",)
     metrics = METRICS
+    output_type = IdentitiesOutput
 
     def __init__(
         self,
@@ -132,7 +148,7 @@ class Identities(Task):
         spatial_shapes: Tensor | None = None,
         image_embeds: Tensor | None = None,
         reference_embeds: Tensor | None = None,
-    ) -> TaskOutput:
+    ) -> IdentitiesOutput:
         """Embeds images.
 
         Args:
@@ -163,7 +179,7 @@ class Identities(Task):
         embeds: Any = image_embeds  # (batch, dim)
         if pixel_values is not None:
             embeds = embed_images(self.model, pixel_values, pixel_attention_mask, spatial_shapes)
-        output = TaskOutput(image_embeds=embeds)
+        output = IdentitiesOutput(image_embeds=embeds)
         if labels is not None and not self._others:
             output.loss = self._loss(embeds, labels)
         return self.with_terms(output, {name: tensor for name, tensor in inputs.items() if tensor is not None})
