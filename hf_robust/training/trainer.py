@@ -215,6 +215,7 @@ class RobustTrainer(ModelInitTrainer):
             self.ogen = OGENTraining(self.model)
             self.model.set_prototypes(self._compute_prototypes())
         self.model.progress = Progress(seed=self.args.seed)
+        self.model.check_training(self.train_dataset)  # before anything is computed of it
         if checkpoint is None:
             self.model.prepare(self._training_set_in_order, self.accelerator)
             if saft_unselected(self.model):
