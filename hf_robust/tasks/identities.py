@@ -20,6 +20,7 @@ from ..data.collator import ImageCollator
 from ..data.draws import Draws
 from ..data.embeds_cache import pretrained_image_embeds
 from ..data.rows import LabelledImages
+from ..data.target_collators import IdentityCollator
 from ..encoders.class_embeds import evaluating
 from ..encoders.dual_encoder import base_model, family, tower_modules
 from ..encoders.dual_encoder import image_embeds as embed_images
@@ -209,18 +210,15 @@ class Identities(Task):
         return cls(model, processor, _identities_of(rows), **task_settings(args.task))
 
     def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
-        """Returns the collator of images, which makes labels too."""
-        return images
+        """Returns what adds identities to a batch of images; a user's own collator stays what it is."""
+        return IdentityCollator(images) if isinstance(images, ImageCollator) else images
 
     def check_training(self, rows: Rows) -> None:
-        """Refuses a set of other identities, of one alone, or with one that has a single image."""
+        """Refuses a set of other identities, or with one that has a single image."""
         if _identities_of(rows) != self.identities:
             what, remedy = "the training set has other identities than the head", "Build a new RobustTrainer for it."
             raise DataError(what, where=rows.name, got=_identities_of(rows)[:MOST_SHOWN], remedy=remedy)
         counts = np.bincount(_labels_of(rows), minlength=len(self.identities))  # (identities,)
-        if (counts > 0).sum() < 2:
-            what = "there is nothing to tell apart: all images are of one identity"
-            raise DataError(what, where=rows.name, got=int((counts > 0).sum()), allowed="2 identities or more")
         single = np.flatnonzero(counts < 2)
         if len(single):
             names = [self.identities[index] for index in single[:MOST_SHOWN]]

@@ -32,12 +32,12 @@ def build(family="clip", wrap=lambda model: model, **settings):
 def rows_of(counts, names=NAMES):
     """A set with so many images of each identity."""
     labels = np.repeat(np.arange(len(counts)), counts)
-    whole = image_dataset(3 * len(names), names)
-    return labelled_images(whole.select([int(label) for label in labels]), "people")
+    whole = image_dataset(3 * len(names), names).rename_column("label", "identity")
+    return labelled_images(whole.select([int(label) for label in labels]), "people", target="identity")
 
 
 def start(task, rows, batch_size=4):
-    collator = ImageCollator(task.processor)
+    collator = task.collator(ImageCollator(task.processor))
     task.prepare(partial(batches_in_order, rows, collator, batch_size, 0, torch.device("cpu"), None), Accelerator())
     return collator(list(map(rows.__getitem__, range(len(rows)))))
 
@@ -187,7 +187,7 @@ def test_labels_of_other_identities_give_no_loss():
     ("counts", "names", "message"),
     [
         ([3, 1, 2], NAMES, r"1 of 3 identities have fewer than two images.*\['40'\].*filter"),
-        ([3, 0, 0], NAMES, "all images are of one identity"),
+        ([3, 3, 0], NAMES, "other identities than the head"),
         ([2, 2, 2], ["7", "40", "41"], "other identities than the head"),
     ],
 )
