@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identities through RobustTrainer: every kind of fine-tuning, resuming, two ranks, the similarity loss and WiSE-FT."""
+"""Identities through RobustTrainer: kinds of fine-tuning, resuming, ranks, the similarity loss and WiSE-FT."""
 
 from __future__ import annotations
 
@@ -107,12 +107,17 @@ SavingTrainer._write_card = lambda self, folder: None
 def main(folder):
     how = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 3}  # 2 steps an epoch
     whole = of(folder, **how)
-    seen = []
-    step = whole.training_step
-    whole.training_step = lambda model, batch, *rest: (seen.append(batch["labels"].tolist()), step(model, batch, *rest))[1]
-    prepare = whole.model.prepare
-    whole.model.prepare = lambda *args: (prepare(*args), starts.append(whole.model.head.W.detach().clone()))
-    starts = []
+    seen, starts, step, prepare = [], [], whole.training_step, whole.model.prepare
+
+    def training_step(model, batch, *rest):
+        seen.append(batch["labels"].tolist())
+        return step(model, batch, *rest)
+
+    def prepared(*args):
+        prepare(*args)
+        starts.append(whole.model.head.W.detach().clone())
+
+    whole.training_step, whole.model.prepare = training_step, prepared
     whole.train()
     resumed = of(folder, **how)
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
