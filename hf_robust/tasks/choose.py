@@ -11,10 +11,11 @@ from torch import nn
 from ..data.columns import Target
 from ..errors import ConfigError, close_matches
 from .class_names import ZeroShotClassifier
+from .identities import Identities
 from .several_labels import SeveralLabels
 from .task import Rows, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier, SeveralLabels)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier, SeveralLabels, Identities)}
 
 
 def target_of(given: str | Mapping[str, Any] | None, model: nn.Module | None) -> Target | None:

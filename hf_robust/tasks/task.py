@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..data.collator import ImageCollator
 from ..data.columns import Target
+from ..data.draws import Draws
 from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.dual_encoder import base_model
 from ..errors import ConfigError
@@ -161,13 +162,13 @@ class Task(nn.Module):
             accelerator: the trainer's, to bring together what ranks have found.
         """
 
-    def sampler(self, rows: Rows, batch_size: int, seed: int) -> Sampler | None:
+    def sampler(self, rows: Rows, batch_size: int, draws: Draws) -> Sampler | None:
         """Returns the order of the training set, the same on every rank; None for that of `Trainer`.
 
         Args:
             rows: the training set.
             batch_size: images in a batch, of one rank.
-            seed: of the training; an attribute or method `set_epoch` gets the epoch.
+            draws: of the run; they know the epoch, on every rank of a resumed run, too.
         """
         return None
 

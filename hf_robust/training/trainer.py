@@ -340,6 +340,8 @@ class RobustTrainer(ModelInitTrainer):
             outputs = model(**{name: tensor for name, tensor in inputs.items() if name != REFERENCE_EMBEDS})
         if not self.model.training:  # evaluation is by the plain cross-entropy
             num_items_in_batch = None  # `Trainer` counts them here, too, for a compute_loss_func
+            if outputs.loss is None:  # of a task that has none for this set; its measure says how good it is
+                outputs.loss = torch.zeros((), device=self.args.device)
         else:
             ranks = self.accelerator.num_processes  # which have equally many images
             images = n_images(inputs) if num_items_in_batch is None else num_items_in_batch * ranks
@@ -373,7 +375,7 @@ class RobustTrainer(ModelInitTrainer):
         return [n for n in super().get_decay_parameter_names(model) if n not in self.model.without_decay()]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        own = self.model.sampler(self.train_dataset, self._train_batch_size, self.data_seed)
+        own = self.model.sampler(self.train_dataset, self._train_batch_size, self.draws)
         return super()._get_train_sampler(train_dataset) if own is None else own
 
     def training_step(
