@@ -108,6 +108,10 @@ class OGENClassifier(ZeroShotClassifier):
         """Returns the embeddings of the new classes that the text tower gives now, `(new classes, dim)`."""
         return encode_prompts(self.model, self.new_input_ids, self.new_attention_mask, len(self.templates))
 
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Returns none: the generator is for training alone."""
+        return {}
+
     def trained_tensors(self) -> dict[str, Tensor]:
         """Returns all tensors that are trained, by name: what the teacher averages."""
         return {name: tensor for name, tensor in self.named_parameters() if tensor.requires_grad}
