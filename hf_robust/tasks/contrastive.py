@@ -40,31 +40,38 @@ class PairBatch:
     ranks: int = 1
 
 
-def gather_pairs(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, text_ids: Tensor) -> PairBatch:
+def gather_pairs(
+    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, text_keys: Tensor, over_ranks: bool = True
+) -> PairBatch:
     """Brings the pairs of all ranks together, with gradient.
 
     Args:
         image_embeds: `(images, dim)`, this rank's.
         text_embeds: `(texts, dim)`, likewise.
         image_of_text: `(texts,)`, the index of each text's image among this rank's.
-        text_ids: `(texts,)`, equal for texts that say the same, on all ranks.
+        text_keys: `(texts, tokens)`, integers: texts with equal rows say the same. As many tokens on all ranks.
+        over_ranks: whether those of other ranks count; then all ranks must take part.
 
     Example:
-        >>> pairs = gather_pairs(images, texts, torch.arange(8), torch.arange(8))
+        >>> pairs = gather_pairs(images, texts, torch.arange(8), token_ids)
         >>> softmax_loss(pairs, logit_scale(clip))
         tensor(0.3125, grad_fn=<DivBackward0>)
     """
-    images, texts = row_counts(image_embeds), row_counts(text_embeds)
-    own = rank()
-    first_image, first_text = sum(images[:own]), sum(texts[:own])
+    ranks, own = (n_ranks(), rank()) if over_ranks else (1, 0)
+    of_images, of_texts = [row_counts(e) if ranks > 1 else [len(e)] for e in (image_embeds, text_embeds)]
+    first_image, first_text = sum(of_images[:own]), sum(of_texts[:own])
+    image_of_text = image_of_text + first_image
+    if ranks > 1:
+        image_embeds, text_embeds = gather_rows(image_embeds, of_images), gather_rows(text_embeds, of_texts)
+        image_of_text, text_keys = gather_rows(image_of_text, of_texts), gather_rows(text_keys, of_texts)
     return PairBatch(
-        gather_rows(image_embeds, images),
-        gather_rows(text_embeds, texts),
-        gather_rows(image_of_text + first_image, texts),
-        gather_rows(text_ids, texts),
-        slice(first_image, first_image + images[own]),
-        slice(first_text, first_text + texts[own]),
-        n_ranks(),
+        image_embeds,
+        text_embeds,
+        image_of_text,
+        text_keys.unique(dim=0, return_inverse=True)[1],
+        slice(first_image, first_image + of_images[own]),
+        slice(first_text, first_text + of_texts[own]),
+        ranks,
     )
 
 
@@ -77,15 +84,15 @@ def softmax_loss(
 ) -> Tensor:
     """Returns the symmetric cross-entropy over a batch: CLIP's, with several positives MPM-NCE's.
 
-    For an image with the texts P among m, and logits l_j = scale * (V·T_j + margin * [j not in P]), it is -Σ_j y_j
-    log softmax_j(l) with y = (1 - ε) / |P| on P and ε / (m - |P|) elsewhere; for a text among images the same. The mean
-    over images and the mean over texts are halved. With one text an image, no margin and ε = 0 that is the InfoNCE of
-    Learning Transferable Visual Models From Natural Language Supervision (https://huggingface.co/papers/2103.00020),
+    For an image with the texts P among m, and logits l_j = scale * (V·T_j + margin * [j not in P]), it is
+    -Σ_j y_j log softmax_j(l) with y = (1 - ε) / |P| on P and ε / (m - |P|) elsewhere; for a text among images the
+    same. The mean over images and the mean over texts are halved. With one text an image, no margin and ε = 0 that is
+    the InfoNCE of Learning Transferable Visual Models From Natural Language Supervision (https://huggingface.co/papers/2103.00020),
     otherwise MPM-NCE of Efficient and Versatile Robust Fine-Tuning of Zero-shot Models
     (https://huggingface.co/papers/2408.05749).
 
-    On several ranks each computes the rows of its own images and texts against all columns, so that the mean over ranks
-    is the loss of one process with the whole batch, and so are its gradients under DDP.
+    On several ranks each computes the rows of its own images and texts against all columns, so that the mean over
+    ranks is the loss of one process with the whole batch, and so are its gradients under DDP.
 
     Args:
         pairs: what `gather_pairs` returned.
@@ -104,10 +111,11 @@ def softmax_loss(
         ConfigError: a setting is out of range.
 
     Example:
-        >>> softmax_loss(gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2)), torch.tensor(1.0))
+        >>> pairs = gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.eye(2).long())
+        >>> softmax_loss(pairs, torch.tensor(1.0))
         tensor(0.3133)
     """
-    check_settings(repeated_texts, label_smoothing, margin)
+    check_loss_settings(repeated_texts, label_smoothing, margin)
     how = scale, repeated_texts, label_smoothing, margin
     of_images = _softmax_rows(*_image_side(pairs), *how)  # (own images,)
     of_texts = _softmax_rows(*_text_side(pairs), *how)  # (own texts,)
@@ -118,8 +126,9 @@ def softmax_loss(
 def sigmoid_loss(pairs: PairBatch, scale: Tensor, bias: Tensor, repeated_texts: RepeatedTexts = "ignore") -> Tensor:
     """Returns SigLIP's loss over a batch: every image with every text is a yes or a no.
 
-    The mean over images of -Σ_j log σ(z_j (scale * V·T_j + bias)), z = 1 for their own texts and -1 for others (Sigmoid
-    Loss for Language Image Pre-Training, https://huggingface.co/papers/2303.15343). Of ranks as in `softmax_loss`.
+    The mean over images of -Σ_j log σ(z_j (scale * V·T_j + bias)), z = 1 for their own texts and -1 for others
+    (Sigmoid Loss for Language Image Pre-Training, https://huggingface.co/papers/2303.15343). Of ranks as in
+    `softmax_loss`.
 
     Args:
         pairs: what `gather_pairs` returned.
@@ -134,11 +143,11 @@ def sigmoid_loss(pairs: PairBatch, scale: Tensor, bias: Tensor, repeated_texts: 
         ConfigError: `repeated_texts` is unknown.
 
     Example:
-        >>> pairs = gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2))
+        >>> pairs = gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.eye(2).long())
         >>> sigmoid_loss(pairs, torch.tensor(1.0), torch.tensor(0.0))
         tensor(1.0064)
     """
-    check_settings(repeated_texts)
+    check_loss_settings(repeated_texts)
     similarity, own, repeated = _image_side(pairs)  # (own images, texts) each
     positive, ignored = _relations(own, repeated, repeated_texts)
     logits = scale * similarity + bias
@@ -146,7 +155,7 @@ def sigmoid_loss(pairs: PairBatch, scale: Tensor, bias: Tensor, repeated_texts: 
     return pairs.ranks * losses.masked_fill(ignored, 0).sum() / len(pairs.image_embeds)
 
 
-def check_settings(repeated_texts: str, label_smoothing: float = 0.0, margin: float = 0.0) -> None:
+def check_loss_settings(repeated_texts: str, label_smoothing: float = 0.0, margin: float = 0.0) -> None:
     """Refuses settings of the losses that are none.
 
     Args:

@@ -13,7 +13,7 @@ from hf_robust.tasks.contrastive import gather_pairs, sigmoid_loss, softmax_loss
 from hf_robust.tasks.gather import gather_rows
 
 IMAGE_OF_TEXT = torch.tensor([0, 1, 1, 1, 2, 3, 4, 4])
-SAYS = torch.tensor([5, 6, 7, 6, 5, 8, 9, 7])  # some the same on both ranks, some within one
+SAYS = torch.tensor([[5], [6], [7], [6], [5], [8], [9], [7]])  # some the same on both ranks, some within one
 
 
 class Towers(nn.Module):
