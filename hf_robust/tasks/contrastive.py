@@ -117,8 +117,8 @@ def softmax_loss(
     """
     check_loss_settings(repeated_texts, label_smoothing, margin)
     how = scale, repeated_texts, label_smoothing, margin
-    of_images = _softmax_rows(*_image_side(pairs), *how)  # (own images,)
-    of_texts = _softmax_rows(*_text_side(pairs), *how)  # (own texts,)
+    of_images = _softmax_rows(_image_side(pairs), *how)  # (own images,)
+    of_texts = _softmax_rows(_text_side(pairs), *how)  # (own texts,)
     image_mean = of_images.sum() / len(pairs.image_embeds)
     return pairs.ranks * (image_mean + of_texts.sum() / len(pairs.text_embeds)) / 2
 
@@ -148,9 +148,9 @@ def sigmoid_loss(pairs: PairBatch, scale: Tensor, bias: Tensor, repeated_texts: 
         tensor(1.0064)
     """
     check_loss_settings(repeated_texts)
-    similarity, own, repeated = _image_side(pairs)  # (own images, texts) each
-    positive, ignored = _relations(own, repeated, repeated_texts)
-    logits = scale * similarity + bias
+    side = _image_side(pairs)
+    positive, ignored = side.relations(repeated_texts)
+    logits = scale * side.similarity + bias  # (own images, texts)
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))  # (own images, texts)
     return pairs.ranks * losses.masked_fill(ignored, 0).sum() / len(pairs.image_embeds)
 
@@ -176,16 +176,33 @@ def check_loss_settings(repeated_texts: str, label_smoothing: float = 0.0, margi
         raise ConfigError("margin is out of range", where="margin", got=margin, allowed="finite numbers from 0")
 
 
+@dataclass(frozen=True)
+class _Side:
+    """This rank's images (or texts) × all texts (or images).
+
+    Args:
+        similarity: `(rows, columns)`.
+        own: `(rows, columns)`, which belong together.
+        repeated: `(rows, columns)`, which do not, but whose text says the same as one that does.
+    """
+
+    similarity: Tensor
+    own: Tensor
+    repeated: Tensor
+
+    def relations(self, repeated_texts: RepeatedTexts) -> tuple[Tensor, Tensor]:
+        """What is positive, and what is ignored."""
+        if repeated_texts == "negative":
+            return self.own, torch.zeros_like(self.own)
+        if repeated_texts == "positive":
+            return self.own | self.repeated, torch.zeros_like(self.own)
+        return self.own, self.repeated
+
+
 def _softmax_rows(
-    similarity: Tensor,
-    own: Tensor,
-    repeated: Tensor,
-    scale: Tensor,
-    repeated_texts: RepeatedTexts,
-    label_smoothing: float,
-    margin: float,
+    side: _Side, scale: Tensor, repeated_texts: RepeatedTexts, label_smoothing: float, margin: float
 ) -> Tensor:
-    positive, ignored = _relations(own, repeated, repeated_texts)
+    similarity, (positive, ignored) = side.similarity, side.relations(repeated_texts)
     negative = (~(positive | ignored)).to(similarity)  # (rows, columns)
     logits = (scale * (similarity + margin * negative)).masked_fill(ignored, -math.inf)
     log_p = logits.log_softmax(dim=1).masked_fill(ignored, 0)  # (rows, columns); 0 * -inf would be NaN
@@ -196,27 +213,19 @@ def _softmax_rows(
     return -(targets * log_p).sum(dim=1)
 
 
-def _relations(own: Tensor, repeated: Tensor, repeated_texts: RepeatedTexts) -> tuple[Tensor, Tensor]:
-    if repeated_texts == "negative":
-        return own, torch.zeros_like(own)
-    return (own | repeated, torch.zeros_like(own)) if repeated_texts == "positive" else (own, repeated)
-
-
-def _image_side(pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's images × all texts: similarities, which are their own, and which say the same as one of these."""
+def _image_side(pairs: PairBatch) -> _Side:
     images, rows = pairs.image_embeds[pairs.own_images], pairs.own_texts  # a text is where its image is
     first = pairs.own_images.start
     same = pairs.text_ids[rows, None] == pairs.text_ids  # (own texts, texts)
     own, repeated = _pairing(pairs.image_of_text[rows] - first, same, pairs.image_of_text - first, len(images))
-    return _similarity(images, pairs.text_embeds), own, repeated
+    return _Side(_similarity(images, pairs.text_embeds), own, repeated)
 
 
-def _text_side(pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's texts × all images, likewise."""
+def _text_side(pairs: PairBatch) -> _Side:
     rows = pairs.own_texts
     same = pairs.text_ids[:, None] == pairs.text_ids[rows]  # (texts, own texts)
     own, repeated = _pairing(pairs.image_of_text, same, pairs.image_of_text[rows], len(pairs.image_embeds))
-    return _similarity(pairs.text_embeds[rows], pairs.image_embeds), own.T, repeated.T
+    return _Side(_similarity(pairs.text_embeds[rows], pairs.image_embeds), own.T, repeated.T)
 
 
 def _pairing(image_of_row: Tensor, same: Tensor, image_of_column: Tensor, n_images: int) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ class ImageTextPairs(Task):
         if self._set is not None or input_ids is None:
             return PairsOutput(loss=None if self._set is None else embeds.new_zeros(()), image_embeds=embeds)
         of_texts = self._in_chunks(partial(text_embeds, self.model), (input_ids, attention_mask))  # (texts, dim)
-        owners = torch.arange(len(embeds), device=embeds.device) if image_of_text is None else image_of_text
+        owners = torch.arange(len(of_texts), device=embeds.device) if image_of_text is None else image_of_text
         loss = self._loss(embeds, of_texts, owners, self._text_keys(input_ids, attention_mask))
         output = PairsOutput(loss=loss, image_embeds=embeds, text_embeds=of_texts)
         inputs = {
@@ -260,8 +260,10 @@ class ImageTextPairs(Task):
             remedy = "Use loss='softmax', or a SigLIP model."
             raise ConfigError("the model has no bias for a sigmoid of every pair", where="loss", remedy=remedy)
         if self.loss == "sigmoid" and (self.label_smoothing or self.margin):
-            got = self.label_smoothing, self.margin
-            raise ConfigError("label_smoothing and margin are settings of the softmax", where="loss", got=got)
+            where = "label_smoothing, margin"
+            raise ConfigError(
+                "these are settings of the softmax", where=where, got=(self.label_smoothing, self.margin)
+            )
 
     def _image_embeds(self, images: tuple[Tensor | None, ...], image_embeds: Tensor | None) -> Tensor:
         if (images[0] is None) == (image_embeds is None):
@@ -275,7 +277,7 @@ class ImageTextPairs(Task):
 
     def _loss(self, images: Tensor, texts: Tensor, image_of_text: Tensor, keys: Tensor) -> Tensor:
         counts = image_of_text.bincount(minlength=len(images))  # (images,)
-        if len(counts) > len(images) or not counts.all():
+        if len(counts) > len(images) or len(image_of_text) != len(texts) or not counts.all():
             where, got = "image_of_text", image_of_text.tolist()
             raise DataError("every image needs a text, and every text an image", where=where, got=got)
         pairs = gather_pairs(images, texts, image_of_text, keys, over_ranks=self.training)
