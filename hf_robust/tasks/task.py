@@ -18,6 +18,7 @@ from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from ..data.collator import ImageCollator
+from ..data.columns import Target
 from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.dual_encoder import base_model
 from ..errors import ConfigError
@@ -34,8 +35,8 @@ Batch = Mapping[str, Tensor]
 class TaskOutput(ModelOutput):
     """What a task returns at least; a subclass adds `image_embeds`, and as its last field `terms`.
 
-    `image_embeds` are `(batch, dim)`, L2-normalised; `terms`, in training, what pulls on Δ beside the loss: 0-dim each,
-    with their weights, by name.
+    `image_embeds` are `(batch, dim)`, L2-normalised; `terms`, in training, what pulls on Δ beside the loss: 0-dim
+    each, with their weights, by name.
 
     Args:
         loss: 0-dim, a mean over the batch; None where there is nothing to learn from.
@@ -92,7 +93,7 @@ class Task(nn.Module):
 
     main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
     name: ClassVar[str]  # in files, configs and on the command line
-    target: ClassVar[str]  # what rows have beside their image, see `labelled_images`
+    target: ClassVar[Target]  # what rows have beside their image, see `labelled_images`
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
     kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first

@@ -210,7 +210,7 @@ class EvaluatingTrainer(RepeatableTrainer):
 
     def _rows(self, dataset: Any, name: str, labels: bool = True) -> Rows:
         """What every entrance makes of a set before anything is computed with it."""
-        rows = labelled_images(dataset, name)
+        rows = labelled_images(dataset, name, target=self.model.target)
         check_rows(rows, self.model, labels)
         if self.args.on_bad_image == "skip":
             return readable_rows(rows, self.args.dataloader_num_workers, self._is_silent())

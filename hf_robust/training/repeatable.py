@@ -52,7 +52,7 @@ class RepeatableTrainer(EvaluationLoopTrainer):
         """Returns batches of the training set, in an order and with an augmentation that hang on the seed."""
         # Accelerate would shuffle by the seed that torch was given last
         self.accelerator.dataloader_config.data_seed = self.data_seed
-        rows = labelled_images(self.train_dataset, "train_dataset")
+        rows = labelled_images(self.train_dataset, "train_dataset", target=self.model.target)
         rows, collator = self.drawing_by_row(rows, self.data_collator, self.draws)
         with replaced(self, train_dataset=rows, data_collator=collator):
             loader = super().get_train_dataloader()

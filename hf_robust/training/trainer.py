@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
-from ..data.columns import REFERENCE_EMBEDS, no_column
+from ..data.columns import REFERENCE_EMBEDS
 from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
@@ -25,6 +25,7 @@ from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
+from ..tasks.choose import target_of
 from ..tasks.task import Progress
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.edits import show_values
@@ -33,7 +34,7 @@ from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
 from .model_init import ClassNames, ModelInitTrainer, as_task, model_or_first
-from .preflight import check_arguments, check_best_metric, check_metrics, check_training, columns_of
+from .preflight import check_arguments, check_best_metric, check_metrics, check_targets, check_training
 from .ranks import raise_on_all
 from .replaced import replaced
 from .stopping import StopAtSignal
@@ -129,9 +130,11 @@ class RobustTrainer(ModelInitTrainer):
         encoder = model_or_first(model, model_init, args, optimizers)
         processing_class = processor_of_size(args.image_size, processing_class, encoder, data_collator)
         order = class_names if isinstance(class_names, Sequence) else None
-        train_rows = None if train_dataset is None else labelled_images(train_dataset, "train_dataset", order=order)
-        if train_rows is not None and train_rows.columns is not None and train_rows.columns.label is None:
-            raise no_column("label", columns_of(train_rows), train_rows.name)
+        target = target_of(args.task, encoder)
+        train_rows = None
+        if train_dataset is not None:
+            train_rows = labelled_images(train_dataset, "train_dataset", order=order, target=target)
+            check_targets(train_rows)
         self.as_task = partial(as_task, processing_class, train_rows, class_names, args, ogen)
         with replaced(args, label_smoothing_factor=0.0):  # `Trainer` would look for the config of a language model
             super().__init__(
@@ -195,7 +198,7 @@ class RobustTrainer(ModelInitTrainer):
         """
         if self.train_dataset is None:
             raise ConfigError("no set to train on", where="train_dataset")
-        self.train_dataset = labelled_images(self.train_dataset, "train_dataset")
+        self.train_dataset = labelled_images(self.train_dataset, "train_dataset", target=self.model.target)
         with self.guarded(trial):
             resumes = resume_from_checkpoint is not None and resume_from_checkpoint is not False
             folder = self._checkpoint(resume_from_checkpoint, trial) if resumes else None
