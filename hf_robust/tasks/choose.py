@@ -11,9 +11,11 @@ from torch import nn
 from ..data.columns import Target
 from ..errors import ConfigError, close_matches
 from .class_names import ZeroShotClassifier
+from .flyp import FLYP
+from .pairs import ImageTextPairs
 from .task import Rows, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier, FLYP, ImageTextPairs)}
 
 
 def target_of(given: str | Mapping[str, Any] | None, model: nn.Module) -> Target | None:

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from .class_names import ZeroShotClassifier, ZeroShotClassifierOutput, _checked
 from .contrastive import RepeatedTexts, check_loss_settings, gather_pairs, softmax_loss
 from .gather import n_ranks, rank, row_counts
-from .task import Rows, Task
+from .task import Rows, Task, chunk_size
 from .task_loss import TaskLoss
 
 
@@ -107,7 +107,7 @@ class FLYP(ZeroShotClassifier):
             return super().forward(pixel_values, labels, *images[1:], image_embeds, reference_embeds)
         if (pixel_values is None) == (image_embeds is None):
             raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
-        size = self.contrastive_chunk_size if self.training else None
+        size = chunk_size(self, self.contrastive_chunk_size)
         embeds = in_chunks(partial(embed_images, self.model), images, size) if image_embeds is None else image_embeds
         loss = self._contrastive(embeds, _checked(labels, len(self.class_names)), size)
         output = ZeroShotClassifierOutput(loss=loss, image_embeds=embeds)

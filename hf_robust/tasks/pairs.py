@@ -25,7 +25,7 @@ from ..encoders.dual_encoder import image_embeds as embed_images
 from ..errors import AdapterFileError, ConfigError, DataError
 from .contrastive import RepeatedTexts, check_loss_settings, gather_pairs, sigmoid_loss, softmax_loss
 from .retrieval import METRICS, RetrievalMeasure, SetTexts, set_texts
-from .task import Rows, Task, TaskOutput, task_settings
+from .task import Rows, Task, TaskOutput, chunk_size, task_settings
 
 LARGEST_SCALE = math.log(100)  # of logit_scale, as in CLIP's training
 NO_TOKEN = -1
@@ -139,19 +139,19 @@ class ImageTextPairs(Task):
             reference_embeds: `(batch, dim)`, θ₀'s, for the terms of the loss.
 
         Returns:
-            Embeddings in float32 or better, and the loss where there are texts; inside `answering` a loss of 0, since
-            that of the set is among its metrics.
+            Embeddings in float32 or better, and the loss where there are texts, but not inside `answering`: that of
+            the whole set is among its metrics.
 
         Raises:
             ConfigError: there are neither images nor embeddings, or both.
             DataError: an image has no text.
         """
         if self.training:
-            self.cap_scale()
+            self.after_step()  # where no trainer has called it
         images = pixel_values, pixel_attention_mask, spatial_shapes
         embeds = self._image_embeds(images, image_embeds)  # (batch, dim)
         if self._set is not None or input_ids is None:
-            return PairsOutput(loss=None if self._set is None else embeds.new_zeros(()), image_embeds=embeds)
+            return PairsOutput(image_embeds=embeds)
         of_texts = self._in_chunks(partial(text_embeds, self.model), (input_ids, attention_mask))  # (texts, dim)
         owners = torch.arange(len(of_texts), device=embeds.device) if image_of_text is None else image_of_text
         loss = self._loss(embeds, of_texts, owners, self._text_keys(input_ids, attention_mask))
@@ -169,11 +169,11 @@ class ImageTextPairs(Task):
         return self.with_terms(output, {name: tensor for name, tensor in inputs.items() if tensor is not None})
 
     @torch.no_grad()
-    def cap_scale(self) -> None:
-        """Brings the softmax's trained scale back to 100 at most: after an optimizer step, or before the next forward.
+    def after_step(self) -> None:
+        """Brings the softmax's scale, where it is trained, back to 100 at most.
 
-        The parameter itself is cut, so that it stays within reach of the gradient, and a resumed training goes on as
-        one that was not stopped.
+        The parameter itself is cut, so that the gradient can move it again, and a resumed training goes on as one that
+        was not stopped.
         """
         scale = base_model(self.model).logit_scale
         if self.loss == "softmax" and scale.requires_grad:
@@ -191,8 +191,8 @@ class ImageTextPairs(Task):
         return cls(model, processor, **task_settings(args.task))
 
     def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
-        """Returns the collator of images and texts."""
-        return TextCollator(images, self.tokenizer, self.texts)
+        """Returns the collator of images and texts; one of the user's own makes both."""
+        return TextCollator(images, self.tokenizer, self.texts) if isinstance(images, ImageCollator) else images
 
     def check_rows(self, rows: Rows, targets: bool = True) -> None:
         """Refuses a set with a text that the text tower would not read to its end."""
@@ -273,7 +273,7 @@ class ImageTextPairs(Task):
         return self._in_chunks(partial(embed_images, self.model), images)
 
     def _in_chunks(self, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
-        return in_chunks(function, tensors, self.contrastive_chunk_size if self.training else None)
+        return in_chunks(function, tensors, chunk_size(self, self.contrastive_chunk_size))
 
     def _loss(self, images: Tensor, texts: Tensor, image_of_text: Tensor, keys: Tensor) -> Tensor:
         counts = image_of_text.bincount(minlength=len(images))  # (images,)
