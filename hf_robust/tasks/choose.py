@@ -18,12 +18,12 @@ from .task import Rows, Task
 TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier, FLYP, ImageTextPairs)}
 
 
-def target_of(given: str | Mapping[str, Any] | None, model: nn.Module) -> Target | None:
+def target_of(given: str | Mapping[str, Any] | None, model: nn.Module | None) -> Target | None:
     """Returns what the rows of a training set must have beside their images; None if their columns say it.
 
     Args:
         given: as in `task_class`.
-        model: a task, or a dual encoder that one will be built around.
+        model: a task, or a dual encoder that one will be built around; None where it is not known yet.
     """
     if isinstance(model, Task):
         return model.target
