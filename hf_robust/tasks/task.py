@@ -107,6 +107,7 @@ class Task(nn.Module):
         self.terms = nn.ModuleDict()  # of the loss, by name
         self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.reference`
         self.progress = Progress()
+        self.rows_at_once: int | None = None  # in training, where `whole_batch` makes one of several micro-batches
 
     # --- what is particular to a task ---
 
@@ -171,6 +172,9 @@ class Task(nn.Module):
             draws: of the run; they know the epoch, on every rank of a resumed run, too.
         """
         return None
+
+    def after_step(self) -> None:
+        """Called after every optimizer step, before anything is saved or evaluated."""
 
     def without_decay(self) -> list[str]:
         """Returns the names of parameters that get no weight decay, beside biases and those of norms."""
@@ -311,3 +315,19 @@ def task_settings(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
         allowed = "{name: {setting: value, …}}"
         raise ConfigError("settings of a task are no mapping", where="task", got=given, allowed=allowed)
     return dict(settings)
+
+
+def chunk_size(task: Task, given: int | None) -> int | None:
+    """Returns how many rows a task with `whole_batch` embeds at once; None for all of them.
+
+    Args:
+        task: it is the smaller of `rows_at_once` and `given` in training, else all.
+        given: what the user has set.
+
+    Example:
+        >>> task.train().rows_at_once = 8  # micro-batches of 8
+        >>> chunk_size(task, 32)
+        8
+    """
+    known = [size for size in (given, task.rows_at_once) if size is not None]
+    return min(known, default=None) if task.training else None

@@ -30,6 +30,7 @@ from ..tasks.task import Progress
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.edits import show_values
 from ..tuners.saft.selection import scores_single_images
+from .after_step import AfterStep
 from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
@@ -162,6 +163,7 @@ class RobustTrainer(ModelInitTrainer):
         self.optimizers_given = [type(one).__name__ for one in optimizers if one is not None]
         self.stop = StopAtSignal()
         self.add_callback(self.stop)
+        self.add_callback(AfterStep())
         self._take_datasets()
         check_best_metric(args, self.eval_dataset, self.model.metrics, self.own_metrics)
         self.keep_start()
@@ -239,10 +241,12 @@ class RobustTrainer(ModelInitTrainer):
     @contextmanager
     def _whole_batches(self) -> Iterator[None]:
         """Where the loss is over a whole batch, that of an optimizer step is one; its task computes it in chunks."""
-        steps = self.args.gradient_accumulation_steps if self.model.whole_batch else 1
-        rest = self.args.gradient_accumulation_steps // steps
-        with replaced(self.args, gradient_accumulation_steps=rest):
-            with replaced(self, _train_batch_size=steps * self._train_batch_size):
+        steps, rows = self.args.gradient_accumulation_steps, self._train_batch_size
+        if not self.model.whole_batch or steps == 1:
+            yield
+            return
+        with replaced(self.args, gradient_accumulation_steps=1), replaced(self, _train_batch_size=steps * rows):
+            with replaced(self.model, rows_at_once=rows):
                 yield
 
     def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:
@@ -271,6 +275,10 @@ class RobustTrainer(ModelInitTrainer):
 
     def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
         size = 1 if scores_single_images(self.model) else self.args.selection_batch_size
+        if size == 1 and self.model.whole_batch:
+            what = "an image by itself has nothing to be told apart from, so its gradient is zero"
+            remedy = "Use score='signed_mean' and a selection_batch_size above 1."
+            raise ConfigError(what, where=f"task={self.model.name!r}, selection", remedy=remedy)
         for batch in self._own_share(self.train_dataset, size, "Selecting entries"):
             yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
 
@@ -294,7 +302,9 @@ class RobustTrainer(ModelInitTrainer):
         if isinstance(dataset, LabelledStream):
             what, allowed = f"{title}: ranks cannot share a dataset without length", "a dataset with numbered rows"
             raise ConfigError(what, where="train_dataset", got=type(dataset).__name__, allowed=allowed)
-        share = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
+        block = batch_size if self.model.whole_batch else 1  # the same batches on any number of ranks
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share = [row for row in range(len(dataset)) if row // block % ranks == rank]
         how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
         title_or_none = None if self._is_silent() else title
         rows, collator = self.drawing_by_row(dataset, self._plain_collator(), Draws(self.data_seed))
