@@ -15,7 +15,8 @@ from ..encoders.chunks import check_chunk_size, in_chunks
 from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.dual_encoder import logit_scale, text_embeds
 from ..errors import ConfigError
-from .class_names import ZeroShotClassifier, ZeroShotClassifierOutput, _checked
+from . import heads
+from .class_names import ZeroShotClassifier, ZeroShotClassifierOutput
 from .contrastive import RepeatedTexts, check_loss_settings, gather_pairs, softmax_loss
 from .gather import n_ranks, rank, row_counts
 from .task import Rows, Task, chunk_size
@@ -109,7 +110,8 @@ class FLYP(ZeroShotClassifier):
             raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
         size = chunk_size(self, self.contrastive_chunk_size)
         embeds = in_chunks(partial(embed_images, self.model), images, size) if image_embeds is None else image_embeds
-        loss = self._contrastive(embeds, _checked(labels, len(self.class_names)), size)
+        heads.check_batch_labels(labels, len(self.class_names))
+        loss = self._contrastive(embeds, labels, size)
         output = ZeroShotClassifierOutput(loss=loss, image_embeds=embeds)
         inputs = {
             "pixel_values": pixel_values,
@@ -131,9 +133,9 @@ class FLYP(ZeroShotClassifier):
         return {**super().settings(), **own}
 
     def _contrastive(self, embeds: Tensor, labels: Tensor, size: int | None) -> Tensor:
-        prompts = labels * len(self.templates) + self._drawn(labels)  # (batch,), rows of `prompt_input_ids`
-        mask = self.prompt_attention_mask
-        tokens = self.prompt_input_ids[prompts], None if mask is None else mask[prompts]
+        prompts = labels * len(self.templates) + self._drawn(labels)  # (batch,)
+        mask = self.prompts.attention_mask
+        tokens = self.prompts.input_ids[prompts], None if mask is None else mask[prompts]
         of_texts = in_chunks(partial(text_embeds, self.model), tokens, size)  # (batch, dim)
         own = torch.arange(len(labels), device=labels.device)
         pairs = gather_pairs(embeds, of_texts, own, labels[:, None], over_ranks=self.training)
