@@ -38,7 +38,7 @@ from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.loading import load_adapter_config, load_model, load_processor
 from hf_robust.scripting.results import percent
 from hf_robust.scripting.run import run
-from hf_robust.tasks.class_names import PROCESSOR_FOLDER, WEIGHTS_FILE
+from hf_robust.tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE
 
 
 @dataclass

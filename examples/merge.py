@@ -40,7 +40,7 @@ from hf_robust.interpolation.files import COMPANION_FILES, StoredTensor, read_ch
 from hf_robust.interpolation.publish import check_output, publish_folder
 from hf_robust.scripting.checks import check_given
 from hf_robust.scripting.run import run
-from hf_robust.tasks.class_names import PROCESSOR_FOLDER, WEIGHTS_FILE
+from hf_robust.tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 

@@ -22,7 +22,7 @@ from yaml import YAMLError
 from ..data.text_files import parse_json, read_json, read_text
 from ..data.yaml_files import parse_yaml
 from ..errors import ConfigError, DataError, HubError, UnsafeFileError
-from ..tasks.class_names import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE
+from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE
 from .card import REPOSITORY
 from .markdown import hub_id
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MergeError, NonFiniteError
-from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
+from ..tasks.task import CONFIG_FILE, WEIGHTS_FILE
 from .arithmetic import check_alpha, interpolate_, is_finite
 from .files import (
     COMPANION_FILES,

@@ -20,7 +20,7 @@ import torch
 
 from ..data.text_files import parse_json, read_text
 from ..errors import DataError, MergeError, UnsafeFileError
-from ..tasks.class_names import CONFIG_FILE, WEIGHTS_FILE
+from ..tasks.task import CONFIG_FILE, WEIGHTS_FILE
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 COMPANION_FILES = (  # what model, processor, tokenizer and classifier write beside the weights

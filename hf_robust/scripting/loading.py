@@ -18,7 +18,7 @@ from ..data.sources import load_source
 from ..data.text_files import read_json, read_text
 from ..encoders.dual_encoder import family
 from ..errors import ConfigError, DataError
-from ..tasks.class_names import PROCESSOR_FOLDER
+from ..tasks.task import PROCESSOR_FOLDER
 from ..training.arguments import RobustTrainingArguments
 from ..training.checkpoint import checkpoint_to_resume
 from .progress import is_silent

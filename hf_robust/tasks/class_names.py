@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ProcessorMixin
-from transformers.utils import ModelOutput
 
-from ..data.class_spaces import ClassSpace
+from ..data.class_spaces import ClassSpace, class_space
+from ..data.collator import ImageCollator
+from ..data.labels import check_labels
+from ..data.rows import LabelledImages
 from ..encoders.class_embeds import class_embeddings, embed_prompts, encode_prompts, evaluating, prompt_tokens
 from ..encoders.dual_encoder import (
     at_least_float32,
@@ -26,32 +30,33 @@ from ..encoders.dual_encoder import (
 )
 from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.templates import TEMPLATES, check_class_names, check_templates
-from ..errors import ConfigError, DataError
+from ..errors import AdapterFileError, ConfigError, DataError
+from .accuracy import AccuracyAndLoss
+from .task import Rows, Task, TaskOutput
+from .task_loss import TaskLoss, class_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where its own part is saved
-PROCESSOR_FOLDER = "processor"  # beside an adapter; that of a whole model lies with it
+MOST_SHOWN = 3  # names in a message
 
 __all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]
 
 
 @dataclass
-class ZeroShotClassifierOutput(ModelOutput):
+class ZeroShotClassifierOutput(TaskOutput):
     """What `ZeroShotClassifier` returns.
 
     Args:
         loss: 0-dim, mean cross-entropy over the batch; None without labels.
-        logits: `(batch, classes)`.
         image_embeds: `(batch, dim)`, L2-normalised.
+        terms: as in `TaskOutput`.
+        logits: `(batch, classes)`.
         class_embeds: `(classes, dim)`, L2-normalised; under `head="trainable"` the directions of its rows.
     """
 
-    loss: Tensor | None = None
     logits: Tensor | None = None
-    image_embeds: Tensor | None = None
     class_embeds: Tensor | None = None
 
 
-class ZeroShotClassifier(nn.Module):
+class ZeroShotClassifier(Task):
     """An image classifier around a dual encoder: images are compared with prompts that hold the class names.
 
     At the start every `head` gives the zero-shot predictions of `model`, as it is when the classifier is built:
@@ -90,7 +95,9 @@ class ZeroShotClassifier(nn.Module):
         torch.Size([1, 2])
     """
 
-    main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
+    name = "class_names"
+    target = "label"
+    metrics = ("accuracy", "loss")
     prompt_input_ids: Tensor
     prompt_attention_mask: Tensor | None
     class_embeds: Tensor  # of "frozen"
@@ -105,10 +112,10 @@ class ZeroShotClassifier(nn.Module):
         head: Literal["frozen", "live", "trainable"] = "live",
         data_names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, processor)
         if head not in ("frozen", "live", "trainable"):
             raise ConfigError("unknown head", got=head, allowed="'frozen', 'live', 'trainable'")
-        self.model, self.processor, self.head = model, processor, head
+        self.head = head
         self.class_names, self.templates = check_class_names(class_names), check_templates(templates)
         self.class_space = ClassSpace(self.class_names, data_names)
         prompts = prompt_tokens(model, processor, self.class_names, self.templates)
@@ -128,6 +135,7 @@ class ZeroShotClassifier(nn.Module):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        reference_embeds: Tensor | None = None,
     ) -> ZeroShotClassifierOutput:
         """Classifies images.
 
@@ -137,6 +145,7 @@ class ZeroShotClassifier(nn.Module):
             pixel_attention_mask: `(batch, patches)`, SigLIP 2 only.
             spatial_shapes: `(batch, 2)`, SigLIP 2 only.
             image_embeds: `(batch, dim)`, L2-normalised: embeddings in the place of images, see `with_image_embeds`.
+            reference_embeds: `(batch, dim)`, θ₀'s, for the terms of the loss.
 
         Returns:
             Logits and embeddings in float32 or better, and the loss where there are labels.
@@ -157,7 +166,97 @@ class ZeroShotClassifier(nn.Module):
             logits, class_embeds = logits[:, self._order], class_embeds[self._order]
         loss = None if labels is None else F.cross_entropy(logits, _checked(labels, logits.shape[1]))
         output = ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
-        return self._with_terms(output, labels)
+        inputs = {
+            "pixel_values": pixel_values,
+            "labels": labels,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "image_embeds": image_embeds,
+            "reference_embeds": reference_embeds,
+        }
+        return self.with_terms(self._with_terms(output, labels), {n: t for n, t in inputs.items() if t is not None})
+
+    # --- what a trainer asks ---
+
+    @classmethod
+    def build(
+        cls, model: nn.Module, processor: ProcessorMixin, rows: Rows | None, class_names: Any, args: Any
+    ) -> ZeroShotClassifier:
+        """Builds the classifier of a training set's classes, with the templates and the head of the arguments."""
+        space = class_space(None if rows is None else rows.class_names, class_names, "class_names")
+        return cls(model, processor, space.words, args.templates, args.head, space.data_names)
+
+    def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
+        """Returns the collator of images, which makes labels too."""
+        return images
+
+    def check_rows(self, rows: Rows, targets: bool = True) -> None:
+        """Refuses a set with a label outside its classes, or of which it is not known what its labels mean."""
+        if isinstance(rows, LabelledImages) and rows.shown_labels is not None:
+            check_labels(rows.shown_labels, len(rows.class_names or self.class_names), rows.name)
+        names = self.class_space.data_names
+        if names is not None and isinstance(rows.rows, datasets.IterableDataset) and rows.rows.features is None:
+            what = "a stream without features does not say which classes its labels mean"
+            remedy = "Use dataset.map(..., features=...), or from_generator likewise."
+            raise DataError(what, where=rows.name, remedy=remedy)
+        if rows.class_names is None and names is not None and all(map(str.isdecimal, names)):
+            if [int(name) for name in names] != list(range(len(names))):
+                what = "labels without names, for classes that are numbers in another order"
+                remedy = "Give the labels their names: dataset.cast_column('label', ClassLabel(names=...)), or text."
+                raise DataError(what, where=rows.name, got=list(names)[:MOST_SHOWN], remedy=remedy)
+
+    def check_training(self, rows: Rows) -> None:
+        """Refuses a set of other classes, or of one class alone."""
+        names = rows.class_names
+        if names is not None and self.class_space.relate(names).kind != "same":
+            allowed = ", ".join(map(repr, self.class_space.data_names or self.class_names))
+            what = "the training set has other classes than the classifier, or in another order"
+            remedy = "Build a new RobustTrainer for it."
+            raise DataError(what, where=rows.name, got=names, allowed=allowed, remedy=remedy)
+        labels = rows.shown_labels if isinstance(rows, LabelledImages) else None
+        found = len(self.class_names) if labels is None else len(np.unique(labels))
+        if found < 2:
+            what = "there is nothing to tell apart: all images are of one class"
+            raise DataError(what, where=rows.name, got=found, allowed="2 classes or more")
+
+    @contextmanager
+    def answering(self, rows: Rows) -> Iterator[None]:
+        """Inside the context the classifier answers among the classes of a set, see `classes`."""
+        with nullcontext() if rows.class_names is None else self.classes(rows.class_names):
+            yield
+
+    def knows(self, rows: Rows) -> bool:
+        """Whether the classes of a set are among its own."""
+        return rows.class_names is None or self.class_space.relate(rows.class_names).kind != "foreign"
+
+    def measure(self, rows: Rows, whole: bool) -> AccuracyAndLoss:
+        """Returns what computes accuracy and cross-entropy."""
+        return AccuracyAndLoss(from_logits=whole)
+
+    def training_loss(self, rows: Rows | None, args: Any, function: Callable[..., Tensor] | None) -> TaskLoss:
+        """Returns the cross-entropy with class weights and label smoothing, or what the user's function computes."""
+        weights = class_weights(args.class_weights, rows, len(self.class_names))
+        return TaskLoss(weights, args.label_smoothing_factor, function)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns class names, templates, head, and what the data calls the classes where that is something else."""
+        found: dict[str, Any] = {name: list(getattr(self, name)) for name in ("class_names", "templates")}
+        found["head"] = self.head
+        if self.class_space.data_names not in (None, self.class_names):
+            found["data_names"] = list(self.class_space.data_names or ())
+        return found
+
+    def check_settings(self, saved: Mapping[str, Any], where: str) -> None:
+        """Refuses a checkpoint of other classes or another head."""
+        names = saved.get("class_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or "head" not in saved:
+            raise AdapterFileError("file names no head and no classes", where=f"{where}/classifier.json")
+        if saved["head"] != self.head:
+            raise AdapterFileError("checkpoint has another head", where=where, got=saved["head"])
+        if ClassSpace(self.class_names).relate(names).kind != "same":
+            raise AdapterFileError("checkpoint is of other classes, or of another order", where=where, got=names)
+
+    # --- its head ---
 
     @contextmanager
     def classes(self, class_names: Sequence[str]) -> Iterator[None]:
@@ -206,28 +305,6 @@ class ZeroShotClassifier(nn.Module):
     def trained_head(self) -> tuple[Tensor, Tensor]:
         """Returns weight `(classes, dim)` and bias `(classes,)` of `head="trainable"`, in float32 or better."""
         return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recomputes activations in the backward; called by the `Trainer` of older transformers.
-
-        Args:
-            gradient_checkpointing_kwargs: passed on to `torch.utils.checkpoint.checkpoint`.
-        """
-        base_model(self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """Recomputes activations in the backward; called by `Trainer`.
-
-        Args:
-            activation_checkpointing_kwargs: passed on to `torch.utils.checkpoint.checkpoint`.
-            every_n_layers: of how many layers one is recomputed.
-            offload: whether what is kept for the recomputation waits in host memory.
-        """
-        base_model(self.model).activation_checkpointing_enable(
-            activation_checkpointing_kwargs, every_n_layers, offload
-        )
 
     def _with_terms(self, output: ZeroShotClassifierOutput, labels: Tensor | None) -> ZeroShotClassifierOutput:
         """What a classifier with terms of a loss of its own adds to the output (`OGENClassifier`)."""

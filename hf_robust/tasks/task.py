@@ -12,13 +12,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from ..data.collator import ImageCollator
 from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.dual_encoder import base_model
+from .measure import Measure
+from .task_loss import TaskLoss, check_plain
 
+CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where a task's own part is saved
+PROCESSOR_FOLDER = "processor"  # beside an adapter; that of a whole model lies with it
 Rows = LabelledImages | LabelledStream
 Batch = Mapping[str, Tensor]
 
@@ -69,31 +73,6 @@ class Progress:
         """
         key = f"{self.seed} {self.step} {what}".encode()
         return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
-
-
-class Measure:
-    """What an evaluation computes of a set: a `compute_metrics` of `Trainer`, made anew for every evaluation.
-
-    Called once with all images, or batch by batch. `of_batch` says what is kept of every batch.
-    """
-
-    def of_batch(self, outputs: Any, labels: Any) -> Tensor:
-        """Returns what is kept of a batch, `(batch, …)`: `preprocess_logits_for_metrics` of `Trainer`.
-
-        Args:
-            outputs: those of the task's outputs that `Task.kept_outputs` names.
-            labels: what `Task.label_names` names.
-        """
-        return outputs
-
-    @abstractmethod
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Adds images; returns the metrics of all of them, `loss` among them.
-
-        Args:
-            prediction: predictions and labels, or lists of them where batches are not concatenated.
-            compute_result: False while more images will come; then nothing is returned.
-        """
 
 
 class Task(nn.Module):
@@ -174,8 +153,30 @@ class Task(nn.Module):
         """
         yield
 
+    def knows(self, rows: Rows) -> bool:
+        """Whether a set is of what was learned; else it is another task, on which forgetting shows.
+
+        Args:
+            rows: the set.
+        """
+        return True
+
+    def training_loss(self, rows: Rows | None, args: Any, function: Callable[..., Tensor] | None) -> TaskLoss:
+        """Returns the loss that training minimises.
+
+        Args:
+            rows: the training set; None where there is none.
+            args: the `RobustTrainingArguments`.
+            function: the user's `compute_loss_func`.
+
+        Raises:
+            ConfigError: the arguments have settings of another task's loss.
+        """
+        check_plain(args.class_weights, args.label_smoothing_factor, self.name)
+        return TaskLoss(function=function)
+
     @abstractmethod
-    def measure(self, rows: Rows | None, whole: bool) -> Measure:
+    def measure(self, rows: Rows, whole: bool) -> Measure:
         """Returns what an evaluation of a set computes.
 
         Args:
@@ -186,6 +187,11 @@ class Task(nn.Module):
     def settings(self) -> dict[str, Any]:
         """Returns what has to be written beside the encoder to build the task again, of what JSON can hold."""
         return {}
+
+    def tokens(self) -> dict[str, Tensor]:
+        """Returns its tokenised prompts, by name: what a resumed run must share."""
+        buffers = {n: b for n, b in self.named_buffers() if not n.startswith(("model.", "terms."))}
+        return {name: buffer for name, buffer in buffers.items() if not buffer.is_floating_point()}
 
     def check_settings(self, saved: Mapping[str, Any], where: str) -> None:
         """Refuses a checkpoint of another task.

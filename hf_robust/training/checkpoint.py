@@ -21,7 +21,7 @@ from ..data.class_spaces import ClassSpace
 from ..data.text_files import read_json
 from ..errors import AdapterFileError, CheckpointError
 from ..ogen import OGENClassifier
-from ..tasks.class_names import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, ZeroShotClassifier
+from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, Task
 from ..tuners.matching import check_adapter_name
 from .manifest import check_files, checkpoints_in, newest_whole, read_manifest
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.text_files import read_json
 from ..encoders.preprocessing import TRAINED_WITH
 from ..errors import AdapterFileError, ConfigError, DataError
-from ..tasks.class_names import PROCESSOR_FOLDER
+from ..tasks.task import PROCESSOR_FOLDER
 from .files import CONFIG_FILE, WEIGHTS_FILE, check_files, check_format
 
 Towers = Literal["both", "vision", "text"]

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import ConfigError, close_matches
-from ..tasks.class_names import PROCESSOR_FOLDER
+from ..tasks.task import PROCESSOR_FOLDER
 from .config import RobustConfig
 
 # Heads that PEFT adds to modules_to_save by the task_type, each of which a model may lack.

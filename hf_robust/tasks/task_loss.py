@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of the classification that training minimises."""
+"""The loss that training minimises: the task's own, or what the user asks for in its place."""
 
 from __future__ import annotations
 
@@ -14,9 +14,24 @@ from torch.nn import functional as F
 
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError
-from ..tasks.class_names import ZeroShotClassifierOutput
 
 BALANCED = "balanced"
+
+
+def check_plain(class_weights: Any, label_smoothing: float, task: str) -> None:
+    """Refuses settings of the cross-entropy for a task without one.
+
+    Args:
+        class_weights: the setting.
+        label_smoothing: likewise.
+        task: its name.
+
+    Raises:
+        ConfigError: there are any.
+    """
+    if class_weights is not None or label_smoothing > 0:
+        what = "class_weights and label_smoothing_factor are settings of the cross-entropy of class names"
+        raise ConfigError(what, where=f"task={task!r}", got=(class_weights, label_smoothing))
 
 
 def check_loss_settings(class_weights: str | Sequence[Any] | None, label_smoothing: float) -> None:
@@ -109,7 +124,7 @@ class TaskLoss:
         ConfigError: there is a function, and settings that it would not see.
 
     Example:
-        >>> TaskLoss(label_smoothing=0.1)(classifier(**batch), batch["labels"], images=len(batch["labels"]))
+        >>> TaskLoss(label_smoothing=0.1)(classifier(**batch), batch["labels"], images=8, batch=8)
         tensor(0.6543, grad_fn=<MeanBackward0>)
     """
 
@@ -125,27 +140,27 @@ class TaskLoss:
             raise ConfigError(what, where="compute_loss_func", remedy=remedy)
         self.weights, self.label_smoothing, self.function = weights, label_smoothing, function
 
-    def __call__(self, outputs: ZeroShotClassifierOutput, labels: Tensor, images: int) -> Tensor:
+    def __call__(self, outputs: Any, labels: Tensor | None, images: int, batch: int) -> Tensor:
         """Returns the loss, a mean over the images of the micro-batch, 0-dim.
 
         Args:
-            outputs: what the classifier returned.
-            labels: `(batch,)`.
+            outputs: what the task returned.
+            labels: what of the batch says what is right; None where the task needs nothing.
             images: images of the optimizer step, on all ranks together.
+            batch: images of the micro-batch.
 
         Raises:
             ConfigError: the user's function does not return a number.
         """
-        logits: Any = outputs.logits
         if self.function is not None:
-            share = self.function(outputs, labels, num_items_in_batch=torch.tensor(images, device=labels.device))
+            share = self.function(outputs, labels, num_items_in_batch=torch.tensor(images, device=outputs.loss.device))
             if not isinstance(share, Tensor) or share.ndim > 0:
                 got = tuple(share.shape) if isinstance(share, Tensor) else type(share).__name__
                 allowed = "a 0-dim tensor, the sum over the images divided by num_items_in_batch"
                 raise ConfigError("no loss was returned", where="compute_loss_func", got=got, allowed=allowed)
-            return share * (images / len(labels))
+            return share * (images / batch)
         if self.weights is None and self.label_smoothing == 0:
-            return outputs.loss  # type: ignore[return-value]
-        weights = None if self.weights is None else self.weights.to(logits)
+            return outputs.loss
+        weights = None if self.weights is None else self.weights.to(outputs.logits)
         how: Any = {"weight": weights, "label_smoothing": self.label_smoothing, "reduction": "none"}
-        return F.cross_entropy(logits, labels, **how).mean()
+        return F.cross_entropy(outputs.logits, labels, **how).mean()

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `RobustTrainer` computes of an evaluation set by default."""
+"""Accuracy and cross-entropy of a set of labelled images."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from ..errors import ConfigError
+from .measure import Measure
 
 
 def correct_and_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,13 +27,11 @@ def correct_and_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([(exact.argmax(dim=1) == labels).to(loss), loss], dim=1)
 
 
-class AccuracyAndLoss:
+class AccuracyAndLoss(Measure):
     """Accuracy and mean cross-entropy over all images, the same for every batch size and number of ranks.
 
-    A `compute_metrics` of `Trainer`, called once with all images, or batch by batch.
-
     Args:
-        from_logits: whether predictions are logits, or what `correct_and_loss` returned.
+        from_logits: whether all logits are kept, or of every image two numbers, see `correct_and_loss`.
 
     Example:
         >>> metrics = AccuracyAndLoss()
@@ -47,13 +43,12 @@ class AccuracyAndLoss:
         self.from_logits = from_logits
         self.images, self.sums = 0, torch.zeros(2, dtype=torch.float64)
 
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Adds images, and returns what has been found of all of them.
+    def of_batch(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Returns the logits, or what `correct_and_loss` makes of them."""
+        return outputs if self.from_logits else correct_and_loss(outputs, labels)
 
-        Args:
-            prediction: predictions and labels, or lists of them where batches are not concatenated.
-            compute_result: False while more images will come; then nothing is returned.
-        """
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Adds images; returns accuracy, a fraction, and loss, in nats."""
         given = prediction.predictions, prediction.label_ids
         predictions, labels = (batches if isinstance(batches, list) else [batches] for batches in given)
         for values, of in zip(map(torch.as_tensor, predictions), map(torch.as_tensor, labels), strict=True):
@@ -64,21 +59,3 @@ class AccuracyAndLoss:
             return {}
         accuracy, loss = (self.sums / self.images).tolist()
         return {"accuracy": accuracy, "loss": loss}
-
-
-def check_metrics(
-    compute_metrics: Callable[..., dict[str, float]] | None, preprocess: Callable[..., Tensor] | None
-) -> None:
-    """Refuses to change the logits that the default metrics need.
-
-    Args:
-        compute_metrics: what the user gave.
-        preprocess: what the user gave as `preprocess_logits_for_metrics`.
-
-    Raises:
-        ConfigError: there is a function for the logits, and none for the metrics.
-    """
-    if preprocess is not None and compute_metrics is None:
-        remedy = "Pass compute_metrics, which gets what it returns."
-        what = "accuracy and loss are computed from logits"
-        raise ConfigError(what, where="preprocess_logits_for_metrics", remedy=remedy)
