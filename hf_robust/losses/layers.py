@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..encoders.dual_encoder import base_model, tower_modules
@@ -57,8 +58,17 @@ class HiddenStates:
             weakref.finalize(self, handle.remove)
 
     def pop(self) -> dict[str, Tensor]:
-        """Returns what the layers returned last, by name, and forgets it."""
+        """Returns what the layers returned last, by name, and forgets it.
+
+        Raises:
+            ConfigError: a layer has not run, or without gradient.
+        """
         found, self.found = self.found, {}
+        missing = [layer for layer in self.layers if layer not in found]
+        if missing and torch.is_grad_enabled():
+            what = "hidden states are compared of layers that ran without gradient, or not at all"
+            remedy = "Recompute activations with {'use_reentrant': False}, and train on images, not on embeddings."
+            raise ConfigError(what, where="losses, layers", got=missing, remedy=remedy)
         return found
 
 
@@ -88,5 +98,9 @@ def _keep_of_training(
     states: weakref.ref[HiddenStates], layer: str, module: nn.Module, inputs: Any, output: Any
 ) -> None:
     alive = states()
-    if alive is not None and module.training:  # θ₀ and evaluations run in eval mode
+    if alive is None or not module.training:  # θ₀ and evaluations run in eval mode
+        return
+    if torch.is_grad_enabled():
         _keep(alive.found, layer, module, inputs, output)
+    else:
+        alive.found.pop(layer, None)  # of the backward before, which has recomputed it

@@ -13,11 +13,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..data.collator import REFERENCE_EMBEDS
-from ..data.columns import IMAGE_EMBEDS
 from ..data.embeds_cache import pretrained_image_embeds
 from ..encoders.dual_encoder import base_model, text_embeds, tokenize, tower_modules
 from ..encoders.pretrained import pretrained_weights
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import Batch, Task
 from .layers import HiddenStates, check_layers, showing
@@ -172,6 +171,9 @@ class Reference:
             task: what is trained.
             output: what it returned.
             inputs: the batch.
+
+        Raises:
+            ConfigError: a layer whose hidden states are compared has not run, or without gradient.
         """
         return BatchReference(self, task, output, inputs, self.tuned.pop())
 
@@ -206,15 +208,10 @@ class Reference:
 
         Raises:
             ConfigError: no term asked for them.
-            DataError: layers are asked for, and the batch has embeddings in the place of images.
         """
         if self.vision is None:
             raise _undeclared("image_embeds")
-        layers = self.tuned.layers
-        if layers and IMAGE_EMBEDS in inputs:
-            remedy = "Train on the images themselves."
-            raise DataError("hidden states are compared, and the images come embedded", got=sorted(inputs), remedy=remedy)
-        with showing(self.vision, layers) as found:
+        with showing(self.vision, self.tuned.layers) as found:
             return pretrained_image_embeds(self.vision, inputs), found
 
 
