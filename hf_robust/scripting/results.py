@@ -55,9 +55,7 @@ def save_with_card(
     roles = {}
     for name, rows in sets.items():
         if name != "validation":
-            names = rows.class_names
-            foreign = names is not None and trainer.model.class_space.relate(names).kind == "foreign"
-            roles[name] = role_of(name, foreign), len(rows)
+            roles[name] = role_of(name, not trainer.model.knows(rows)), len(rows)
     results = results_from_accuracies(accuracies, roles, chosen_alpha)
     images = len(trainer.train_dataset)
     trainer.create_model_card(model_card(trainer.model, trainer.args, results, train_images=images))

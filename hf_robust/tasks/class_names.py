@@ -32,7 +32,7 @@ from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.templates import TEMPLATES, check_class_names, check_templates
 from ..errors import AdapterFileError, ConfigError, DataError
 from .accuracy import AccuracyAndLoss
-from .task import Rows, Task, TaskOutput
+from .task import Rows, Task, TaskOutput, task_settings
 from .task_loss import TaskLoss, class_weights
 
 MOST_SHOWN = 3  # names in a message
@@ -46,14 +46,16 @@ class ZeroShotClassifierOutput(TaskOutput):
 
     Args:
         loss: 0-dim, mean cross-entropy over the batch; None without labels.
-        image_embeds: `(batch, dim)`, L2-normalised.
-        terms: as in `TaskOutput`.
         logits: `(batch, classes)`.
+        image_embeds: `(batch, dim)`, L2-normalised.
         class_embeds: `(classes, dim)`, L2-normalised; under `head="trainable"` the directions of its rows.
+        terms: as in `TaskOutput`.
     """
 
     logits: Tensor | None = None
+    image_embeds: Tensor | None = None
     class_embeds: Tensor | None = None
+    terms: dict[str, Tensor] | None = None
 
 
 class ZeroShotClassifier(Task):
@@ -98,6 +100,7 @@ class ZeroShotClassifier(Task):
     name = "class_names"
     target = "label"
     metrics = ("accuracy", "loss")
+    output_type = ZeroShotClassifierOutput
     prompt_input_ids: Tensor
     prompt_attention_mask: Tensor | None
     class_embeds: Tensor  # of "frozen"
@@ -184,7 +187,8 @@ class ZeroShotClassifier(Task):
     ) -> ZeroShotClassifier:
         """Builds the classifier of a training set's classes, with the templates and the head of the arguments."""
         space = class_space(None if rows is None else rows.class_names, class_names, "class_names")
-        return cls(model, processor, space.words, args.templates, args.head, space.data_names)
+        how = args.templates, args.head, space.data_names
+        return cls(model, processor, space.words, *how, **task_settings(args.task))
 
     def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
         """Returns the collator of images, which makes labels too."""
@@ -224,6 +228,12 @@ class ZeroShotClassifier(Task):
         """Inside the context the classifier answers among the classes of a set, see `classes`."""
         with nullcontext() if rows.class_names is None else self.classes(rows.class_names):
             yield
+
+    def take_names(self, rows: Rows) -> None:
+        """Takes what a training set calls the classes, where that is something else."""
+        space, names = self.class_space, rows.class_names
+        if names is not None and space.data_names is None and space.relate(names).kind != "same":
+            self.class_space = class_space(names, self.class_names, "class_names")
 
     def knows(self, rows: Rows) -> bool:
         """Whether the classes of a set are among its own."""

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from ..data.collator import ImageCollator
 from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.dual_encoder import base_model
+from ..errors import ConfigError
 from .measure import Measure
 from .task_loss import TaskLoss, check_plain
 
@@ -29,17 +32,16 @@ Batch = Mapping[str, Tensor]
 
 @dataclass
 class TaskOutput(ModelOutput):
-    """What a task returns at least.
+    """What a task returns at least; a subclass adds `image_embeds`, and as its last field `terms`.
+
+    `image_embeds` are `(batch, dim)`, L2-normalised; `terms`, in training, what pulls on Δ beside the loss: 0-dim each,
+    with their weights, by name.
 
     Args:
         loss: 0-dim, a mean over the batch; None where there is nothing to learn from.
-        image_embeds: `(batch, dim)`, L2-normalised.
-        terms: in training, what pulls on Δ beside the loss: 0-dim each, with their weights, by name.
     """
 
     loss: Tensor | None = None
-    image_embeds: Tensor | None = None
-    terms: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,16 @@ class Progress:
             what: what the numbers are for; for something else it draws others.
         """
         key = f"{self.seed} {self.step} {what}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
+        return torch.Generator().manual_seed(
+            int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        )
 
 
 class Task(nn.Module):
     """A dual encoder with what is learned around it.
 
-    A subclass has a `forward(**batch)` that returns a `TaskOutput`, ended by `self.with_terms(output, batch)`, and says
-    below what is particular to it; so a trainer, checkpoints and cards need not know which task it is.
+    A subclass has a `forward(**batch)` that returns a `TaskOutput`, ended by `self.with_terms(output, batch)`, and
+    says below what is particular to it; so a trainer, checkpoints and cards need not know which task it is.
 
     Args:
         model: a dual encoder, plain or a `PeftModel` around one.
@@ -92,6 +96,8 @@ class Task(nn.Module):
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
     kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first
+    output_type: ClassVar[type[TaskOutput]] = TaskOutput
+    whole_batch: ClassVar[bool] = False  # whether the loss is over a batch, so that micro-batches do not add up to it
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
         super().__init__()
@@ -104,7 +110,9 @@ class Task(nn.Module):
 
     @classmethod
     @abstractmethod
-    def build(cls, model: nn.Module, processor: ProcessorMixin, rows: Rows | None, class_names: Any, args: Any) -> Task:
+    def build(
+        cls, model: nn.Module, processor: ProcessorMixin, rows: Rows | None, class_names: Any, args: Any
+    ) -> Task:
         """Builds the task around a dual encoder for a training.
 
         Args:
@@ -144,6 +152,32 @@ class Task(nn.Module):
             DataError: it is none.
         """
 
+    def prepare(self, batches: Callable[[], Iterator[Batch]], accelerator: Accelerator) -> None:
+        """Takes from the training set what the task starts from; called before a training that is not resumed.
+
+        Args:
+            batches: yields this rank's share of the training set, without augmentation.
+            accelerator: the trainer's, to bring together what ranks have found.
+        """
+
+    def sampler(self, rows: Rows, batch_size: int, seed: int) -> Sampler | None:
+        """Returns the order of the training set, the same on every rank; None for that of `Trainer`.
+
+        Args:
+            rows: the training set.
+            batch_size: images in a batch, of one rank.
+            seed: of the training; an attribute or method `set_epoch` gets the epoch.
+        """
+        return None
+
+    def without_decay(self) -> list[str]:
+        """Returns the names of parameters that get no weight decay, beside biases and those of norms."""
+        return []
+
+    def beside(self) -> list[str]:
+        """Returns the names of parameters that are no part of θ, and that WiSE-FT leaves as they are."""
+        return [name for name, _ in self.named_parameters() if name.startswith("terms.")]
+
     @contextmanager
     def answering(self, rows: Rows) -> Iterator[None]:
         """Inside the context the task answers for the rows of a set to evaluate.
@@ -152,6 +186,13 @@ class Task(nn.Module):
             rows: the set.
         """
         yield
+
+    def take_names(self, rows: Rows) -> None:
+        """Lets a task that was built without data know what the training set calls its classes.
+
+        Args:
+            rows: the training set.
+        """
 
     def knows(self, rows: Rows) -> bool:
         """Whether a set is of what was learned; else it is another task, on which forgetting shows.
@@ -219,8 +260,10 @@ class Task(nn.Module):
         """
         if not self.training or not self.terms or output.loss is None:
             return output
-        reference, found = self.reference.of_batch(self, output, inputs), {}
-        for name, term in self.terms.items():
+        reference = self.reference.of_batch(self, output, inputs)
+        found: dict[str, Tensor] = {}
+        for name, module in self.terms.items():
+            term: Any = module
             found |= term.weighted(name, output, reference, self.progress)
         output.terms = found
         return output
@@ -246,3 +289,23 @@ class Task(nn.Module):
         base_model(self.model).activation_checkpointing_enable(
             activation_checkpointing_kwargs, every_n_layers, offload
         )
+
+
+def task_settings(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the settings of the task that is meant.
+
+    Args:
+        given: a name, or a mapping from it to the settings, see `RobustTrainingArguments`.
+
+    Raises:
+        ConfigError: they are no mapping.
+
+    Example:
+        >>> task_settings({"class_names": {"text_chunk_size": 64}})
+        {'text_chunk_size': 64}
+    """
+    settings = next(iter(given.values()), None) if isinstance(given, Mapping) else {}
+    if not isinstance(settings, Mapping):
+        allowed = "{name: {setting: value, …}}"
+        raise ConfigError("settings of a task are no mapping", where="task", got=given, allowed=allowed)
+    return dict(settings)

@@ -140,7 +140,7 @@ class TaskLoss:
             raise ConfigError(what, where="compute_loss_func", remedy=remedy)
         self.weights, self.label_smoothing, self.function = weights, label_smoothing, function
 
-    def __call__(self, outputs: Any, labels: Tensor | None, images: int, batch: int) -> Tensor:
+    def __call__(self, outputs: Any, labels: Any, images: int, batch: int) -> Tensor:
         """Returns the loss, a mean over the images of the micro-batch, 0-dim.
 
         Args:

@@ -9,9 +9,12 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from ..data.text_files import parse_json
 from ..errors import ConfigError
 from ..losses.similarity import SimilarityLoss
-from .task_loss import check_loss_settings
+from ..tasks.choose import task_class
+from ..tasks.task import task_settings
+from ..tasks.task_loss import check_loss_settings
 from .unsupported import check_options
 
 
@@ -19,7 +22,14 @@ from .unsupported import check_options
 class RobustTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what a `ZeroShotClassifier`, SAFT and the similarity loss need.
 
-    > Parameters that control the classifier
+    > Parameters that control the task
+
+    Args:
+        task: what is learned: a name of `hf_robust.tasks.choose.TASKS`, or a mapping from it to its settings,
+            `{"class_names": {"text_chunk_size": 64}}`, on the command line as JSON; None for what the columns of the
+            training set say.
+
+    > Parameters that control the head of class names
 
     Args:
         templates: prompt templates of the class names: a key of `hf_robust.tasks.class_names.TEMPLATES`, or one
@@ -95,6 +105,9 @@ class RobustTrainingArguments(TrainingArguments):
         ('live', 32)
     """
 
+    task: None | str | dict = field(
+        default=None, metadata={"help": "What is learned: a task's name, or JSON of it and its settings."}
+    )
     templates: str = field(
         default="a photo of a {}.", metadata={"help": "Name of a template set, or one template with {}."}
     )
@@ -143,6 +156,10 @@ class RobustTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if isinstance(self.task, str) and self.task.startswith("{"):
+            self.task = parse_json(self.task, "task")
+        task_class(self.task, None)
+        task_settings(self.task)
         if self.on_bad_image not in ("raise", "skip"):
             allowed = "'raise', 'skip'"
             raise ConfigError("unknown setting", where="on_bad_image", got=self.on_bad_image, allowed=allowed)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint of a `ZeroShotClassifier` holds, and how it is read back.
+"""What a checkpoint of a task holds, and how it is read back.
 
 A folder has the adapter as PEFT writes it, or the whole dual encoder as transformers writes it, so that both load
-without this module; beside it `classifier.json` (class names, templates, head) and, where the classifier has weights
-of its own, `classifier.safetensors`.
+without this module; beside it `classifier.json` (the task: class names, templates, head) and, where the task has
+tensors of its own, `classifier.safetensors`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data.class_spaces import ClassSpace
 from ..data.text_files import read_json
 from ..errors import AdapterFileError, CheckpointError
 from ..ogen import OGENClassifier
@@ -27,23 +26,23 @@ from .manifest import check_files, checkpoints_in, newest_whole, read_manifest
 
 logger = logging.getLogger(__name__)
 
-ENCODER, HEAD = "model.", "class_head."  # prefixes in the classifier's state dict
+ENCODER = "model."  # in the names of a task's tensors
 
 
-def save_encoder(classifier: ZeroShotClassifier, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Writes the adapters of the classifier's dual encoder, or the whole encoder where it has none.
+def save_encoder(task: Task, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Writes the adapters of the task's dual encoder, or the whole encoder where it has none.
 
     Args:
-        classifier: the classifier.
+        task: the task.
         folder: where to.
-        state_dict: the classifier's tensors, where they cannot be read from the modules (FSDP).
+        state_dict: the task's tensors, where they cannot be read from the modules (FSDP).
 
     Raises:
         ConfigError: the name of an adapter is none of a folder.
     """
     if state_dict is not None:
         state_dict = {name.removeprefix(ENCODER): tensor for name, tensor in state_dict.items()}
-    encoder: Any = classifier.model
+    encoder: Any = task.model
     if isinstance(encoder, PeftModel):
         for name in encoder.peft_config:  # PEFT makes a folder of each
             check_adapter_name(name)
@@ -53,34 +52,34 @@ def save_encoder(classifier: ZeroShotClassifier, folder: Path, state_dict: dict[
         encoder.save_pretrained(folder, state_dict=state_dict)
 
 
-def processor_folder(classifier: ZeroShotClassifier, folder: Path) -> Path:
-    """Returns where the processor of a saved classifier goes.
+def processor_folder(task: Task, folder: Path) -> Path:
+    """Returns where the processor of a saved task goes.
 
     It does not lie beside an adapter: PEFT's `AutoPeftModel` takes a tokenizer there for a sign that the vocabulary
     may have grown, and asks the base for its input embeddings, which a dual encoder does not give.
 
     Args:
-        classifier: the classifier.
+        task: the task.
         folder: where its encoder is saved.
 
     Example:
-        >>> processor_folder(classifier, Path("my-adapter"))
+        >>> processor_folder(task, Path("my-adapter"))
         PosixPath('my-adapter/processor')
     """
-    return folder / PROCESSOR_FOLDER if isinstance(classifier.model, PeftModel) else folder
+    return folder / PROCESSOR_FOLDER if isinstance(task.model, PeftModel) else folder
 
 
-def load_encoder(classifier: ZeroShotClassifier, folder: Path) -> None:
+def load_encoder(task: Task, folder: Path) -> None:
     """Reads back what `save_encoder` wrote, in place.
 
     Args:
-        classifier: a classifier with the same adapters, or without any if the folder holds a whole encoder.
+        task: a task with the same adapters, or without any if the folder holds a whole encoder.
         folder: where from.
 
     Raises:
         AdapterFileError: the folder lacks weights of the model.
     """
-    encoder: Any = classifier.model
+    encoder: Any = task.model
     if isinstance(encoder, PeftModel):
         for name in list(encoder.peft_config):
             _load_adapter(encoder, name, folder if name == "default" else folder / name)
@@ -108,55 +107,46 @@ def _require_all(missing: list[str], folder: Path) -> None:
         raise AdapterFileError(what, where=str(folder), got=missing[:3], remedy="Build the model as it was saved.")
 
 
-def save_head(classifier: ZeroShotClassifier, folder: Path) -> None:
-    """Writes class names, templates and head mode, and the weights of a trainable head.
+def save_head(task: Task, folder: Path) -> None:
+    """Writes which task it is, its settings, and the tensors that are its own.
 
     The names of the new classes that OGEN was given are written too, as they are information that went into the model.
 
     Args:
-        classifier: the classifier.
+        task: the task.
         folder: where to.
     """
-    head: dict[str, Any] = {name: list(getattr(classifier, name)) for name in ("class_names", "templates")}
-    head["head"] = classifier.head
-    if classifier.class_space.data_names not in (None, classifier.class_names):
-        head["data_names"] = list(classifier.class_space.data_names)
-    if isinstance(classifier, OGENClassifier):
-        head["new_class_names"] = classifier.new_class_names
-    text = json.dumps(head, indent=2, ensure_ascii=False)
+    settings = {"task": task.name, **task.settings()}
+    if isinstance(task, OGENClassifier):
+        settings["new_class_names"] = task.new_class_names
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    weights = _own_weights(classifier)
-    if weights:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    tensors = task.own_tensors()
+    if tensors:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
 
 
-def load_head(classifier: ZeroShotClassifier, folder: Path) -> None:
+def load_head(task: Task, folder: Path) -> None:
     """Reads back what `save_head` wrote, in place.
 
     Args:
-        classifier: a classifier for the same classes.
+        task: the same task, of the same settings.
         folder: where from.
 
     Raises:
-        AdapterFileError: the folder is for other classes or another head, or lacks weights.
-        DataError: the file with the classes is missing or no valid JSON.
+        AdapterFileError: the folder is of another task, for other classes or another head, or lacks weights.
+        DataError: the file with the settings is missing or no valid JSON.
     """
     saved = read_json(folder / CONFIG_FILE)
-    names = saved.get("class_names") if isinstance(saved, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or "head" not in saved:
-        raise AdapterFileError("file names no head and no classes", where=str(folder / CONFIG_FILE))
-    if saved["head"] != classifier.head:
-        raise AdapterFileError("checkpoint has another head", where=str(folder), got=saved["head"])
-    if ClassSpace(classifier.class_names).relate(names).kind != "same":
-        raise AdapterFileError("checkpoint is of other classes, or of another order", where=str(folder), got=names)
-    expected = _own_weights(classifier)
-    weights = load_file(folder / WEIGHTS_FILE) if expected else {}
-    _require_all(sorted(set(expected) - set(weights)), folder)
-    classifier.load_state_dict(weights, strict=False)
-
-
-def _own_weights(classifier: ZeroShotClassifier) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in classifier.state_dict().items() if name.startswith(HEAD)}
+    if not isinstance(saved, dict) or saved.get("task", "class_names") != task.name:
+        got = saved.get("task") if isinstance(saved, dict) else type(saved).__name__
+        where = str(folder / CONFIG_FILE)
+        raise AdapterFileError("checkpoint is of another task", where=where, got=got, allowed=repr(task.name))
+    task.check_settings(saved, str(folder))
+    expected = task.own_tensors()
+    tensors = load_file(folder / WEIGHTS_FILE) if expected else {}
+    _require_all(sorted(set(expected) - set(tensors)), folder)
+    task.load_state_dict(tensors, strict=False)
 
 
 def checkpoint_to_resume(given: str | bool, output_dir: Path) -> str:

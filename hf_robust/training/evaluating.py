@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a trainer evaluates: every set with the head for its classes, from training to α-sweeps."""
+"""How a trainer evaluates: every set among its own classes, from training to α-sweeps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import datasets
@@ -33,14 +34,16 @@ Metrics = dict[str, float]
 
 
 class EvaluatingTrainer(RepeatableTrainer):
-    """Evaluation, prediction and α-sweeps of a `ZeroShotClassifier`; the base of `RobustTrainer`.
+    """Evaluation, prediction and α-sweeps of a task; the base of `RobustTrainer`.
 
-    Every set comes in through `_rows`, and is answered by the head that `ZeroShotClassifier.classes` makes for it.
+    Every set comes in through `_rows`, and is answered in `Task.answering`, among its own classes. What `Task.measure`
+    computes of it needs no logits of a whole set; `predict` returns all of them.
     """
 
     eval_dataset: Any
     zero_shot: dict[str, Tensor] | None
     sweep: AlphaSweep | None = None
+    own_metrics: bool  # whether the user gave `compute_metrics`
 
     def evaluate(
         self,
@@ -73,7 +76,7 @@ class EvaluatingTrainer(RepeatableTrainer):
                 None if eval_dataset is None else sets, ignore_keys, metric_key_prefix
             )  # calls this method for each
         rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, metric_key_prefix)
-        with self.whole_model(), self._head_for(rows):
+        with self.whole_model(), self._answering(rows, whole=False):
             metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
         if rows.skipped:
             metrics[f"{metric_key_prefix}_skipped_images"] = len(rows.skipped)
@@ -101,7 +104,7 @@ class EvaluatingTrainer(RepeatableTrainer):
             NonFiniteError: a logit is NaN or infinite.
         """
         rows: Any = self._rows(test_dataset, metric_key_prefix, labels=False)
-        with self.whole_model(), self._head_for(rows):
+        with self.whole_model(), self._answering(rows, whole=True):
             output = super().predict(rows, ignore_keys, metric_key_prefix)
         predictions = output.predictions if isinstance(output.predictions, list) else [output.predictions]
         if not all(np.isfinite(logits).all() for logits in predictions if logits is not None):
@@ -166,7 +169,7 @@ class EvaluatingTrainer(RepeatableTrainer):
         shown = {name: rows for name, rows in sets.items() if isinstance(rows, LabelledImages)}
         if self.sweep is None or not shown:
             return None
-        roles = {name: role_of(name, self._has_other_classes(rows)) for name, rows in shown.items()}
+        roles = {name: role_of(name, not self.model.knows(rows)) for name, rows in shown.items()}
         return results_from_sweep(self.sweep, {name: (role, len(shown[name])) for name, role in roles.items()})
 
     def prediction_step(
@@ -177,7 +180,8 @@ class EvaluatingTrainer(RepeatableTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns loss, logits and labels of a batch."""
-        ignore_keys = ["image_embeds", "class_embeds"] if ignore_keys is None else ignore_keys
+        names = [field.name for field in fields(self.model.output_type)]
+        ignore_keys = [n for n in names if n not in self.model.kept_outputs] if ignore_keys is None else ignore_keys
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -223,12 +227,15 @@ class EvaluatingTrainer(RepeatableTrainer):
             raise ConfigError("no evaluation set of this name", got=name, allowed=", ".join(known) or "none")
         return self.eval_dataset[name]
 
-    def _head_for(self, rows: Rows) -> AbstractContextManager:
-        return nullcontext() if rows.class_names is None else self.model.classes(rows.class_names)
-
-    def _has_other_classes(self, rows: Rows) -> bool:
-        names = rows.class_names
-        return names is not None and self.model.class_space.relate(names).kind == "foreign"
+    @contextmanager
+    def _answering(self, rows: Rows, whole: bool) -> Iterator[None]:
+        with self.model.answering(rows):
+            if self.own_metrics:
+                yield
+                return
+            measure = self.model.measure(rows, whole)  # a new one: one that an error stopped has counted images
+            with replaced(self, compute_metrics=measure, preprocess_logits_for_metrics=measure.of_batch):
+                yield
 
     def _plain_collator(self) -> Any:
         """The collator without augmentation."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a trainer of a `ZeroShotClassifier` evaluates: in which precision, and what is kept of every batch."""
+"""How a trainer of a task evaluates: in which precision, and what is kept of every batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.draws import kept_states
-from .accuracy import AccuracyAndLoss, correct_and_loss
 from .replaced import replaced
 from .saving import SavingTrainer
 
@@ -21,8 +20,7 @@ from .saving import SavingTrainer
 class EvaluationLoopTrainer(SavingTrainer):
     """The evaluation of `RobustTrainer`.
 
-    The default metrics need no logits of a whole set: of every image two numbers are kept. `predict` returns all
-    logits. With `bf16_full_eval` or `fp16_full_eval` a copy of the model is evaluated, in training too, so that the
+    With `bf16_full_eval` or `fp16_full_eval` a copy of the model is evaluated, in training too, so that the
     weights stay what they are; it takes half of their memory beside them.
     """
 
@@ -44,8 +42,7 @@ class EvaluationLoopTrainer(SavingTrainer):
             metric_key_prefix: first part of every metric's name.
         """
         how = prediction_loss_only, ignore_keys, metric_key_prefix
-        whole = description == "Prediction"
-        with self._kept_random_state(), self._default_metrics(whole), self._evaluation_precision():
+        with self._kept_random_state(), self._evaluation_precision():
             output = super().evaluation_loop(dataloader, description, *how)
         unwanted = f"{metric_key_prefix}_model_preparation_time"  # says nothing of the model
         return output._replace(metrics={name: v for name, v in (output.metrics or {}).items() if name != unwanted})
@@ -55,16 +52,6 @@ class EvaluationLoopTrainer(SavingTrainer):
         """Training draws the same, whether or not there was an evaluation: a loader draws, and metrics may."""
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with kept_states(), torch.random.fork_rng(cuda, device_type="cuda"):
-            yield
-
-    @contextmanager
-    def _default_metrics(self, whole: bool) -> Iterator[None]:
-        if not isinstance(self.compute_metrics, AccuracyAndLoss):
-            yield
-            return
-        by_image = None if whole else correct_and_loss
-        metrics = AccuracyAndLoss(from_logits=whole)  # a new one, as one that an error stopped has counted images
-        with replaced(self, compute_metrics=metrics, preprocess_logits_for_metrics=by_image):
             yield
 
     @contextmanager

@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from ..data.collator import ImageCollator
 from ..encoders.image_size import with_image_size
 from ..errors import ConfigError
-from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.task import Task
 
 
 def processor_of_size(
@@ -22,13 +22,13 @@ def processor_of_size(
     Args:
         image_size: height and width in pixels; None returns the processor as it is.
         processor: the model's processor.
-        model: a `ZeroShotClassifier`, or a dual encoder, plain or wrapped by PEFT.
+        model: a task, or a dual encoder, plain or wrapped by PEFT.
         data_collator: the one that was given; None for the trainer's own.
 
     Raises:
         ConfigError: what `with_image_size` raises, or the data collator has another image processor.
     """
-    sized = with_image_size(processor, image_size, model.model if isinstance(model, ZeroShotClassifier) else model)
+    sized = with_image_size(processor, image_size, model.model if isinstance(model, Task) else model)
     if image_size is None or data_collator is None:
         return sized
     expected = sized.image_processor.to_json_string()

@@ -18,57 +18,56 @@ from ..interpolation.adapters import zero_shot_copy
 from ..interpolation.callback import WiSEFTCallback
 from ..losses.reference import Reference
 from ..ogen import OGENClassifier, OGENConfig
-from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.choose import task_class
+from ..tasks.task import Rows, Task
 from .arguments import RobustTrainingArguments
 from .evaluating import EvaluatingTrainer
-from .task_loss import TaskLoss, class_weights
 
 ClassNames = Sequence[str] | Mapping[str | int, str]
 
 
-def as_classifier(
+def as_task(
     processor: ProcessorMixin,
-    data_names: list[str] | None,
+    rows: Rows | None,
     class_names: ClassNames | None,
     args: RobustTrainingArguments,
     ogen: OGENConfig | None,
     model: nn.Module,
-) -> ZeroShotClassifier:
-    """Builds the classifier around a dual encoder; a `ZeroShotClassifier` stays what it is.
+) -> Task:
+    """Builds the task around a dual encoder; a task stays what it is.
 
     Args:
         processor: the model's.
-        data_names: the training set's own names of the classes.
+        rows: the training set.
         class_names: what the user gave.
-        args: what sets templates and head.
+        args: the training's.
         ogen: settings of OGEN.
-        model: the dual encoder, plain or wrapped by PEFT, or a classifier.
+        model: the dual encoder, plain or wrapped by PEFT, or a task.
 
     Raises:
         ConfigError: there are no class names, or OGEN does not fit the classifier or its head.
         DataError: the class names are not those of the training set.
     """
-    if isinstance(model, ZeroShotClassifier):
-        _check_brings_its_own(model, data_names, ogen=ogen, class_names=class_names)
+    if isinstance(model, Task):
+        _check_brings_its_own(model, rows, {"ogen": ogen, "class_names": class_names, "task": args.task})
         model.processor = processor  # its card shows how images are prepared
         return model
-    space = class_space(data_names, class_names, "class_names")
     if ogen is None:
-        return ZeroShotClassifier(model, processor, space.words, args.templates, args.head, space.data_names)
+        return task_class(args.task, rows).build(model, processor, rows, class_names, args)
+    space = class_space(None if rows is None else rows.class_names, class_names, "class_names")
     if args.head != "live":
         raise ConfigError("OGEN trains the text tower", where="head", got=args.head, allowed="'live'")
     return OGENClassifier(model, processor, space.words, ogen, args.templates, space.data_names)
 
 
-def _check_brings_its_own(classifier: ZeroShotClassifier, data_names: list[str] | None, **settings: Any) -> None:
-    """A classifier that the user has built has its own classes, which the training set's have to be."""
+def _check_brings_its_own(task: Task, rows: Rows | None, settings: dict[str, Any]) -> None:
+    """A task that the user has built has its own settings, to which the training set has to fit."""
     for name, value in settings.items():
         if value is not None:
             remedy = "Pass the dual encoder itself, or leave the setting out."
-            raise ConfigError("a classifier brings its own settings", where=name, got=value, remedy=remedy)
-    space = classifier.class_space
-    if data_names is not None and space.data_names is None and space.relate(data_names).kind != "same":
-        classifier.class_space = class_space(data_names, classifier.class_names, "class_names")
+            raise ConfigError("a task brings its own settings", where=name, got=value, remedy=remedy)
+    if rows is not None:
+        task.take_names(rows)
 
 
 def model_or_first(
@@ -108,16 +107,16 @@ def _made(model_init: Any, args: RobustTrainingArguments, trial: Any = None) -> 
 class ModelInitTrainer(EvaluatingTrainer):
     """`model_init` and `hyperparameter_search` of `RobustTrainer`.
 
-    What `model_init` returns, a dual encoder or a classifier, is built into a classifier at every call, and all that
+    What `model_init` returns, a dual encoder or a task, is built into a task at every call, and all that
     is kept of the pre-trained model is taken from it anew.
     """
 
-    as_classifier: Callable[[nn.Module], ZeroShotClassifier]
+    as_task: Callable[[nn.Module], Task]
     arguments_given: dict[str, Any]  # before a search, by name
     train_images: Any = None  # the training set before it was embedded
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Returns the classifier that `start_anew` has made for a training; `Trainer.train` asks for it.
+        """Returns the task that `start_anew` has made for a training; `Trainer.train` asks for it.
 
         Args:
             trial: of a search.
@@ -140,8 +139,7 @@ class ModelInitTrainer(EvaluatingTrainer):
 
     def make_task_loss(self) -> None:
         """Takes from the training set what the loss needs of it."""
-        weights = class_weights(self.args.class_weights, self.train_dataset, len(self.model.class_names))
-        self.task_loss = TaskLoss(weights, self.args.label_smoothing_factor, self.compute_loss_func)
+        self.task_loss = self.model.training_loss(self.train_dataset, self.args, self.compute_loss_func)
 
     def _train_on_embedded(self, embedded: Any) -> None:
         self.train_images, self.embedded = self.train_dataset, self._rows(embedded, "train_dataset")
@@ -165,11 +163,11 @@ class ModelInitTrainer(EvaluatingTrainer):
         Args:
             trial: of a search.
         """
-        if trial is not None:  # the settings first, as the classifier may be built by some of them
+        if trial is not None:  # the settings first, as the task may be built by some of them
             vars(self.args).update({**self.arguments_given, **self.hp_space(trial)})
             self.args.__post_init__()  # checks them, and what follows from them
             self._hp_search_setup(trial)
-        self.model = self.model_wrapped = self.as_classifier(_made(self.model_init, self.args, trial))
+        self.model = self.model_wrapped = self.as_task(_made(self.model_init, self.args, trial))
         self.callback_handler.model = self.model
         if self.place_model_on_device:
             self._move_model_to_device(self.model, self.args.device)

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from ..data.columns import IMAGE_EMBEDS, no_column
-from ..data.labels import check_labels
-from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.pretrained import ADAPTERS, check_vision_is_pretrained
-from ..errors import ConfigError, DataError
-from ..tasks.class_names import ZeroShotClassifier
+from ..errors import ConfigError
+from ..tasks.task import Rows, Task
 from ..tuners.matching import check_adapter_name
 from ..tuners.saft import saft_unselected
 from .arguments import RobustTrainingArguments
@@ -51,71 +48,50 @@ def check_arguments(args: Any, processing_class: Any) -> None:
         raise ConfigError("one process cannot train on several GPUs", got=args.n_gpu, allowed="1", remedy=remedy)
 
 
-def check_rows(rows: LabelledImages | LabelledStream, classifier: ZeroShotClassifier, labels: bool = True) -> None:
+def check_rows(rows: Rows, task: Task, targets: bool = True) -> None:
     """Refuses a set that cannot be trained or evaluated on; what a foreign dataset holds, the collator checks.
 
     Args:
         rows: what `labelled_images` returned.
-        classifier: the classifier it is for.
-        labels: whether it needs labels.
+        task: the task it is for.
+        targets: whether its rows must say what is right.
 
     Raises:
         DataError: it lacks labels, or has one outside its classes.
         ConfigError: it has embeddings in the place of images, for a vision tower that is trained.
     """
-    if labels and rows.columns is not None and rows.columns.label is None:
+    if targets and rows.columns is not None and rows.columns.label is None:
         raise no_column("label", columns_of(rows), rows.name)
-    if isinstance(rows, LabelledImages) and rows.shown_labels is not None:
-        check_labels(rows.shown_labels, len(rows.class_names or classifier.class_names), rows.name)
-    names = classifier.class_space.data_names
-    if names is not None and isinstance(rows.rows, datasets.IterableDataset) and rows.rows.features is None:
-        what = "a stream without features does not say which classes its labels mean"
-        raise DataError(
-            what, where=rows.name, remedy="Use dataset.map(..., features=...), or from_generator likewise."
-        )
-    if rows.class_names is None and names is not None and all(map(str.isdecimal, names)):
-        if [int(name) for name in names] != list(range(len(names))):
-            what = "labels without names, for classes that are numbers in another order"
-            remedy = "Give the labels their names: dataset.cast_column('label', ClassLabel(names=...)), or text."
-            raise DataError(what, where=rows.name, got=list(names)[:MOST_SHOWN], remedy=remedy)
+    task.check_rows(rows, targets)
     if IMAGE_EMBEDS in columns_of(rows):
-        check_vision_is_pretrained(classifier.model, f"{rows.name} has image embeddings in the place of images")
+        check_vision_is_pretrained(task.model, f"{rows.name} has image embeddings in the place of images")
 
 
-def check_training(classifier: ZeroShotClassifier, rows: LabelledImages | LabelledStream) -> None:
+def check_training(task: Task, rows: Rows) -> None:
     """Refuses a training from which nothing would come, or not what was meant.
 
     Args:
-        classifier: the classifier to train.
+        task: the task to train.
         rows: the training set.
 
     Raises:
         ConfigError: nothing is trained, an adapter is frozen, its name is none of a folder, weights are trained
             beside it, or weights of 16 bits are trained themselves.
-        DataError: there is one class alone.
+        DataError: there is nothing to learn from, one class alone, say.
     """
-    names = rows.class_names
-    if names is not None and classifier.class_space.relate(names).kind != "same":
-        allowed = ", ".join(map(repr, classifier.class_space.data_names or classifier.class_names))
-        what = "the training set has other classes than the classifier, or in another order"
-        raise DataError(what, where=rows.name, got=names, allowed=allowed, remedy="Build a new RobustTrainer for it.")
-    labels = rows.shown_labels if isinstance(rows, LabelledImages) else None
-    found = len(classifier.class_names) if labels is None else len(np.unique(labels))
-    if found < 2:
-        what = "there is nothing to tell apart: all images are of one class"
-        raise DataError(what, where=rows.name, got=found, allowed="2 classes or more")
-    for name in classifier.model.peft_config if isinstance(classifier.model, PeftModel) else ():
+    task.check_training(rows)
+    for name in task.model.peft_config if isinstance(task.model, PeftModel) else ():
         check_adapter_name(name)  # of a stock method; those of this package have looked
-    if saft_unselected(classifier.model):  # a checkpoint to resume from brings the entries
+    if saft_unselected(task.model):  # a checkpoint to resume from brings the entries
         return
-    trained = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not trained:
-        _check_adapter(classifier.model, {})
+        _check_adapter(task.model, {})
         remedy = "Call model.requires_grad_(True), or add an adapter."
-        raise ConfigError("no weight of the model is trained", where=f"head={classifier.head!r}", remedy=remedy)
-    _check_adapter(classifier.model, trained)
-    if isinstance(classifier.model, PeftModel):
-        _check_beside(classifier.model)
+        raise ConfigError("no weight of the model is trained", where=f"task={task.name!r}", remedy=remedy)
+    _check_adapter(task.model, trained)
+    if isinstance(task.model, PeftModel):
+        _check_beside(task.model)
     small = [name for name, parameter in trained.items() if parameter.dtype in SIXTEEN_BITS]
     if small:
         what = f"weights of 16 bits are trained, which lose most updates: {', '.join(small[:MOST_SHOWN])}"
@@ -149,12 +125,33 @@ def _check_beside(encoder: PeftModel) -> None:
         raise ConfigError(what, remedy="Freeze them, or name their modules in the adapter's modules_to_save.")
 
 
-def check_best_metric(args: RobustTrainingArguments, eval_dataset: Any, own_metrics: bool) -> None:
+def check_metrics(
+    compute_metrics: Callable[..., dict[str, float]] | None, preprocess: Callable[..., Tensor] | None
+) -> None:
+    """Refuses to change the logits that the task's own metrics need.
+
+    Args:
+        compute_metrics: what the user gave.
+        preprocess: what the user gave as `preprocess_logits_for_metrics`.
+
+    Raises:
+        ConfigError: there is a function for the logits, and none for the metrics.
+    """
+    if preprocess is not None and compute_metrics is None:
+        remedy = "Pass compute_metrics, which gets what it returns."
+        what = "accuracy and loss are computed from logits"
+        raise ConfigError(what, where="preprocess_logits_for_metrics", remedy=remedy)
+
+
+def check_best_metric(
+    args: RobustTrainingArguments, eval_dataset: Any, metrics: Sequence[str], own_metrics: bool
+) -> None:
     """Refuses a metric for the best checkpoint, or for a schedule, that no evaluation will give.
 
     Args:
         args: the training arguments.
         eval_dataset: the evaluation set, or several by name.
+        metrics: names of what an evaluation gives.
         own_metrics: whether `compute_metrics` is the user's, whose names are not known.
 
     Raises:
@@ -164,13 +161,13 @@ def check_best_metric(args: RobustTrainingArguments, eval_dataset: Any, own_metr
         return
     metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     prefixes = [f"eval_{name}_" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else ["eval_"]
-    known = [prefix + name for prefix in prefixes for name in ("accuracy", "loss")]
+    known = [prefix + name for prefix in prefixes for name in metrics]
     if metric not in known and not (own_metrics and metric.startswith(tuple(prefixes))):
         allowed, got = ", ".join(known), args.metric_for_best_model
         raise ConfigError("no evaluation gives the metric", where="metric_for_best_model", got=got, allowed=allowed)
 
 
-def columns_of(rows: LabelledImages | LabelledStream) -> list[str]:
+def columns_of(rows: Rows) -> list[str]:
     """Returns the names of a set's columns; none where they show only when a row is read.
 
     Args:

@@ -31,7 +31,7 @@ class RepeatableTrainer(EvaluationLoopTrainer):
     every one.
     """
 
-    data_collator: Any
+    data_collator: Any  # of images; the task adds the rest
 
     _draws: Draws | None = None
 
@@ -78,9 +78,10 @@ class RepeatableTrainer(EvaluationLoopTrainer):
             collator: an `ImageCollator`, or any other.
             draws: what to draw from.
         """
+        whole = self.model.collator(collator)
         if _shows_the_same(rows, collator):
-            return rows, collator
-        return replace(rows, draws=draws), DrawingCollator(collator)
+            return rows, whole
+        return replace(rows, draws=draws), DrawingCollator(whole)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.epoch = kwargs["epoch"]

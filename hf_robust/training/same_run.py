@@ -37,7 +37,7 @@ WITHOUT_EFFECT = re.compile(
     "use_cpu|resume_from_checkpoint|allow_changed|ignore_data_skip|restore_callback_.*|skip_memory_metrics|"
     "torch_empty_cache_steps|selection_batch_size|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|(bf16|fp16)_full_eval|"
-    "templates|head|deepspeed|debug"  # the classifier has the first two
+    "task|templates|head|deepspeed|debug"  # the task has the first three
 )
 CHANGING = ExportableState | WiSEFTCallback  # callbacks that have a say in the result
 CHOOSING = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
@@ -50,7 +50,6 @@ KEPT_BY_THE_OPTIMIZER = (
     "optim",
     "optimizer",
 )
-OF_THE_CLASSIFIER = ("class_names", "templates", "head")
 OF_A_MODEL_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype")
 OF_FILES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "saved")
 MOST_SHOWN = 4  # differences in a message
@@ -72,7 +71,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         >>> describe_run(trainer)["learning_rate"]
         0.001
     """
-    args, classifier, callbacks = trainer.args, trainer.model, trainer.callback_handler.callbacks
+    args, task, callbacks = trainer.args, trainer.model, trainer.callback_handler.callbacks
     chooses = args.metric_for_best_model is not None  # a model, a learning rate or when to stop, by evaluations
     settings = json.loads(args.to_json_string())
     found = {name: value for name, value in settings.items() if not WITHOUT_EFFECT.fullmatch(name)}
@@ -82,19 +81,19 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     rows = labelled_images(trainer.images_to_train_on, "train_dataset")
     if isinstance(rows, LabelledStream):  # workers share it by its parts
         found["dataloader_num_workers"] = args.dataloader_num_workers
-    found |= {name: getattr(classifier, name) for name in OF_THE_CLASSIFIER}
+    found |= {"task": task.name, **task.settings()}
     found |= {
         "ranks": args.world_size,
         "device": args.device.type,
-        "ogen": asdict(classifier.ogen) if isinstance(classifier, OGENClassifier) else None,
-        "model": _settings(base_model(classifier.model).config.to_dict()),
-        "attention": base_model(classifier.model).config._attn_implementation,
-        "adapters": _adapters(classifier.model),
-        "parameters": _parameters(classifier),
+        "ogen": asdict(task.ogen) if isinstance(task, OGENClassifier) else None,
+        "model": _settings(base_model(task.model).config.to_dict()),
+        "attention": base_model(task.model).config._attn_implementation,
+        "adapters": _adapters(task.model),
+        "parameters": _parameters(task),
         "pretrained_weights": bit_digest(_pretrained(trainer)),
         "data": rows_digest(rows),
         "data_transform": _text(rows.columns and rows.columns.transform),
-        "prompts": bit_digest([("tokens", classifier.prompt_input_ids)]),
+        "prompts": bit_digest(task.tokens().items()),
         "trainer": type(trainer).__name__,
         "mixed_precision": trainer.accelerator.mixed_precision,
         "compute_loss_func": _text(trainer.compute_loss_func),
@@ -229,9 +228,9 @@ def _adapters(encoder: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _parameters(classifier: nn.Module) -> dict[str, list[Any]]:
+def _parameters(task: nn.Module) -> dict[str, list[Any]]:
     """Shape, format and whether it is trained; SAFT's values are not there before it selects."""
-    named = ((name, p) for name, p in classifier.named_parameters() if "saft_" not in name)
+    named = ((name, p) for name, p in task.named_parameters() if "saft_" not in name)
     return {name: [list(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad] for name, p in named}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer of a `ZeroShotClassifier` saves, resumes from, and pushes to the Hub."""
+"""What a trainer of a task saves, resumes from, and pushes to the Hub."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ TRAINING_ARGS = "training_args.json"
 
 
 class SavingTrainer(ShardingTrainer):
-    """`Trainer` with the checkpoints, cards and pushes of a `ZeroShotClassifier`; the base of `RobustTrainer`.
+    """`Trainer` with the checkpoints, cards and pushes of a task; the base of `RobustTrainer`.
 
-    A checkpoint is the adapter's folder (without adapter, the whole model's) with the class names, the classifier's
-    own weights and a card beside it, and what is needed to go on training. The processor lies beside a whole model,
+    A checkpoint is the adapter's folder (without adapter, the whole model's) with the class names, the task's own
+    tensors and a card beside it, and what is needed to go on training. The processor lies beside a whole model,
     and in the subfolder `processor` of an adapter's folder, see `processor_folder`.
     """
 
-    model: Any  # a ZeroShotClassifier; mypy would take every attribute of a module for a tensor
+    model: Any  # a Task; mypy would take every attribute of a module for a tensor
     args: RobustTrainingArguments
     processing_class: Any
     train_dataset: Any

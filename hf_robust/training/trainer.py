@@ -6,12 +6,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import Sampler, Subset
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -24,15 +25,15 @@ from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
 from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
 from ..ogen.training import OGENTraining
+from ..tasks.task import Progress
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.edits import show_values
 from ..tuners.saft.selection import scores_single_images
-from .accuracy import AccuracyAndLoss, check_metrics
 from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
-from .model_init import ClassNames, ModelInitTrainer, as_classifier, model_or_first
-from .preflight import check_arguments, check_best_metric, check_training, columns_of
+from .model_init import ClassNames, ModelInitTrainer, as_task, model_or_first
+from .preflight import check_arguments, check_best_metric, check_metrics, check_training, columns_of
 from .ranks import raise_on_all
 from .replaced import replaced
 from .stopping import StopAtSignal
@@ -131,18 +132,17 @@ class RobustTrainer(ModelInitTrainer):
         train_rows = None if train_dataset is None else labelled_images(train_dataset, "train_dataset", order=order)
         if train_rows is not None and train_rows.columns is not None and train_rows.columns.label is None:
             raise no_column("label", columns_of(train_rows), train_rows.name)
-        names = None if train_rows is None else train_rows.class_names
-        self.as_classifier = partial(as_classifier, processing_class, names, class_names, args, ogen)
+        self.as_task = partial(as_task, processing_class, train_rows, class_names, args, ogen)
         with replaced(args, label_smoothing_factor=0.0):  # `Trainer` would look for the config of a language model
             super().__init__(
-                model=self.as_classifier(encoder),
+                model=self.as_task(encoder),
                 args=args,
                 data_collator=_collator(data_collator, processing_class),
                 train_dataset=train_rows,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 compute_loss_func=compute_loss_func,
-                compute_metrics=compute_metrics or AccuracyAndLoss(),
+                compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -152,14 +152,15 @@ class RobustTrainer(ModelInitTrainer):
         check_accelerator(self.accelerator, args)
         check_sharding(self.accelerator, self.model, optimizers)
         check_optimizer(self.optimizer, self.model)
-        self.label_names = ["labels"]  # found by signature, which a subclass of the classifier may have changed
+        self.own_metrics = compute_metrics is not None
+        self.label_names = list(self.model.label_names)
         self.can_return_loss = True
         self.loss_log = LossLog()
         self.optimizers_given = [type(one).__name__ for one in optimizers if one is not None]
         self.stop = StopAtSignal()
         self.add_callback(self.stop)
         self._take_datasets()
-        check_best_metric(args, self.eval_dataset, own_metrics=compute_metrics is not None)
+        check_best_metric(args, self.eval_dataset, self.model.metrics, self.own_metrics)
         self.keep_start()
 
     def _take_datasets(self) -> None:
@@ -213,12 +214,15 @@ class RobustTrainer(ModelInitTrainer):
             self._embed_training_set()
             self.ogen = OGENTraining(self.model)
             self.model.set_prototypes(self._compute_prototypes())
-        if checkpoint is None and saft_unselected(self.model):
-            self.select_entries()
+        self.model.progress = Progress(seed=self.args.seed)
+        if checkpoint is None:
+            self.model.prepare(self._training_set_in_order, self.accelerator)
+            if saft_unselected(self.model):
+                self.select_entries()
         check_training(self.model, self.train_dataset)
         starts = self.args.eval_on_start and checkpoint is None
         try:
-            with replaced(self.args, eval_on_start=starts):  # the run that is resumed has had it
+            with self._whole_batches(), replaced(self.args, eval_on_start=starts):  # a resumed run has had it
                 return super().train(checkpoint, trial, ignore_keys_for_eval)
         except NonFiniteError:  # on all ranks at once, which gathering needs
             self.gather_shards()
@@ -227,6 +231,18 @@ class RobustTrainer(ModelInitTrainer):
             self.is_in_train = False  # it would stay so after an error
             self.drop_shards()
             show_values(self.model)
+
+    @contextmanager
+    def _whole_batches(self) -> Iterator[None]:
+        """Where the loss is over a whole batch, that of an optimizer step is one; its task computes it in chunks."""
+        steps = self.args.gradient_accumulation_steps if self.model.whole_batch else 1
+        rest = self.args.gradient_accumulation_steps // steps
+        with replaced(self.args, gradient_accumulation_steps=rest):
+            with replaced(self, _train_batch_size=steps * self._train_batch_size):
+                yield
+
+    def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:
+        yield from self._own_share(self.train_dataset, self.args.eval_batch_size, "Looking at the training set")
 
     def _unprepare(self) -> None:
         """Takes back what `evaluate` did to the model.
@@ -242,7 +258,8 @@ class RobustTrainer(ModelInitTrainer):
         self._unprepare()
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            return self.task_loss(model(**batch), batch["labels"], images=n_images(batch))
+            images = n_images(batch)
+            return self.task_loss(model(**batch), batch.get(self.model.label_names[0]), images, images)
 
         select_saft(self.model, self._selection_batches(), loss)
         if self.is_world_process_zero():
@@ -309,6 +326,9 @@ class RobustTrainer(ModelInitTrainer):
             return_outputs: also return the classifier's output.
             num_items_in_batch: images of all micro-batches of this optimizer step on this rank; unused in evaluation.
         """
+        if self.model.training:
+            at = self.state.global_step, self.state.max_steps, int(self.state.epoch), self.state.num_train_epochs
+            self.model.progress = Progress(*at, self.args.seed)
         if self.ogen is not None and self.model.training:
             with self.accelerator.autocast():
                 self.ogen.start_epoch(int(self.state.epoch), self.state.num_train_epochs)
@@ -319,7 +339,8 @@ class RobustTrainer(ModelInitTrainer):
         else:
             ranks = self.accelerator.num_processes  # which have equally many images
             images = n_images(inputs) if num_items_in_batch is None else num_items_in_batch * ranks
-            outputs.loss = self.task_loss(outputs, inputs["labels"], images)
+            targets = inputs.get(self.model.label_names[0])
+            outputs.loss = self.task_loss(outputs, targets, images, n_images(inputs))
         terms = self.loss_terms(outputs, inputs)
         loss = torch.stack(list(terms.values())).sum()
         if num_items_in_batch is not None:
@@ -342,6 +363,14 @@ class RobustTrainer(ModelInitTrainer):
             with self.accelerator.autocast():
                 terms |= self.reference.terms(outputs, inputs, self.state.global_step / self.state.max_steps)
         return terms
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Returns the names of the parameters that get weight decay, as in `Trainer`, less those the task excepts."""
+        return [n for n in super().get_decay_parameter_names(model) if n not in self.model.without_decay()]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        own = self.model.sampler(self.train_dataset, self._train_batch_size, self.data_seed)
+        return super()._get_train_sampler(train_dataset) if own is None else own
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None

@@ -85,7 +85,7 @@ def test_saved_folder_is_read_by_stock_libraries(tmp_path, method):
         assert torch.equal(classifier(**batch).logits, trained.model.eval()(**batch).logits)
     written = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert not any(name.endswith((".bin", ".pt", ".pkl")) or b"secret" in content for name, content in written.items())
-    expected = {"class_names": NAMES, "templates": ["a photo of a {}."], "head": "live"}
+    expected = {"task": "class_names", "class_names": NAMES, "templates": ["a photo of a {}."], "head": "live"}
     assert json.loads(written["classifier.json"]) == expected
 
 
@@ -119,7 +119,7 @@ def seal_again(checkpoint):
 def test_checkpoint_for_other_classes_or_head_is_refused(tmp_path):
     checkpoint, settings = (
         saved(tmp_path),
-        {"max_steps": 1, "allow_changed": ["class_names", "prompts", "head", "parameters"]},
+        {"max_steps": 1, "allow_changed": ["class_names", "data_names", "prompts", "head", "parameters"]},
     )
     with pytest.raises(AdapterFileError, match="other classes"):
         build(tmp_path, "lora", class_names=["a", "b", "c"], **settings).train(checkpoint)

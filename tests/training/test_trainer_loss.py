@@ -13,8 +13,8 @@ from transformers import HfArgumentParser
 from hf_robust.data.collator import ImageCollator
 from hf_robust.errors import ConfigError
 from hf_robust.ogen import OGENConfig
+from hf_robust.tasks.task_loss import class_weights
 from hf_robust.training.arguments import RobustTrainingArguments
-from hf_robust.training.task_loss import class_weights
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 from tests.trainers import NAMES, OTHER_NAMES, build, entries, same, weights
 
