@@ -23,7 +23,7 @@ from .layers import HiddenStates, check_layers, showing
 from .term import Term, check_known
 
 NEEDS = ("image_embeds", "class_embeds", "text_embeds", "weights")
-OTHER = {"vision": "text", "text": "vision"}
+OTHER: dict[str, Literal["vision", "text"]] = {"vision": "text", "text": "vision"}
 Texts = Sequence[str] | Mapping[str, Tensor]
 
 
@@ -294,7 +294,7 @@ def add_terms(task: Task, terms: Mapping[str, Term], cached: bool = False, weigh
     for term in own.values():
         term.attach(task)
     task.terms = nn.ModuleDict(own).to(base_model(task.model).device)
-    task.reference = Reference.of(task, own, cached, weights) if own else None
+    task.reference = Reference.of(task, own, cached, weights)
 
 
 # --- what is refused ---

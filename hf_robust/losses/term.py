@@ -32,7 +32,7 @@ class Term(nn.Module):
     queue, a generator) is saved too, where `get_extra_state` returns it as tensors by name. Numbers are drawn from
     `reference.task.progress.generator(...)`, which draws the same on every rank and in a resumed run.
 
-    The arguments of a subclass are attributes of the same names, as in scikit-learn: a checkpoint and a card tell them.
+    The arguments of a subclass are attributes of the same names, as in scikit-learn: checkpoints tell them.
 
     Args:
         weight: λ at the start of training, a finite number from 0.
@@ -54,10 +54,9 @@ class Term(nn.Module):
     needs: tuple[str, ...] = ()  # of θ₀: "image_embeds", "class_embeds", "text_embeds", "weights"
     layers: tuple[str, ...] = ()  # modules of the vision tower whose hidden states it compares, by their names
     frozen_vision: ClassVar[bool] = False  # whether the vision tower must stay as it is; images are then embedded once
+    whole_weights: ClassVar[bool] = False  # whether it reads or writes weights of the model, which FSDP shards
 
-    def __init__(
-        self, weight: float = 1.0, schedule: Literal["constant", "linear", "cosine"] = "constant"
-    ) -> None:
+    def __init__(self, weight: float = 1.0, schedule: Literal["constant", "linear", "cosine"] = "constant") -> None:
         super().__init__()
         check_number("weight", weight, "a finite number from 0")
         check_known("schedule", schedule, tuple(SCHEDULES))
@@ -77,8 +76,24 @@ class Term(nn.Module):
         return cls(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """Returns the arguments it was made with, by name."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        """Returns the arguments it was made with, by name.
+
+        Raises:
+            ConfigError: an argument is no attribute of the same name.
+        """
+        found = {}
+        for name in _arguments(inspect.signature(type(self))):
+            if name not in vars(self):
+                remedy = f"Set self.{name} in __init__, after super().__init__(...)."
+                raise ConfigError(
+                    "a loss does not keep its argument", where=type(self).__name__, got=name, remedy=remedy
+                )
+            found[name] = vars(self)[name]
+        return found
+
+    def told(self) -> dict[str, Any]:
+        """Returns what it knows beside the training data, of what JSON can hold: a saved model states it."""
+        return {}
 
     # --- before the first step ---
 
@@ -187,15 +202,21 @@ def check_names(settings: Mapping[str, Any], signature: inspect.Signature, name:
     Raises:
         ConfigError: a name is unknown, or one is missing.
     """
-    known = list(signature.parameters)
+    known = _arguments(signature)
     for given in settings:
         if given not in known:
-            remedy = close_matches(str(given), known)
+            remedy = close_matches(str(given), list(known))
             raise ConfigError("unknown setting of a loss", where=f"losses, {name}", got=given, remedy=remedy)
-    required = [n for n, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty]
-    missing = [one for one in required if one not in settings]
+    missing = [one for one, parameter in known.items() if parameter.default is parameter.empty and one not in settings]
     if missing:
         raise ConfigError("a loss lacks settings", where=f"losses, {name}", got=sorted(settings), allowed=str(missing))
+
+
+def _arguments(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
+    """The arguments by name; those that `**kwargs` hands on are the ones of `Term`."""
+    found = {n: p for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    passed_on = len(found) < len(signature.parameters)
+    return {**found, **(dict(inspect.signature(Term).parameters) if passed_on else {})}
 
 
 def check_known(argument: str, got: Any, allowed: tuple[str, ...]) -> None:

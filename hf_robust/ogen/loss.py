@@ -59,11 +59,13 @@ class OGENLoss(Term):
     Example:
         >>> model, template = context_prompt(clip, processor)
         >>> ogen = OGENLoss(OGENConfig(new_class_names=["lynx", "otter", "heron"]))
-        >>> trainer = RobustTrainer(model, RobustTrainingArguments("runs/ogen", templates=template), losses=[ogen], ...)
+        >>> args = RobustTrainingArguments("runs/ogen", templates=template)
+        >>> trainer = RobustTrainer(model, args, losses=[ogen], ...)
     """
 
     name = "ogen"
     frozen_vision = True
+    whole_weights = True  # it averages those of epochs
     generator: FeatureGenerator
     new_input_ids: Tensor
     new_attention_mask: Tensor | None
@@ -74,7 +76,9 @@ class OGENLoss(Term):
         self.noise = torch.Generator().manual_seed(config.seed)  # on the CPU: the same numbers on every device
         self.prototypes: Prototypes | None = None
         self.base_neighbours: Tensor | None = None  # (known classes, neighbours)
-        self._forget()
+        self.teacher: Teacher | None = None
+        self.epochs_kept = 0
+        self.history = self._empty_history()
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> OGENLoss:
@@ -92,6 +96,10 @@ class OGENLoss(Term):
     def settings(self) -> dict[str, Any]:
         """Returns the settings of its config, by name."""
         return {**asdict(self.config), "new_class_names": list(self.config.new_class_names)}
+
+    def told(self) -> dict[str, Any]:
+        """Returns the names of the new classes, which other methods do not get."""
+        return {"new_class_names": list(self.config.new_class_names)}
 
     def attach(self, task: Task) -> None:
         """Makes a generator for the width of the task's embeddings, and tokens of the new classes.
@@ -127,7 +135,7 @@ class OGENLoss(Term):
             DataError: a class has no image.
         """
         classifier: Any = task  # as `attach` made sure
-        self._forget()
+        self.history, self.epochs_kept, self.teacher = self._empty_history(), 0, None
         features = ((pretrained_image_embeds(task.model, batch), batch["labels"]) for batch in batches())
         self.prototypes = class_prototypes(features, classifier.class_names)
         self.base_neighbours = nearest_base_classes(self.prototypes.mean, self.config.neighbours)
@@ -267,12 +275,9 @@ class OGENLoss(Term):
         self.noise.set_state(state["noise"].cpu())
         self.epochs_kept = int(state["epochs_kept"])
 
-    def _forget(self) -> None:
+    def _empty_history(self) -> LocalMeanTeacher:
         config = self.config
-        windows = config.largest_window, config.smallest_window
-        self.history = LocalMeanTeacher(*windows, config.average, config.decay)
-        self.epochs_kept = 0
-        self.teacher: Teacher | None = None
+        return LocalMeanTeacher(config.largest_window, config.smallest_window, config.average, config.decay)
 
 
 def _trained_tensors(task: Task) -> dict[str, Tensor]:

@@ -102,8 +102,8 @@ class Task(nn.Module):
     def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
         super().__init__()
         self.model, self.processor = model, processor
-        self.terms = nn.ModuleDict()  # of the loss, by name
-        self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.reference`
+        self.terms: Any = nn.ModuleDict()  # what is added to the loss, see `hf_robust.losses.Term`, by name
+        self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.add_terms`
         self.progress = Progress()
 
     # --- what is particular to a task ---
@@ -262,8 +262,7 @@ class Task(nn.Module):
             return output
         reference = self.reference.of_batch(self, output, inputs)
         found: dict[str, Tensor] = {}
-        for name, module in self.terms.items():
-            term: Any = module
+        for name, term in self.terms.items():
             found |= term.weighted(name, output, reference, self.progress)
         output.terms = found
         return output

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_robust.encoders.dual_encoder import image_embeds, text_embeds, tokenize, tower_modules
-from hf_robust.errors import ConfigError
 from hf_robust.encoders.pretrained import pretrained_weights
+from hf_robust.errors import ConfigError
 from hf_robust.losses.reference import pretrained_class_embeds, pretrained_image_embeds, pretrained_tower
 from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.methods import Method, batch, logits, prepared, train

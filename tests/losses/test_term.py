@@ -165,7 +165,9 @@ def test_what_several_terms_ask_of_theta0_is_computed_once():
     assert calls["vision"] == 1
 
 
-@pytest.mark.parametrize(("cls", "kept"), [(Drift, (True, False)), (Lipsum, (True, True)), (StartingPoint, (False,) * 2)])
+@pytest.mark.parametrize(
+    ("cls", "kept"), [(Drift, (True, False)), (Lipsum, (True, True)), (StartingPoint, (False,) * 2)]
+)
 def test_only_what_is_needed_is_kept(cls, kept):
     task = task_with(cls())
     assert (task.reference.vision is not None, task.reference.text is not None) == kept
