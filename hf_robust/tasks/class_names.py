@@ -185,7 +185,7 @@ class ZeroShotClassifier(Task):
             "image_embeds": image_embeds,
             "reference_embeds": reference_embeds,
         }
-        return self.with_terms(self._with_terms(output, labels), {n: t for n, t in inputs.items() if t is not None})
+        return self.with_terms(output, {n: t for n, t in inputs.items() if t is not None})
 
     # --- what a trainer asks ---
 
@@ -302,10 +302,6 @@ class ZeroShotClassifier(Task):
     def trained_head(self) -> tuple[Tensor, Tensor]:
         """Returns weight `(classes, dim)` and bias `(classes,)` of `head="trainable"`, in float32 or better."""
         return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
-
-    def _with_terms(self, output: ZeroShotClassifierOutput, labels: Tensor | None) -> ZeroShotClassifierOutput:
-        """What a classifier with terms of a loss of its own adds to the output (`OGENClassifier`)."""
-        return output
 
     def _build_head(self) -> None:
         with torch.no_grad(), evaluating(self.model):

@@ -104,8 +104,8 @@ class Task(nn.Module):
     def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
         super().__init__()
         self.model, self.processor = model, processor
-        self.terms = nn.ModuleDict()  # of the loss, by name
-        self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.reference`
+        self.terms: Any = nn.ModuleDict()  # what is added to the loss, see `hf_robust.losses.Term`, by name
+        self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.add_terms`
         self.progress = Progress()
         self.rows_at_once: int | None = None  # in training, where `whole_batch` makes one of several micro-batches
 
@@ -268,8 +268,7 @@ class Task(nn.Module):
             return output
         reference = self.reference.of_batch(self, output, inputs)
         found: dict[str, Tensor] = {}
-        for name, module in self.terms.items():
-            term: Any = module
+        for name, term in self.terms.items():
             found |= term.weighted(name, output, reference, self.progress)
         output.terms = found
         return output
