@@ -97,7 +97,8 @@ class FLYP(ZeroShotClassifier):
             reference_embeds: likewise.
 
         Returns:
-            Embeddings and the loss, without logits; or what `ZeroShotClassifier` returns.
+            Embeddings of images and of their prompts, and the loss, without logits; or what `ZeroShotClassifier`
+            returns.
 
         Raises:
             ConfigError: as `ZeroShotClassifier`.
@@ -111,8 +112,12 @@ class FLYP(ZeroShotClassifier):
         size = chunk_size(self, self.contrastive_chunk_size)
         embeds = in_chunks(partial(embed_images, self.model), images, size) if image_embeds is None else image_embeds
         heads.check_batch_labels(labels, len(self.class_names))
-        loss = self._contrastive(embeds, labels, size)
-        output = ZeroShotClassifierOutput(loss=loss, image_embeds=embeds)
+        rows = labels.cpu() * len(self.templates) + self._drawn(labels)  # (batch,), of `prompts`
+        of_prompts = self._embed(rows, size)  # (batch, dim)
+        own = torch.arange(len(labels), device=labels.device)
+        pairs = gather_pairs(embeds, of_prompts, own, labels[:, None], over_ranks=self.training)
+        loss = softmax_loss(pairs, logit_scale(self.model), self.positives)
+        output = ZeroShotClassifierOutput(loss=loss, image_embeds=embeds, class_embeds=of_prompts, prompt_rows=rows)
         inputs = {
             "pixel_values": pixel_values,
             "labels": labels,
@@ -132,18 +137,14 @@ class FLYP(ZeroShotClassifier):
         own = {"positives": self.positives, "contrastive_chunk_size": self.contrastive_chunk_size}
         return {**super().settings(), **own}
 
-    def _contrastive(self, embeds: Tensor, labels: Tensor, size: int | None) -> Tensor:
-        prompts = labels * len(self.templates) + self._drawn(labels)  # (batch,)
+    def _embed(self, rows: Tensor, size: int | None) -> Tensor:
         mask = self.prompts.attention_mask
-        tokens = self.prompts.input_ids[prompts], None if mask is None else mask[prompts]
-        of_texts = in_chunks(partial(text_embeds, self.model), tokens, size)  # (batch, dim)
-        own = torch.arange(len(labels), device=labels.device)
-        pairs = gather_pairs(embeds, of_texts, own, labels[:, None], over_ranks=self.training)
-        return softmax_loss(pairs, logit_scale(self.model), self.positives)
+        tokens = self.prompts.input_ids[rows], None if mask is None else mask[rows]
+        return in_chunks(partial(text_embeds, self.model), tokens, size)  # (batch, dim)
 
     def _drawn(self, labels: Tensor) -> Tensor:
-        """A template for each image, by its place in the batch of all ranks, `(batch,)`."""
+        """A template for each image, by its place in the batch of all ranks, `(batch,)`, on the CPU."""
         counts, own = (row_counts(labels), rank()) if self.training and n_ranks() > 1 else ([len(labels)], 0)
         generator = self.progress.generator("templates")
         drawn = torch.randint(len(self.templates), (sum(counts),), generator=generator)
-        return drawn.split(counts)[own].to(labels.device)
+        return drawn.split(counts)[own]
