@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 
 from ..data.class_spaces import ClassSpace, class_space
 from ..data.collator import ImageCollator
+from ..data.columns import Target
 from ..encoders.class_embeds import class_embeddings, evaluating
 from ..encoders.dual_encoder import at_least_float32, logit_bias, logit_scale
 from ..encoders.dual_encoder import image_embeds as embed_images
@@ -23,6 +24,7 @@ from ..errors import ConfigError
 from . import heads
 from .accuracy import AccuracyAndLoss
 from .gather import n_ranks
+from .measure import Measure
 from .prompts import Prompts
 from .sampled_classes import SampledClasses, check_sampled_loss
 from .task import Rows, Task, TaskOutput, task_settings
@@ -100,8 +102,8 @@ class ZeroShotClassifier(Task):
     """
 
     name = "class_names"
-    target = "label"
-    metrics = ("accuracy", "loss")
+    target: ClassVar[Target] = "label"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     output_type = ZeroShotClassifierOutput
     class_embeds: Tensor  # of "frozen"
     class_head: nn.Linear  # of "trainable"
@@ -183,7 +185,7 @@ class ZeroShotClassifier(Task):
             "image_embeds": image_embeds,
             "reference_embeds": reference_embeds,
         }
-        return self.with_terms(self._with_terms(output, labels), {n: t for n, t in inputs.items() if t is not None})
+        return self.with_terms(output, {n: t for n, t in inputs.items() if t is not None})
 
     # --- what a trainer asks ---
 
@@ -224,7 +226,7 @@ class ZeroShotClassifier(Task):
         """Whether the classes of a set are among its own."""
         return rows.class_names is None or self.class_space.relate(rows.class_names).kind != "foreign"
 
-    def measure(self, rows: Rows, whole: bool) -> AccuracyAndLoss:
+    def measure(self, rows: Rows, whole: bool) -> Measure:
         """Returns what computes accuracy and cross-entropy."""
         return AccuracyAndLoss(from_logits=whole)
 
@@ -300,10 +302,6 @@ class ZeroShotClassifier(Task):
     def trained_head(self) -> tuple[Tensor, Tensor]:
         """Returns weight `(classes, dim)` and bias `(classes,)` of `head="trainable"`, in float32 or better."""
         return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
-
-    def _with_terms(self, output: ZeroShotClassifierOutput, labels: Tensor | None) -> ZeroShotClassifierOutput:
-        """What a classifier with terms of a loss of its own adds to the output (`OGENClassifier`)."""
-        return output
 
     def _build_head(self) -> None:
         with torch.no_grad(), evaluating(self.model):

@@ -40,31 +40,38 @@ class PairBatch:
     ranks: int = 1
 
 
-def gather_pairs(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, text_ids: Tensor) -> PairBatch:
+def gather_pairs(
+    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, text_keys: Tensor, over_ranks: bool = True
+) -> PairBatch:
     """Brings the pairs of all ranks together, with gradient.
 
     Args:
         image_embeds: `(images, dim)`, this rank's.
         text_embeds: `(texts, dim)`, likewise.
         image_of_text: `(texts,)`, the index of each text's image among this rank's.
-        text_ids: `(texts,)`, equal for texts that say the same, on all ranks.
+        text_keys: `(texts, tokens)`, integers: texts with equal rows say the same. As many tokens on all ranks.
+        over_ranks: whether those of other ranks count; then all ranks must take part.
 
     Example:
-        >>> pairs = gather_pairs(images, texts, torch.arange(8), torch.arange(8))
+        >>> pairs = gather_pairs(images, texts, torch.arange(8), token_ids)
         >>> softmax_loss(pairs, logit_scale(clip))
         tensor(0.3125, grad_fn=<DivBackward0>)
     """
-    images, texts = row_counts(image_embeds), row_counts(text_embeds)
-    own = rank()
-    first_image, first_text = sum(images[:own]), sum(texts[:own])
+    ranks, own = (n_ranks(), rank()) if over_ranks else (1, 0)
+    of_images, of_texts = [row_counts(e) if ranks > 1 else [len(e)] for e in (image_embeds, text_embeds)]
+    first_image, first_text = sum(of_images[:own]), sum(of_texts[:own])
+    image_of_text = image_of_text + first_image
+    if ranks > 1:
+        image_embeds, text_embeds = gather_rows(image_embeds, of_images), gather_rows(text_embeds, of_texts)
+        image_of_text, text_keys = gather_rows(image_of_text, of_texts), gather_rows(text_keys, of_texts)
     return PairBatch(
-        gather_rows(image_embeds, images),
-        gather_rows(text_embeds, texts),
-        gather_rows(image_of_text + first_image, texts),
-        gather_rows(text_ids, texts),
-        slice(first_image, first_image + images[own]),
-        slice(first_text, first_text + texts[own]),
-        n_ranks(),
+        image_embeds,
+        text_embeds,
+        image_of_text,
+        text_keys.unique(dim=0, return_inverse=True)[1],
+        slice(first_image, first_image + of_images[own]),
+        slice(first_text, first_text + of_texts[own]),
+        ranks,
     )
 
 
@@ -77,15 +84,15 @@ def softmax_loss(
 ) -> Tensor:
     """Returns the symmetric cross-entropy over a batch: CLIP's, with several positives MPM-NCE's.
 
-    For an image with the texts P among m, and logits l_j = scale * (V·T_j + margin * [j not in P]), it is -Σ_j y_j
-    log softmax_j(l) with y = (1 - ε) / |P| on P and ε / (m - |P|) elsewhere; for a text among images the same. The mean
-    over images and the mean over texts are halved. With one text an image, no margin and ε = 0 that is the InfoNCE of
-    Learning Transferable Visual Models From Natural Language Supervision (https://huggingface.co/papers/2103.00020),
+    For an image with the texts P among m, and logits l_j = scale * (V·T_j + margin * [j not in P]), it is
+    -Σ_j y_j log softmax_j(l) with y = (1 - ε) / |P| on P and ε / (m - |P|) elsewhere; for a text among images the
+    same. The mean over images and the mean over texts are halved. With one text an image, no margin and ε = 0 that is
+    the InfoNCE of Learning Transferable Visual Models From Natural Language Supervision (https://huggingface.co/papers/2103.00020),
     otherwise MPM-NCE of Efficient and Versatile Robust Fine-Tuning of Zero-shot Models
     (https://huggingface.co/papers/2408.05749).
 
-    On several ranks each computes the rows of its own images and texts against all columns, so that the mean over ranks
-    is the loss of one process with the whole batch, and so are its gradients under DDP.
+    On several ranks each computes the rows of its own images and texts against all columns, so that the mean over
+    ranks is the loss of one process with the whole batch, and so are its gradients under DDP.
 
     Args:
         pairs: what `gather_pairs` returned.
@@ -104,13 +111,14 @@ def softmax_loss(
         ConfigError: a setting is out of range.
 
     Example:
-        >>> softmax_loss(gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2)), torch.tensor(1.0))
+        >>> pairs = gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.eye(2).long())
+        >>> softmax_loss(pairs, torch.tensor(1.0))
         tensor(0.3133)
     """
-    check_settings(repeated_texts, label_smoothing, margin)
+    check_loss_settings(repeated_texts, label_smoothing, margin)
     how = scale, repeated_texts, label_smoothing, margin
-    of_images = _softmax_rows(*_image_side(pairs), *how)  # (own images,)
-    of_texts = _softmax_rows(*_text_side(pairs), *how)  # (own texts,)
+    of_images = _softmax_rows(_image_side(pairs), *how)  # (own images,)
+    of_texts = _softmax_rows(_text_side(pairs), *how)  # (own texts,)
     image_mean = of_images.sum() / len(pairs.image_embeds)
     return pairs.ranks * (image_mean + of_texts.sum() / len(pairs.text_embeds)) / 2
 
@@ -118,8 +126,9 @@ def softmax_loss(
 def sigmoid_loss(pairs: PairBatch, scale: Tensor, bias: Tensor, repeated_texts: RepeatedTexts = "ignore") -> Tensor:
     """Returns SigLIP's loss over a batch: every image with every text is a yes or a no.
 
-    The mean over images of -Σ_j log σ(z_j (scale * V·T_j + bias)), z = 1 for their own texts and -1 for others (Sigmoid
-    Loss for Language Image Pre-Training, https://huggingface.co/papers/2303.15343). Of ranks as in `softmax_loss`.
+    The mean over images of -Σ_j log σ(z_j (scale * V·T_j + bias)), z = 1 for their own texts and -1 for others
+    (Sigmoid Loss for Language Image Pre-Training, https://huggingface.co/papers/2303.15343). Of ranks as in
+    `softmax_loss`.
 
     Args:
         pairs: what `gather_pairs` returned.
@@ -134,19 +143,19 @@ def sigmoid_loss(pairs: PairBatch, scale: Tensor, bias: Tensor, repeated_texts: 
         ConfigError: `repeated_texts` is unknown.
 
     Example:
-        >>> pairs = gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2))
+        >>> pairs = gather_pairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.eye(2).long())
         >>> sigmoid_loss(pairs, torch.tensor(1.0), torch.tensor(0.0))
         tensor(1.0064)
     """
-    check_settings(repeated_texts)
-    similarity, own, repeated = _image_side(pairs)  # (own images, texts) each
-    positive, ignored = _relations(own, repeated, repeated_texts)
-    logits = scale * similarity + bias
+    check_loss_settings(repeated_texts)
+    side = _image_side(pairs)
+    positive, ignored = side.relations(repeated_texts)
+    logits = scale * side.similarity + bias  # (own images, texts)
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))  # (own images, texts)
     return pairs.ranks * losses.masked_fill(ignored, 0).sum() / len(pairs.image_embeds)
 
 
-def check_settings(repeated_texts: str, label_smoothing: float = 0.0, margin: float = 0.0) -> None:
+def check_loss_settings(repeated_texts: str, label_smoothing: float = 0.0, margin: float = 0.0) -> None:
     """Refuses settings of the losses that are none.
 
     Args:
@@ -167,16 +176,33 @@ def check_settings(repeated_texts: str, label_smoothing: float = 0.0, margin: fl
         raise ConfigError("margin is out of range", where="margin", got=margin, allowed="finite numbers from 0")
 
 
+@dataclass(frozen=True)
+class _Side:
+    """This rank's images (or texts) × all texts (or images).
+
+    Args:
+        similarity: `(rows, columns)`.
+        own: `(rows, columns)`, which belong together.
+        repeated: `(rows, columns)`, which do not, but whose text says the same as one that does.
+    """
+
+    similarity: Tensor
+    own: Tensor
+    repeated: Tensor
+
+    def relations(self, repeated_texts: RepeatedTexts) -> tuple[Tensor, Tensor]:
+        """What is positive, and what is ignored."""
+        if repeated_texts == "negative":
+            return self.own, torch.zeros_like(self.own)
+        if repeated_texts == "positive":
+            return self.own | self.repeated, torch.zeros_like(self.own)
+        return self.own, self.repeated
+
+
 def _softmax_rows(
-    similarity: Tensor,
-    own: Tensor,
-    repeated: Tensor,
-    scale: Tensor,
-    repeated_texts: RepeatedTexts,
-    label_smoothing: float,
-    margin: float,
+    side: _Side, scale: Tensor, repeated_texts: RepeatedTexts, label_smoothing: float, margin: float
 ) -> Tensor:
-    positive, ignored = _relations(own, repeated, repeated_texts)
+    similarity, (positive, ignored) = side.similarity, side.relations(repeated_texts)
     negative = (~(positive | ignored)).to(similarity)  # (rows, columns)
     logits = (scale * (similarity + margin * negative)).masked_fill(ignored, -math.inf)
     log_p = logits.log_softmax(dim=1).masked_fill(ignored, 0)  # (rows, columns); 0 * -inf would be NaN
@@ -187,27 +213,19 @@ def _softmax_rows(
     return -(targets * log_p).sum(dim=1)
 
 
-def _relations(own: Tensor, repeated: Tensor, repeated_texts: RepeatedTexts) -> tuple[Tensor, Tensor]:
-    if repeated_texts == "negative":
-        return own, torch.zeros_like(own)
-    return (own | repeated, torch.zeros_like(own)) if repeated_texts == "positive" else (own, repeated)
-
-
-def _image_side(pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's images × all texts: similarities, which are their own, and which say the same as one of these."""
+def _image_side(pairs: PairBatch) -> _Side:
     images, rows = pairs.image_embeds[pairs.own_images], pairs.own_texts  # a text is where its image is
     first = pairs.own_images.start
     same = pairs.text_ids[rows, None] == pairs.text_ids  # (own texts, texts)
     own, repeated = _pairing(pairs.image_of_text[rows] - first, same, pairs.image_of_text - first, len(images))
-    return _similarity(images, pairs.text_embeds), own, repeated
+    return _Side(_similarity(images, pairs.text_embeds), own, repeated)
 
 
-def _text_side(pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's texts × all images, likewise."""
+def _text_side(pairs: PairBatch) -> _Side:
     rows = pairs.own_texts
     same = pairs.text_ids[:, None] == pairs.text_ids[rows]  # (texts, own texts)
     own, repeated = _pairing(pairs.image_of_text, same, pairs.image_of_text[rows], len(pairs.image_embeds))
-    return _similarity(pairs.text_embeds[rows], pairs.image_embeds), own.T, repeated.T
+    return _Side(_similarity(pairs.text_embeds[rows], pairs.image_embeds), own.T, repeated.T)
 
 
 def _pairing(image_of_row: Tensor, same: Tensor, image_of_column: Tensor, n_images: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from ..data.collator import ImageCollator, OpeningCollator
+from ..data.columns import Target
 from ..data.digest import rows_digest
 from ..data.rows import LabelledStream, labelled_images
 from ..encoders.dual_encoder import base_model
@@ -25,7 +25,6 @@ from ..encoders.pretrained import pretrained_tensors
 from ..errors import CheckpointError, ConfigError, close_matches
 from ..evaluation.run import VERSIONS_OF
 from ..interpolation.callback import WiSEFTCallback
-from ..ogen import OGENClassifier
 from ..shown import shown
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ WITHOUT_EFFECT = re.compile(
     "use_cpu|resume_from_checkpoint|allow_changed|ignore_data_skip|restore_callback_.*|skip_memory_metrics|"
     "torch_empty_cache_steps|selection_batch_size|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|(bf16|fp16)_full_eval|"
-    "task|templates|head|deepspeed|debug"  # the task has the first three
+    "task|templates|head|losses|deepspeed|debug"  # the task has the first three
 )
 CHANGING = ExportableState | WiSEFTCallback  # callbacks that have a say in the result
 CHOOSING = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
@@ -77,15 +76,19 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     found = {name: value for name, value in settings.items() if not WITHOUT_EFFECT.fullmatch(name)}
     if chooses:
         found |= {name: settings[name] for name in CHOOSING}
-        found |= {"evaluation_data": _sets(trainer.eval_dataset), "compute_metrics": _text(trainer.compute_metrics)}
-    rows = labelled_images(trainer.images_to_train_on, "train_dataset")
+        found |= {
+            "evaluation_data": _sets(trainer.eval_dataset, task.target),
+            "compute_metrics": _text(trainer.compute_metrics),
+        }
+    rows = labelled_images(trainer.images_to_train_on, "train_dataset", target=task.target)
     if isinstance(rows, LabelledStream):  # workers share it by its parts
         found["dataloader_num_workers"] = args.dataloader_num_workers
-    found |= {"task": task.name, **task.settings()}
+    settings_of_task = {name: v for name, v in task.settings().items() if name != "data_names"}  # "data" has them
+    found |= {"task": task.name, **settings_of_task}
     found |= {
         "ranks": args.world_size,
         "device": args.device.type,
-        "ogen": asdict(task.ogen) if isinstance(task, OGENClassifier) else None,
+        "losses": {name: {"class": type(term).__name__, **term.settings()} for name, term in task.terms.items()},
         "model": _settings(base_model(task.model).config.to_dict()),
         "attention": base_model(task.model).config._attn_implementation,
         "adapters": _adapters(task.model),
@@ -242,9 +245,10 @@ def _pretrained(trainer: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, trainer.zero_shot.get(name, parameter)
 
 
-def _sets(given: Any) -> Any:
+def _sets(given: Any, target: Target) -> Any:
     sets = given if isinstance(given, Mapping) else {"": given}
-    return {name: None if rows is None else rows_digest(labelled_images(rows, name)) for name, rows in sets.items()}
+    known = {name: rows for name, rows in sets.items() if rows is not None}
+    return {name: rows_digest(labelled_images(rows, name, target=target)) for name, rows in known.items()}
 
 
 def _collator(trainer: Any) -> dict[str, Any]:

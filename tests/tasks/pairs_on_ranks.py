@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by `test_gather.py` on two gloo ranks, which have different numbers of images and of texts."""
+"""Gathering and losses on two gloo ranks, which have different numbers of images and of texts, against one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_robust.tasks.contrastive import gather_pairs, sigmoid_loss, softmax_loss
 from hf_robust.tasks.gather import gather_rows
 
 IMAGE_OF_TEXT = torch.tensor([0, 1, 1, 1, 2, 3, 4, 4])
-SAYS = torch.tensor([5, 6, 7, 6, 5, 8, 9, 7])  # some the same on both ranks, some within one
+SAYS = torch.tensor([[5], [6], [7], [6], [5], [8], [9], [7]])  # some the same on both ranks, some within one
 
 
 class Towers(nn.Module):
@@ -51,4 +51,3 @@ def main(folder: str) -> None:
     for parameter, want in zip(towers.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, want, rtol=1e-9, atol=1e-12)
     assert gather_rows(SAYS[own_texts]).equal(SAYS)
-    print("two ranks agree")

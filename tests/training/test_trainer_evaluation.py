@@ -13,8 +13,8 @@ from transformers import EvalPrediction
 
 from hf_robust import wise_ft
 from hf_robust.errors import ConfigError, NonFiniteError
-from hf_robust.tasks.accuracy import AccuracyAndLoss, correct_and_loss
 from hf_robust.tasks import accuracy
+from hf_robust.tasks.accuracy import AccuracyAndLoss, correct_and_loss
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model
 from tests.trainers import NAMES, OTHER_NAMES, build, same, weights
