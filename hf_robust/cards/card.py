@@ -183,8 +183,10 @@ def _settings(
 ) -> dict[str, dict[str, str]]:
     found = {_type(config): _changed(config, ADAPTER_SETTINGS) for config in configs}
     for name, term in classifier.terms.items():
-        settings = {n: _simple(value) for n, value in term.settings().items() if n in LOSS_SETTINGS}
-        found[_title(name)] = {n: code(str(value)) for n, value in settings.items()}
+        defaults = {n: argument.default for n, argument in term.arguments().items()}
+        settings = {n: value for n, value in term.settings().items() if n in LOSS_SETTINGS}
+        shown = {n: value for n, value in settings.items() if n == "weight" or value != defaults[n]}
+        found[_title(name)] = {n: code(str(value)) for n, value in shown.items()}
     if args is not None:
         found["Training"] = _changed(args, TRAINING_SETTINGS)
     return {title: settings for title, settings in found.items() if settings}

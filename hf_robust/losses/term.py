@@ -72,8 +72,15 @@ class Term(nn.Module):
         Raises:
             ConfigError: a name is none of an argument, one is missing, or a value is none it takes.
         """
-        check_names(settings, inspect.signature(cls), cls.name)
+        check_names(settings, cls.arguments(), cls.name)
         return cls(**settings)
+
+    @classmethod
+    def arguments(cls) -> dict[str, inspect.Parameter]:
+        """Returns what a term is made with, by name; what `**kwargs` hands on are the arguments of `Term`."""
+        given = inspect.signature(cls).parameters
+        found = {n: p for n, p in given.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        return {**found, **(Term.arguments() if len(found) < len(given) else {})}
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments it was made with, by name.
@@ -82,7 +89,7 @@ class Term(nn.Module):
             ConfigError: an argument is no attribute of the same name.
         """
         found = {}
-        for name in _arguments(inspect.signature(type(self))):
+        for name in self.arguments():
             if name not in vars(self):
                 remedy = f"Set self.{name} in __init__, after super().__init__(...)."
                 raise ConfigError(
@@ -191,18 +198,17 @@ class Term(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
 
-def check_names(settings: Mapping[str, Any], signature: inspect.Signature, name: str) -> None:
+def check_names(settings: Mapping[str, Any], known: Mapping[str, inspect.Parameter], name: str) -> None:
     """Refuses settings that a function does not take, and a lack of those that it needs.
 
     Args:
         settings: values by name.
-        signature: of the function.
+        known: what it takes, by name.
         name: of the term, for the message.
 
     Raises:
         ConfigError: a name is unknown, or one is missing.
     """
-    known = _arguments(signature)
     for given in settings:
         if given not in known:
             remedy = close_matches(str(given), list(known))
@@ -210,13 +216,6 @@ def check_names(settings: Mapping[str, Any], signature: inspect.Signature, name:
     missing = [one for one, parameter in known.items() if parameter.default is parameter.empty and one not in settings]
     if missing:
         raise ConfigError("a loss lacks settings", where=f"losses, {name}", got=sorted(settings), allowed=str(missing))
-
-
-def _arguments(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
-    """The arguments by name; those that `**kwargs` hands on are the ones of `Term`."""
-    found = {n: p for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    passed_on = len(found) < len(signature.parameters)
-    return {**found, **(dict(inspect.signature(Term).parameters) if passed_on else {})}
 
 
 def check_known(argument: str, got: Any, allowed: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -90,8 +90,13 @@ class OGENLoss(Term):
         Raises:
             ConfigError: a name is none of a setting, `new_class_names` is missing, or a value is none it takes.
         """
-        check_names(settings, signature(OGENConfig), cls.name)
+        check_names(settings, cls.arguments(), cls.name)
         return cls(OGENConfig(**settings))
+
+    @classmethod
+    def arguments(cls) -> dict[str, Parameter]:
+        """Returns the settings of an `OGENConfig`."""
+        return dict(signature(OGENConfig).parameters)
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings of its config, by name."""

@@ -17,10 +17,11 @@ from hf_robust import (
     OGENConfig,
     OGENLoss,
     RobustTrainingArguments,
+    SimilarityLoss,
     ZeroShotClassifier,
     context_prompt,
 )
-from hf_robust.cards.card import ADAPTER_SETTINGS, OGEN_SETTINGS, TRAINING_SETTINGS, model_card
+from hf_robust.cards.card import ADAPTER_SETTINGS, LOSS_SETTINGS, TRAINING_SETTINGS, model_card
 from hf_robust.cards.markdown import code, escape, hub_id
 from hf_robust.cards.push import write_card
 from hf_robust.cards.results import (
@@ -243,7 +244,7 @@ def test_allow_lists_name_settings_that_exist() -> None:
     configs = [hf_robust.SAFTConfig, hf_robust.ACLIPConfig, LoraConfig, ShiraConfig, IA3Config, TrainableTokensConfig]
     known = {field.name for config in configs for field in dataclasses.fields(config)}
     assert set(ADAPTER_SETTINGS) <= known
-    assert set(OGEN_SETTINGS) == {field.name for field in dataclasses.fields(OGENConfig)} - {"new_class_names"}
+    assert set(LOSS_SETTINGS) == {*SimilarityLoss.arguments(), *OGENLoss.arguments()} - {"new_class_names"}
     arguments = {field.name for field in dataclasses.fields(RobustTrainingArguments)}
     assert set(TRAINING_SETTINGS) <= arguments
     for names in (ADAPTER_SETTINGS, TRAINING_SETTINGS):

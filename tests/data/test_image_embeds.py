@@ -82,7 +82,7 @@ def test_ogen_trains_with_them(tmp_path):
     trained.train()
     embeds = train.with_format("torch")
     expected = torch.stack([embeds[:]["image_embeds"][embeds[:]["label"] == label].mean(0) for label in range(4)])
-    torch.testing.assert_close(trained.model.prototypes.mean, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trained.model.terms["ogen"].prototypes.mean, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
