@@ -19,9 +19,11 @@ from .interpolation import interpolate as interpolate
 from .interpolation import interpolate_checkpoints as interpolate_checkpoints
 from .interpolation import wise_ft as wise_ft
 from .losses import SimilarityLoss as SimilarityLoss
+from .losses import Term as Term
+from .losses import add_terms as add_terms
 from .ogen import FeatureGenerator as FeatureGenerator
-from .ogen import OGENClassifier as OGENClassifier
 from .ogen import OGENConfig as OGENConfig
+from .ogen import OGENLoss as OGENLoss
 from .tasks.class_names import TEMPLATES as TEMPLATES
 from .tasks.class_names import ZeroShotClassifier as ZeroShotClassifier
 from .tasks.class_names import class_embeddings as class_embeddings

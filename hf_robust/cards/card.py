@@ -18,7 +18,6 @@ from peft import PeftModel
 from ..encoders.dual_encoder import base_model, family, needs_interpolation
 from ..encoders.image_size import pixels_of
 from ..errors import ConfigError
-from ..ogen import OGENClassifier
 from ..tasks.class_names import ZeroShotClassifier
 from .markdown import code, escape, hub_id
 from .results import CardResults, eval_results, results_table
@@ -33,8 +32,7 @@ OURS = {"SAFT", "ACLIP"}  # those that PEFT alone cannot load
 
 # Allow-lists: paths, tokens, user names and names of runs are in other settings.
 TRAINING_SETTINGS = (
-    "head image_size similarity_weight similarity_distance similarity_towers similarity_schedule "
-    "cache_reference_embeddings class_weights label_smoothing_factor train_sampling_strategy "
+    "head image_size cache_reference_embeddings class_weights label_smoothing_factor train_sampling_strategy "
     "learning_rate num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps lr_scheduler_type warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm bf16 fp16 tf32 seed data_seed full_determinism dataloader_drop_last"
@@ -44,9 +42,11 @@ ADAPTER_SETTINGS = (
     "modules_to_save seed r lora_alpha lora_dropout use_rslora use_dora bias rank_pattern alpha_pattern "
     "layers_to_transform layers_pattern mask_type random_seed feedforward_modules token_indices"
 ).split()
-OGEN_SETTINGS = (
-    "neighbours heads dropout layer_norm noise warmup generation_weight base_as_unknown_weight reverse_weight "
-    "new_weight cross_entropy_weight distillation_weight average decay largest_window smallest_window seed"
+TERMS = {"similarity": "similarity loss", "ogen": "OGEN"}  # others go by their own names
+LOSS_SETTINGS = (
+    "weight distance towers schedule neighbours heads dropout layer_norm noise warmup generation_weight "
+    "base_as_unknown_weight reverse_weight new_weight cross_entropy_weight distillation_weight average decay "
+    "largest_window smallest_window seed"
 ).split()
 IMAGE_SETTINGS = "do_resize size resample do_center_crop crop_size image_mean image_std".split()
 PACKAGES = ("hf_robust", "peft", "transformers", "torch", "datasets")
@@ -165,9 +165,12 @@ def _methods(
 ) -> list[str]:
     configs = _adapter_configs(classifier)
     methods = [METHODS.get(_type(config), _type(config)) for config in configs] or ["full fine-tuning"]
-    methods += ["OGEN"] if isinstance(classifier, OGENClassifier) else []
-    methods += ["similarity loss"] if args is not None and args.similarity_weight > 0 else []
+    methods += [_title(name) for name in classifier.terms]
     return methods + (["WiSE-FT"] if results is not None and results.chosen_alpha is not None else [])
+
+
+def _title(name: str) -> str:
+    return TERMS.get(name, name.replace("_", " "))
 
 
 def _tags(methods: list[str], model_type: str, adapted_base: str | None) -> list[str]:
@@ -179,8 +182,9 @@ def _settings(
     args: RobustTrainingArguments | None, configs: list[Any], classifier: ZeroShotClassifier
 ) -> dict[str, dict[str, str]]:
     found = {_type(config): _changed(config, ADAPTER_SETTINGS) for config in configs}
-    if isinstance(classifier, OGENClassifier):
-        found["OGEN"] = _changed(classifier.ogen, OGEN_SETTINGS)
+    for name, term in classifier.terms.items():
+        settings = {n: _simple(value) for n, value in term.settings().items() if n in LOSS_SETTINGS}
+        found[_title(name)] = {n: code(str(value)) for n, value in settings.items()}
     if args is not None:
         found["Training"] = _changed(args, TRAINING_SETTINGS)
     return {title: settings for title, settings in found.items() if settings}
@@ -209,9 +213,8 @@ def _preprocessing(classifier: ZeroShotClassifier) -> dict[str, str]:
 
 
 def _new_class_names(classifier: ZeroShotClassifier) -> str | None:
-    if not isinstance(classifier, OGENClassifier):
-        return None
-    return _listed(classifier.new_class_names, len(classifier.new_class_names))
+    names = [name for term in classifier.terms.values() for name in term.told().get("new_class_names", [])]
+    return _listed(names, len(names)) if names else None
 
 
 def _listed(names: Sequence[str], most: int) -> str:

@@ -126,14 +126,14 @@ def pretrained_image_embeds(model: nn.Module, inputs: Mapping[str, Tensor]) -> T
     """Embeds the images of a batch with θ₀, unless they come embedded.
 
     Args:
-        model: what `pretrained_vision` returned.
+        model: θ₀, or θ₀ with adapters.
         inputs: what the data collator returned, on the model's device.
 
     Returns:
         `(batch, dim)`, L2-normalised, in float32 or better, without gradient.
 
     Example:
-        >>> pretrained_image_embeds(pretrained_vision(clip), collate(rows)).shape
+        >>> pretrained_image_embeds(clip, collate(rows)).shape
         torch.Size([2, 512])
     """
     if IMAGE_EMBEDS in inputs:

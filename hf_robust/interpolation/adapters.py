@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..encoders.dual_encoder import base_model, tower_modules
 from ..encoders.pretrained import pretrained_weights
 from ..errors import ConfigError, MergeError
-from ..ogen.generator import FeatureGenerator
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import Task
 from ..tuners.saft.edits import show_values
@@ -63,8 +62,7 @@ def wise_ft(model: nn.Module, alpha: float, zero_shot: Mapping[str, Tensor] | No
         >>> model.save_pretrained("my-adapter-half-way")
     """
     alpha = check_alpha(alpha)
-    check_linear(model)
-    tensors = adapter_tensors(model) + _other_tensors(model, zero_shot)
+    tensors = linear_tensors(model, zero_shot)
     if not tensors:
         remedy = "Pass zero_shot=, copies of the weights from before the training."
         raise ConfigError("the model has no active adapter, and its zero-shot weights are not known", remedy=remedy)
@@ -76,6 +74,20 @@ def wise_ft(model: nn.Module, alpha: float, zero_shot: Mapping[str, Tensor] | No
     for tensor, value in zip(tensors, tuned, strict=True):
         tensor.write(value, alpha)
     show_values(model)
+
+
+def linear_tensors(model: nn.Module, zero_shot: Mapping[str, Tensor] | None = None) -> list[LinearTensor]:
+    """Returns the tensors that `wise_ft` interpolates: those in which Δ is linear, each with its value in θ₀.
+
+    Args:
+        model: as for `wise_ft`.
+        zero_shot: likewise.
+
+    Raises:
+        ConfigError, SelectionError, MergeError: as `wise_ft`.
+    """
+    check_linear(model)
+    return adapter_tensors(model) + _other_tensors(model, zero_shot)
 
 
 def _tuned_values(tensors: Sequence[LinearTensor]) -> list[Tensor]:
@@ -125,10 +137,8 @@ def _other_tensors(model: nn.Module, zero_shot: Mapping[str, Tensor] | None) -> 
     layers = adapter_layers(model).values()
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     adapters = {id(parameter) for layer in layers for parameter in _adapter_parameters(layer)}
-    generators = [module for module in model.modules() if isinstance(module, FeatureGenerator)]
-    beside = {id(parameter) for module in generators for parameter in module.parameters()}  # no part of θ
     tasks = [module for module in model.modules() if isinstance(module, Task)]
-    beside |= {id(task.get_parameter(name)) for task in tasks for name in task.beside()}
+    beside = {id(task.get_parameter(name)) for task in tasks for name in task.beside()}
     found, unknown = [], []
     for name, owner, key in owned_parameters(model):
         parameter: Any = owner._parameters[key]

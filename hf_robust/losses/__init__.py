@@ -1,4 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pulls on the change to a model while it grows: one loss a file, each working on embeddings."""
+"""What pulls on the change to a model while it grows: one term of the loss a file, and θ₀ at hand for all of them."""
 
+from .reference import BatchReference as BatchReference
+from .reference import Moved as Moved
+from .reference import Reference as Reference
+from .reference import add_terms as add_terms
 from .similarity import SimilarityLoss as SimilarityLoss
+from .term import Term as Term

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..encoders.dual_encoder import at_least_float32
+from ..encoders.dual_encoder import at_least_float32, base_model, tower_modules
+from ..encoders.pretrained import ADAPTERS
 from ..errors import ConfigError, DataError
+from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.task import Task
+from .reference import BatchReference
+from .term import Term, check_known
 
 
 def _cosine(tuned: Tensor, reference: Tensor) -> Tensor:
@@ -33,15 +37,10 @@ def _l1(tuned: Tensor, reference: Tensor) -> Tensor:
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "l2": _l2, "mse": _mse, "l1": _l1}
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-}
 TOWERS = ("vision", "text", "both")
 
 
-class SimilarityLoss(nn.Module):
+class SimilarityLoss(Term):
     """The mean distance between the embeddings of the tuned and of the pre-trained model.
 
     Added to the loss of the task, λ mean_i d(f_θ(x_i), f_θ₀(x_i)), it holds the embeddings of the training data near
@@ -52,37 +51,77 @@ class SimilarityLoss(nn.Module):
     known to us, nor whether λ changes during training; choose yours on validation data.
 
     Args:
+        weight: λ at the start of training, a finite number from 0.
         distance: `"cosine"`, one minus the cosine similarity; `"l2"`, the norm of the difference; `"mse"` and `"l1"`,
-            the mean of the squared and of the absolute difference over `dim`.
-        weight: λ at the start of training, not negative.
-        towers: whose embeddings are held: those of images (`"vision"`), of class prompts (`"text"`) or `"both"`.
+            the mean of the squared and of the absolute difference over `dim`. `"l2"` and `"l1"` pull with full
+            strength however small a difference is, so with cached embeddings they follow rounding in the first step.
+        towers: whose embeddings are held: those of images (`"vision"`), of texts (`"text"`) or `"both"`. The texts are
+            the class prompts, or, in a task with texts in its rows, those of the batch.
         schedule: how λ goes on: `"constant"`, `"linear"` to 0, or `"cosine"` to 0.
 
     Raises:
         ConfigError: an argument is none of these.
 
     Example:
-        >>> similarity = SimilarityLoss(weight=0.5, schedule="linear")
-        >>> distance = similarity(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
-        >>> similarity.weight_at(0.5) * distance
-        tensor(0.2500)
+        >>> trainer = RobustTrainer(model, args, losses=[SimilarityLoss(weight=10.0)], ...)
+        >>> SimilarityLoss().between(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        tensor(1.)
     """
+
+    name = "similarity"
 
     def __init__(
         self,
-        distance: Literal["cosine", "l2", "mse", "l1"] = "cosine",
         weight: float = 1.0,
+        distance: Literal["cosine", "l2", "mse", "l1"] = "cosine",
         towers: Literal["vision", "text", "both"] = "vision",
         schedule: Literal["constant", "linear", "cosine"] = "constant",
     ) -> None:
-        super().__init__()
-        _check_known("distance", distance, tuple(DISTANCES))
-        _check_known("towers", towers, TOWERS)
-        _check_known("schedule", schedule, tuple(SCHEDULES))
-        _check_number("similarity weight is no finite weight", weight, math.inf, "a finite number from 0")
-        self.distance, self.weight, self.towers, self.schedule = distance, float(weight), towers, schedule
+        super().__init__(weight, schedule)
+        check_known("distance", distance, tuple(DISTANCES))
+        check_known("towers", towers, TOWERS)
+        self.distance, self.towers = distance, towers
 
-    def forward(self, tuned: Tensor, reference: Tensor) -> Tensor:
+    def attach(self, task: Task) -> None:
+        """Refuses a task whose text tower is not trained, if it is to be held.
+
+        Args:
+            task: the task.
+
+        Raises:
+            ConfigError: its embeddings cannot move.
+        """
+        if self.towers != "vision" and not _learns_texts(task):
+            what = "the text tower is not trained, so its embeddings cannot move"
+            remedy = "Take towers='vision'; class names are encoded in training with head='live'."
+            raise ConfigError(what, where="losses, similarity, towers", got=self.towers, remedy=remedy)
+
+    def needs_for(self, task: Task) -> tuple[str, ...]:
+        """Returns what the towers give: embeddings of images, of classes, or of the texts of a batch.
+
+        Args:
+            task: the task.
+        """
+        vision = ("image_embeds",) if self.towers != "text" else ()
+        return vision if self.towers == "vision" else (*vision, _texts(task))
+
+    def forward(self, outputs: Any, reference: BatchReference) -> dict[str, Tensor]:
+        """Returns the mean distance of each tower that is held, by its name.
+
+        Args:
+            outputs: what the task returned.
+            reference: θ₀'s answers for the batch.
+        """
+        found = {}
+        if self.towers != "text":
+            found["vision"] = self.between(outputs.image_embeds, reference.image_embeds)
+        if self.towers != "vision" and _texts(reference.task) == "class_embeds":
+            found["text"] = self.between(outputs.class_embeds, reference.class_embeds)
+        elif self.towers != "vision":
+            found["text"] = self.between(outputs.text_embeds, reference.text_embeds(reference.inputs))
+        return found
+
+    def between(self, tuned: Tensor, reference: Tensor) -> Tensor:
         """Returns the mean distance, without its weight; exactly 0, with a gradient of 0, where both are equal.
 
         Args:
@@ -101,32 +140,14 @@ class SimilarityLoss(nn.Module):
         distances = DISTANCES[self.distance](at_least_float32(tuned), at_least_float32(reference.detach()))  # (batch,)
         return distances.mean()
 
-    def weight_at(self, progress: float) -> float:
-        """Returns λ at a point of training.
 
-        Args:
-            progress: what has been done of the training, a fraction.
-
-        Raises:
-            ConfigError: it is no number in [0, 1].
-
-        Example:
-            >>> SimilarityLoss(weight=2.0, schedule="cosine").weight_at(0.5)
-            1.0
-        """
-        _check_number("progress is no fraction", progress, 1, "a number in [0, 1]")
-        return self.weight * SCHEDULES[self.schedule](progress)
-
-    def extra_repr(self) -> str:
-        """Shows the settings in the module's `repr`."""
-        return f"{self.distance}, weight={self.weight}, towers={self.towers}, schedule={self.schedule}"
+def _texts(task: Task) -> Literal["class_embeds", "text_embeds"]:
+    return "class_embeds" if isinstance(task, ZeroShotClassifier) else "text_embeds"
 
 
-def _check_known(argument: str, got: str, allowed: tuple[str, ...]) -> None:
-    if got not in allowed:
-        raise ConfigError(f"unknown similarity {argument}", got=got, allowed=", ".join(map(repr, allowed)))
-
-
-def _check_number(what: str, got: float, largest: float, allowed: str) -> None:
-    if isinstance(got, bool) or not isinstance(got, int | float) or not 0 <= got <= largest or got == math.inf:
-        raise ConfigError(what, got=got, allowed=allowed)
+def _learns_texts(task: Task) -> bool:
+    if isinstance(task, ZeroShotClassifier) and task.head != "live":
+        return False
+    parts = [base_model(task.model).get_submodule(name) for name in tower_modules(task.model, "text")]
+    trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+    return trained or any(isinstance(one, ADAPTERS) for part in parts for one in part.modules())  # SAFT's may be empty

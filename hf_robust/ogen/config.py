@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class OGENConfig:
-    """Settings of OGEN (Zang et al., ICLR 2024, arXiv 2401.15914) for `RobustTrainer(..., ogen=OGENConfig(...))`.
+    """Settings of OGEN (Zang et al., ICLR 2024, arXiv 2401.15914) for an `OGENLoss`.
 
     Image features of classes without images are generated from their names and from the features of similar known
     classes, and the text tower learns to tell all of them apart; a mean teacher of its own last epochs steadies it.

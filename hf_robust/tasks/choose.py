@@ -11,10 +11,14 @@ from torch import nn
 from ..data.columns import Target
 from ..errors import ConfigError, close_matches
 from .class_names import ZeroShotClassifier
+from .flyp import FLYP
+from .identities import Identities
+from .pairs import ImageTextPairs
 from .several_labels import SeveralLabels
 from .task import Rows, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier, SeveralLabels)}
+ALL = (ZeroShotClassifier, FLYP, ImageTextPairs, SeveralLabels, Identities)
+TASKS: dict[str, type[Task]] = {task.name: task for task in ALL}
 
 
 def target_of(given: str | Mapping[str, Any] | None, model: nn.Module | None) -> Target | None:

@@ -11,16 +11,16 @@ from transformers import TrainingArguments
 
 from ..data.text_files import parse_json
 from ..errors import ConfigError
-from ..losses.similarity import SimilarityLoss
 from ..tasks.choose import task_class
 from ..tasks.task import task_settings
 from ..tasks.task_loss import check_loss_settings
+from .losses import settings_of
 from .unsupported import check_options
 
 
 @dataclass
 class RobustTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what a `ZeroShotClassifier`, SAFT and the similarity loss need.
+    """`transformers.TrainingArguments` with what tasks, SAFT and terms of the loss need.
 
     > Parameters that control the task
 
@@ -64,19 +64,16 @@ class RobustTrainingArguments(TrainingArguments):
         selection_batch_size: images in a batch of the pass that selects SAFT's entries. It changes speed and memory,
             not the entries.
 
-    > Parameters that control the similarity loss
+    > Parameters that control what is added to the loss
 
     Args:
-        similarity_weight: weight of the distance between the embeddings of the trained and of the pre-trained model,
-            which is added to the loss; 0 for none. See `SimilarityLoss`.
-        similarity_distance: `"cosine"`, `"l2"`, `"mse"` or `"l1"`.
-        similarity_towers: whose embeddings are held, `"vision"`, `"text"` or `"both"`; the last two need
-            `head="live"`.
-        similarity_schedule: how the weight goes on: `"constant"`, `"linear"` to 0 or `"cosine"` to 0.
+        losses: terms by name, each with its settings, as `{"similarity": {"weight": 10.0}}`, on the command line as
+            JSON: `"similarity"`, see `SimilarityLoss`, and `"ogen"`, see `OGENConfig`. Terms of your own are given to
+            the trainer.
         cache_reference_embeddings: embed the training set with the pre-trained model once and keep that on disk,
-            instead of in every step. In batches of other sizes an embedding is rounded otherwise: in float32 the
-            cosine distance of the first step is below 1e-6, without cache (and dropout) it is exactly 0. `"l2"` and
-            `"l1"` pull with full strength however small a difference is, so in the first step they follow rounding.
+            instead of in every step, for all terms that compare embeddings of images. In batches of other sizes an
+            embedding is rounded otherwise: in float32 the cosine distance of the first step is below 1e-6, without
+            cache (and dropout) it is exactly 0.
 
     > Parameters that control resuming
 
@@ -97,7 +94,7 @@ class RobustTrainingArguments(TrainingArguments):
     > Options that are not served are refused, see `hf_robust.training.unsupported`.
 
     Raises:
-        ConfigError: for a setting that is none of the above or is not served, or a cache that would hold nothing.
+        ConfigError: for a setting that is none of the above or is not served.
 
     Example:
         >>> args = RobustTrainingArguments("runs/saft", templates="a drawing of a {}.", learning_rate=1e-3)
@@ -126,15 +123,8 @@ class RobustTrainingArguments(TrainingArguments):
     selection_batch_size: int = field(
         default=32, metadata={"help": "Images per batch while SAFT's entries are selected."}
     )
-    similarity_weight: float = field(default=0.0, metadata={"help": "Weight of the similarity loss; 0 for none."})
-    similarity_distance: Literal["cosine", "l2", "mse", "l1"] = field(
-        default="cosine", metadata={"help": "Distance of embeddings: cosine, l2, mse or l1."}
-    )
-    similarity_towers: Literal["vision", "text", "both"] = field(
-        default="vision", metadata={"help": "Whose embeddings the similarity loss holds: vision, text or both."}
-    )
-    similarity_schedule: Literal["constant", "linear", "cosine"] = field(
-        default="constant", metadata={"help": "How the weight goes on: constant, linear or cosine."}
+    losses: None | str | dict = field(
+        default=None, metadata={"help": "Terms that are added to the loss: JSON of their settings by name."}
     )
     cache_reference_embeddings: bool = field(
         default=False, metadata={"help": "Embed the training set with the pre-trained model once, and keep that."}
@@ -164,12 +154,7 @@ class RobustTrainingArguments(TrainingArguments):
             allowed = "'raise', 'skip'"
             raise ConfigError("unknown setting", where="on_bad_image", got=self.on_bad_image, allowed=allowed)
         check_loss_settings(self.class_weights, self.label_smoothing_factor)
-        self.similarity_loss()
-        if self.cache_reference_embeddings and (self.similarity_weight == 0 or self.similarity_towers == "text"):
-            got = {"similarity_weight": self.similarity_weight, "similarity_towers": self.similarity_towers}
-            remedy = "Set similarity_weight > 0 and similarity_towers='vision' or 'both', or do without the cache."
-            where = "cache_reference_embeddings"
-            raise ConfigError("no reference embedding of an image is used", where=where, got=got, remedy=remedy)
+        self.losses = settings_of(self.losses)
         if not torch.accelerator.is_available():
             self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
@@ -178,13 +163,3 @@ class RobustTrainingArguments(TrainingArguments):
     def place_model_on_device(self) -> bool | None:
         """True where `Trainer` would wait for its evaluation to cast the model: here a copy is cast."""
         return True if self.bf16_full_eval or self.fp16_full_eval else super().place_model_on_device
-
-    def similarity_loss(self) -> SimilarityLoss:
-        """Returns the similarity loss with these settings.
-
-        Raises:
-            ConfigError: one is out of range or unknown.
-        """
-        return SimilarityLoss(
-            self.similarity_distance, self.similarity_weight, self.similarity_towers, self.similarity_schedule
-        )

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..data.text_files import read_json
 from ..errors import AdapterFileError, CheckpointError
-from ..ogen import OGENClassifier
 from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, Task
 from ..tuners.matching import check_adapter_name
 from .manifest import check_files, checkpoints_in, newest_whole, read_manifest
@@ -110,15 +109,16 @@ def _require_all(missing: list[str], folder: Path) -> None:
 def save_head(task: Task, folder: Path) -> None:
     """Writes which task it is, its settings, and the tensors that are its own.
 
-    The names of the new classes that OGEN was given are written too, as they are information that went into the model.
+    What terms of the loss were told (OGEN: names of new classes) is written too: it is information that went into the
+    model.
 
     Args:
         task: the task.
         folder: where to.
     """
     settings = {"task": task.name, **task.settings()}
-    if isinstance(task, OGENClassifier):
-        settings["new_class_names"] = task.new_class_names
+    for term in task.terms.values():
+        settings |= term.told()
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     tensors = task.own_tensors()

@@ -11,17 +11,17 @@ from typing import Any
 from torch import nn
 from transformers import ProcessorMixin, enable_full_determinism, set_seed
 
-from ..data.class_spaces import class_space
 from ..data.embeds_cache import with_reference_embeds
 from ..errors import ConfigError, close_matches
 from ..interpolation.adapters import zero_shot_copy
 from ..interpolation.callback import WiSEFTCallback
-from ..losses.reference import Reference
-from ..ogen import OGENClassifier, OGENConfig
+from ..losses.reference import add_terms
+from ..losses.term import Term
 from ..tasks.choose import task_class
 from ..tasks.task import Rows, Task
 from .arguments import RobustTrainingArguments
 from .evaluating import EvaluatingTrainer
+from .losses import StartingPoint, check_sharded, losses_of
 
 ClassNames = Sequence[str] | Mapping[str | int, str]
 
@@ -31,7 +31,6 @@ def as_task(
     rows: Rows | None,
     class_names: ClassNames | None,
     args: RobustTrainingArguments,
-    ogen: OGENConfig | None,
     model: nn.Module,
 ) -> Task:
     """Builds the task around a dual encoder; a task stays what it is.
@@ -41,23 +40,17 @@ def as_task(
         rows: the training set.
         class_names: what the user gave.
         args: the training's.
-        ogen: settings of OGEN.
         model: the dual encoder, plain or wrapped by PEFT, or a task.
 
     Raises:
-        ConfigError: there are no class names, or OGEN does not fit the classifier or its head.
+        ConfigError: there are no class names.
         DataError: the class names are not those of the training set.
     """
     if isinstance(model, Task):
-        _check_brings_its_own(model, rows, {"ogen": ogen, "class_names": class_names, "task": args.task})
+        _check_brings_its_own(model, rows, {"class_names": class_names, "task": args.task})
         model.processor = processor  # its card shows how images are prepared
         return model
-    if ogen is None:
-        return task_class(args.task, rows).build(model, processor, rows, class_names, args)
-    space = class_space(None if rows is None else rows.class_names, class_names, "class_names")
-    if args.head != "live":
-        raise ConfigError("OGEN trains the text tower", where="head", got=args.head, allowed="'live'")
-    return OGENClassifier(model, processor, space.words, ogen, args.templates, space.data_names)
+    return task_class(args.task, rows).build(model, processor, rows, class_names, args)
 
 
 def _check_brings_its_own(task: Task, rows: Rows | None, settings: dict[str, Any]) -> None:
@@ -112,6 +105,7 @@ class ModelInitTrainer(EvaluatingTrainer):
     """
 
     as_task: Callable[[nn.Module], Task]
+    losses: Sequence[Term] | None  # given beside those of the arguments
     arguments_given: dict[str, Any]  # before a search, by name
     train_images: Any = None  # the training set before it was embedded
 
@@ -128,8 +122,8 @@ class ModelInitTrainer(EvaluatingTrainer):
         self.train_dataset = self.images_to_train_on  # those embedded are so by the model before
         self.make_task_loss()
         self.zero_shot = zero_shot_copy(self.model)
-        self.reference = self._make_reference() if self.args.similarity_weight > 0 else None
-        self.ogen, self.sweep = None, None  # of the model before
+        self._add_terms()
+        self.sweep = None  # of the model before
 
     @property
     def images_to_train_on(self) -> Any:
@@ -145,17 +139,17 @@ class ModelInitTrainer(EvaluatingTrainer):
         self.train_images, self.embedded = self.train_dataset, self._rows(embedded, "train_dataset")
         self.train_dataset = self.embedded
 
-    def _make_reference(self) -> Reference:
+    def _add_terms(self) -> None:
         """Keeps of θ₀ what training will need, before a checkpoint to resume from replaces its weights."""
         args, cached = self.args, self.args.cache_reference_embeddings
         with self.accelerator.autocast():  # as in training
-            reference = Reference.of(self.model, args.similarity_loss(), cached)
+            add_terms(self.model, losses_of(args.losses, self.losses), cached, StartingPoint(self.zero_shot))
+            check_sharded(self.accelerator, self.model)
             if cached and self.train_dataset is not None:
                 how = self.data_collator, args.eval_batch_size, args.dataloader_num_workers, self._is_silent()
                 with args.main_process_first(desc="embedding the training set"):
                     embedded = with_reference_embeds(self.train_dataset, self.model.model, *how)
                 self._train_on_embedded(embedded)
-        return reference
 
     def start_anew(self, trial: Any = None) -> None:
         """Makes a new model, by the settings of a trial where there is one.

@@ -80,7 +80,7 @@ class RepeatableTrainer(EvaluationLoopTrainer):
             draws: what to draw from.
         """
         whole = self.model.collator(collator)
-        if _shows_the_same(rows, collator):
+        if _shows_the_same(rows, whole):
             return rows, whole
         return replace(rows, draws=draws), DrawingCollator(whole)
 

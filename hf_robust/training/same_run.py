@@ -8,7 +8,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -26,7 +25,6 @@ from ..encoders.pretrained import pretrained_tensors
 from ..errors import CheckpointError, ConfigError, close_matches
 from ..evaluation.run import VERSIONS_OF
 from ..interpolation.callback import WiSEFTCallback
-from ..ogen import OGENClassifier
 from ..shown import shown
 
 logger = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ WITHOUT_EFFECT = re.compile(
     "use_cpu|resume_from_checkpoint|allow_changed|ignore_data_skip|restore_callback_.*|skip_memory_metrics|"
     "torch_empty_cache_steps|selection_batch_size|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|(bf16|fp16)_full_eval|"
-    "task|templates|head|deepspeed|debug"  # the task has the first three
+    "task|templates|head|losses|deepspeed|debug"  # the task has the first three
 )
 CHANGING = ExportableState | WiSEFTCallback  # callbacks that have a say in the result
 CHOOSING = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
@@ -90,7 +88,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     found |= {
         "ranks": args.world_size,
         "device": args.device.type,
-        "ogen": asdict(task.ogen) if isinstance(task, OGENClassifier) else None,
+        "losses": {name: {"class": type(term).__name__, **term.settings()} for name, term in task.terms.items()},
         "model": _settings(base_model(task.model).config.to_dict()),
         "attention": base_model(task.model).config._attn_implementation,
         "adapters": _adapters(task.model),

@@ -23,7 +23,7 @@ from ..cards.results import CardResults, draw_curve
 from ..data.publish import TEMPORARY
 from ..data.rows import LabelledStream
 from ..errors import CheckpointError, HfRobustError
-from ..ogen.training import OGENTraining
+from ..losses.state import load_terms, save_terms
 from .arguments import RobustTrainingArguments
 from .checkpoint import checkpoint_to_resume, load_encoder, load_head, processor_folder, save_encoder, save_head
 from .manifest import checkpoints_in, read_manifest
@@ -50,7 +50,6 @@ class SavingTrainer(ShardingTrainer):
     args: RobustTrainingArguments
     processing_class: Any
     train_dataset: Any
-    ogen: OGENTraining | None = None
     card: ModelCard | None = None
     stop: StopAtSignal
     epoch = 0  # passes over the training set that have begun, less one
@@ -229,8 +228,12 @@ class SavingTrainer(ShardingTrainer):
         if not self.args.save_only_model:
             parts += [self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state]
         if self.args.should_save:
-            parts += [self._save_state, *([] if self.ogen is None else [self.ogen.save])]
+            parts += [self._save_state, self._save_terms]
         return [partial(part, str(folder)) for part in parts]
+
+    def _save_terms(self, folder: str) -> None:
+        task = self.model if self.whole is None else self.whole  # which was gathered when it was saved
+        save_terms(task.terms, Path(folder))
 
     def _save_state(self, folder: str) -> None:
         all_of_them: list[Any] = [*self.callback_handler.callbacks, self.control]
@@ -268,8 +271,7 @@ class SavingTrainer(ShardingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_encoder(self.model, Path(resume_from_checkpoint))
         load_head(self.model, Path(resume_from_checkpoint))
-        if self.ogen is not None:
-            self.ogen.load(Path(resume_from_checkpoint))
+        load_terms(self.model.terms, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

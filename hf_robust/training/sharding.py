@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from ..losses.state import stateful
 from ..tuners.saft.layer import saft_layers
 from .replaced import replaced
 
@@ -34,7 +35,6 @@ class ShardingTrainer(Trainer):
     shards = False  # whether training shards
     whole: Any = None  # the model, while `self.model` is its sharded copy
     replicas: list[nn.Parameter]  # trained parameters of the copy that are not sharded
-    reference: Any = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """Creates the accelerator, as in `Trainer`."""
@@ -115,6 +115,9 @@ class ShardingTrainer(Trainer):
                 own.copy_(_full(trained))
         for own, buffer in zip(self.whole.buffers(), self.model.buffers(), strict=True):
             own.copy_(buffer)
+        extras = zip(stateful(self.whole.terms), stateful(self.model.terms), strict=True)
+        for (_, own), (_, trained) in extras:
+            own.set_extra_state(trained.get_extra_state())
 
     def drop_shards(self) -> None:
         """Goes on with the whole model, as it is."""
@@ -125,7 +128,7 @@ class ShardingTrainer(Trainer):
         self.accelerator._models.clear()
 
     def _make_room(self) -> None:
-        if self.reference is None or self.reference.vision is not self.whole.model:
+        if not self.whole.reference.asks(self.whole.model):
             self.whole.to("cpu")
 
     # --- saving ---

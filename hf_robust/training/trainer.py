@@ -19,17 +19,18 @@ from transformers.trainer_utils import TrainOutput
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
 from ..data.columns import REFERENCE_EMBEDS
 from ..data.draws import Draws
-from ..data.embeds_cache import is_cacheable, pretrained_image_embeds, with_image_embeds
+from ..data.embeds_cache import is_cacheable, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
-from ..ogen import OGENClassifier, OGENConfig, Prototypes, class_prototypes
-from ..ogen.training import OGENTraining
+from ..losses.named import TASK_LOSS
+from ..losses.term import Term
 from ..tasks.choose import target_of
 from ..tasks.task import Progress
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.edits import show_values
 from ..tuners.saft.selection import scores_single_images
+from .after_step import AfterStep
 from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
@@ -49,12 +50,11 @@ class RobustTrainer(ModelInitTrainer):
     Datasets are what `labelled_images` takes. An evaluation set with the classes of the training set, or some of them,
     is answered by the same head, one with any other class by a zero-shot head from the current text tower, see
     `ZeroShotClassifier.classes`. Every evaluation set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction
-    and nats). A SAFT adapter without entries gets them, from the training set, when training starts. With a
-    `similarity_weight` the embeddings are held near those of the pre-trained model: the one given here, without its
-    adapters. Every term of the loss is logged as `loss_<term>`.
+    and nats). A SAFT adapter without entries gets them, from the training set, when training starts.
 
-    With `ogen`, features of classes without images are generated in training, see `OGENConfig`. The vision tower is
-    not trained then, so the training images are embedded once, unless they may look different every time.
+    Terms are added to the loss by `losses`, here or in the arguments. What they compare with is the pre-trained model:
+    the one given here, without its adapters. Each is logged as `loss_<term>`. For a term that needs the vision tower
+    as it is, the training images are embedded once, unless they may look different every time.
 
     Of a model that is trained whole it keeps the zero-shot weights in CPU memory, for WiSE-FT.
 
@@ -82,7 +82,8 @@ class RobustTrainer(ModelInitTrainer):
         preprocess_logits_for_metrics: as in `Trainer`, for a `compute_metrics`.
         class_names: words for the prompts, in label order, or by the names that the training set has for its classes,
             see `class_space`; by default these names, with underscores read as blanks.
-        ogen: settings of OGEN, see `OGENConfig`; None for training without it.
+        losses: terms that are added to the loss, see `Term`: `SimilarityLoss`, `OGENLoss` or your own, beside those of
+            `args.losses`. The trainer uses copies, which are `trainer.model.terms`.
 
     Raises:
         ConfigError: the model is no dual encoder, a setting is wrong or not served, or class names are missing.
@@ -121,7 +122,7 @@ class RobustTrainer(ModelInitTrainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         class_names: ClassNames | None = None,
-        ogen: OGENConfig | None = None,
+        losses: Sequence[Term] | None = None,
     ) -> None:
         args = RobustTrainingArguments() if args is None else args
         check_arguments(args, processing_class)
@@ -135,7 +136,7 @@ class RobustTrainer(ModelInitTrainer):
         if train_dataset is not None:
             train_rows = labelled_images(train_dataset, "train_dataset", order=order, target=target)
             check_targets(train_rows)
-        self.as_task = partial(as_task, processing_class, train_rows, class_names, args, ogen)
+        self.as_task = partial(as_task, processing_class, train_rows, class_names, args)
         with replaced(args, label_smoothing_factor=0.0):  # `Trainer` would look for the config of a language model
             super().__init__(
                 model=self.as_task(encoder),
@@ -155,6 +156,7 @@ class RobustTrainer(ModelInitTrainer):
         check_accelerator(self.accelerator, args)
         check_sharding(self.accelerator, self.model, optimizers)
         check_optimizer(self.optimizer, self.model)
+        self.losses = losses
         self.own_metrics = compute_metrics is not None
         self.label_names = list(self.model.label_names)
         self.can_return_loss = True
@@ -162,6 +164,7 @@ class RobustTrainer(ModelInitTrainer):
         self.optimizers_given = [type(one).__name__ for one in optimizers if one is not None]
         self.stop = StopAtSignal()
         self.add_callback(self.stop)
+        self.add_callback(AfterStep())
         self._take_datasets()
         check_best_metric(args, self.eval_dataset, self.model.metrics, self.own_metrics)
         self.keep_start()
@@ -213,12 +216,9 @@ class RobustTrainer(ModelInitTrainer):
         self.make_task_loss()  # the set may have been changed
         self.sweep, self.loss_log = None, LossLog()
         self._describe_run(checkpoint)
-        if isinstance(self.model, OGENClassifier):
-            self._embed_training_set()
-            self.ogen = OGENTraining(self.model)
-            self.model.set_prototypes(self._compute_prototypes())
-        self.model.progress = Progress(seed=self.args.seed)
+        self.model.progress, self.epoch_begun = Progress(seed=self.args.seed), -1
         self.model.check_training(self.train_dataset)  # before anything is computed of it
+        self._start_terms()
         if checkpoint is None:
             self.model.prepare(self._training_set_in_order, self.accelerator)
             if saft_unselected(self.model):
@@ -236,13 +236,22 @@ class RobustTrainer(ModelInitTrainer):
             self.drop_shards()
             show_values(self.model)
 
+    def _start_terms(self) -> None:
+        if any(term.frozen_vision for term in self.model.terms.values()):
+            self._embed_training_set()
+        with self.accelerator.autocast():
+            for term in self.model.terms.values():
+                term.start(self.model, self._training_set_in_order)
+
     @contextmanager
     def _whole_batches(self) -> Iterator[None]:
         """Where the loss is over a whole batch, that of an optimizer step is one; its task computes it in chunks."""
-        steps = self.args.gradient_accumulation_steps if self.model.whole_batch else 1
-        rest = self.args.gradient_accumulation_steps // steps
-        with replaced(self.args, gradient_accumulation_steps=rest):
-            with replaced(self, _train_batch_size=steps * self._train_batch_size):
+        steps, rows = self.args.gradient_accumulation_steps, self._train_batch_size
+        if not self.model.whole_batch or steps == 1:
+            yield
+            return
+        with replaced(self.args, gradient_accumulation_steps=1), replaced(self, _train_batch_size=steps * rows):
+            with replaced(self.model, rows_at_once=rows):
                 yield
 
     def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:
@@ -271,11 +280,15 @@ class RobustTrainer(ModelInitTrainer):
 
     def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
         size = 1 if scores_single_images(self.model) else self.args.selection_batch_size
+        if size == 1 and self.model.whole_batch:
+            what = "an image by itself has nothing to be told apart from, so its gradient is zero"
+            remedy = "Use score='signed_mean' and a selection_batch_size above 1."
+            raise ConfigError(what, where=f"task={self.model.name!r}, selection", remedy=remedy)
         for batch in self._own_share(self.train_dataset, size, "Selecting entries"):
             yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
 
     def _embed_training_set(self) -> None:
-        """Images that are the same every time are embedded once, as OGEN's vision tower is not trained."""
+        """Images that are the same every time are embedded once, as the vision tower is not trained."""
         if is_cacheable(self.train_dataset, self.data_collator):
             image_processor, size = self.data_collator.image_processor, self.args.eval_batch_size
             how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
@@ -283,18 +296,14 @@ class RobustTrainer(ModelInitTrainer):
                 embedded = with_image_embeds(self.train_dataset, self.model.model, *how)
             self._train_on_embedded(embedded)
 
-    def _compute_prototypes(self) -> Prototypes:
-        batches = self._own_share(self.train_dataset, self.args.eval_batch_size, "Computing prototypes")
-        features = ((pretrained_image_embeds(self.model.model, batch), batch["labels"]) for batch in batches)
-        with self.accelerator.autocast():
-            return class_prototypes(features, self.model.class_names)
-
     def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of a set, in order and without the copies that even batches need."""
         if isinstance(dataset, LabelledStream):
             what, allowed = f"{title}: ranks cannot share a dataset without length", "a dataset with numbered rows"
             raise ConfigError(what, where="train_dataset", got=type(dataset).__name__, allowed=allowed)
-        share = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
+        block = batch_size if self.model.whole_batch else 1  # the same batches on any number of ranks
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share = [row for row in range(len(dataset)) if row // block % ranks == rank]
         how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
         title_or_none = None if self._is_silent() else title
         rows, collator = self.drawing_by_row(dataset, self._plain_collator(), Draws(self.data_seed))
@@ -331,15 +340,13 @@ class RobustTrainer(ModelInitTrainer):
             num_items_in_batch: images of all micro-batches of this optimizer step on this rank; unused in evaluation.
         """
         if self.model.training:
-            at = self.state.global_step, self.state.max_steps, int(self.state.epoch), self.state.num_train_epochs
-            self.model.progress = Progress(*at, self.args.seed)
-        if self.ogen is not None and self.model.training:
-            with self.accelerator.autocast():
-                self.ogen.start_epoch(int(self.state.epoch), self.state.num_train_epochs)
+            self._note_progress()
         with self.accelerator.autocast():  # which Accelerate puts around the forward, but not with FSDP2
-            outputs = model(**{name: tensor for name, tensor in inputs.items() if name != REFERENCE_EMBEDS})
+            outputs = model(**inputs)
         if not self.model.training:  # evaluation is by the plain cross-entropy
             num_items_in_batch = None  # `Trainer` counts them here, too, for a compute_loss_func
+            if outputs.loss is None:  # of a task that has none for this set; its measure says how good it is
+                outputs.loss = torch.zeros((), device=self.args.device)
         else:
             ranks = self.accelerator.num_processes  # which have equally many images
             images = n_images(inputs) if num_items_in_batch is None else num_items_in_batch * ranks
@@ -353,27 +360,36 @@ class RobustTrainer(ModelInitTrainer):
             self.loss_log.add(terms, share=n_images(inputs) / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def _note_progress(self) -> None:
+        state: Any = self.state
+        progress = Progress(
+            state.global_step, state.max_steps, int(state.epoch), state.num_train_epochs, self.args.seed
+        )
+        self.model.progress = progress
+        if progress.epoch != self.epoch_begun:
+            self.epoch_begun = progress.epoch
+            with self.accelerator.autocast():
+                for term in self.model.terms.values():
+                    term.start_epoch(self.model, progress)
+
     def loss_terms(self, outputs: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the terms of the loss by name, each a mean over the images; override it to add your own.
+        """Returns the terms of the loss by name, each a mean over the images.
 
         Args:
             outputs: what the classifier returned.
             inputs: what the data collator returned.
         """
-        terms = {"cross_entropy": outputs.loss}
-        if self.ogen is not None and self.model.training:
-            terms = self.ogen.terms(outputs)
-        if self.reference is not None and self.model.training:
-            with self.accelerator.autocast():
-                terms |= self.reference.terms(outputs, inputs, self.state.global_step / self.state.max_steps)
-        return terms
+        if not outputs.terms:
+            return {TASK_LOSS: outputs.loss}
+        weight = math.prod(term.task_weight(self.model.progress) for term in self.model.terms.values())
+        return {TASK_LOSS: weight * outputs.loss, **outputs.terms}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Returns the names of the parameters that get weight decay, as in `Trainer`, less those the task excepts."""
         return [n for n in super().get_decay_parameter_names(model) if n not in self.model.without_decay()]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        own = self.model.sampler(self.train_dataset, self._train_batch_size, self.data_seed)
+        own = self.model.sampler(self.train_dataset, self._train_batch_size, self.draws)
         return super()._get_train_sampler(train_dataset) if own is None else own
 
     def training_step(

@@ -16,7 +16,6 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError
-from ..ogen import OGENClassifier
 from ..tuners.saft import saft_unselected
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "neftune_noise_alpha": (
         (None,),
         "NEFTune adds noise to the token embeddings of instructions; prompts of class names are the classifier's head",
-        "Regularise with weight_decay, label_smoothing_factor or similarity_weight.",
+        "Regularise with weight_decay, label_smoothing_factor or losses=[SimilarityLoss()].",
     ),
     "train_sampling_strategy": (
         ("random", "sequential"),
@@ -181,7 +180,7 @@ def check_sharding(accelerator: Accelerator, classifier: nn.Module, optimizers: 
         optimizers: an optimizer and a schedule given, or None.
 
     Raises:
-        ConfigError: a setting of FSDP is not served, or fp16, OGEN or an optimizer given do not go with it.
+        ConfigError: a setting of FSDP is not served, or fp16 or an optimizer given do not go with it.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -197,9 +196,6 @@ def check_sharding(accelerator: Accelerator, classifier: nn.Module, optimizers: 
         raise ConfigError(
             "FSDP cannot scale the loss of a scale it leaves whole", where="fp16", remedy="Use bf16=True."
         )
-    if isinstance(classifier, OGENClassifier):
-        what, remedy = "OGEN averages the weights of epochs, which FSDP shards", "Use DDP: fewer weights are trained."
-        raise ConfigError(what, where="ogen", got="FSDP", remedy=remedy)
     if any(part is not None for part in optimizers):
         remedy = "Pass optimizer_cls_and_kwargs=(torch.optim.SGD, {'lr': 0.1}): it is made when training starts."
         raise ConfigError("an optimizer made before FSDP shards has no shards", where="optimizers", remedy=remedy)

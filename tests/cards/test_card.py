@@ -12,7 +12,14 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 import hf_robust
-from hf_robust import AlphaSweep, OGENConfig, RobustTrainingArguments, ZeroShotClassifier, context_prompt
+from hf_robust import (
+    AlphaSweep,
+    OGENConfig,
+    OGENLoss,
+    RobustTrainingArguments,
+    ZeroShotClassifier,
+    context_prompt,
+)
 from hf_robust.cards.card import ADAPTER_SETTINGS, OGEN_SETTINGS, TRAINING_SETTINGS, model_card
 from hf_robust.cards.markdown import code, escape, hub_id
 from hf_robust.cards.push import write_card
@@ -189,11 +196,11 @@ def test_every_method_is_explained_and_cited(tmp_path: Path) -> None:
     }
     found: dict[str, ModelCard] = {}
     for method in ("full", "saft", "aclip", "lora"):
-        trainer = build(tmp_path, method, similarity_weight=1.0 if method == "full" else 0.0)
+        trainer = build(tmp_path, method, losses={"similarity": {}} if method == "full" else None)
         found[method] = model_card(trainer.model, trainer.args, results(0.5 if method == "full" else None))
     prompted, template = context_prompt(tiny_model("clip"), tiny_processor("clip"), 4, None, NAMES)
-    ogen = OGENConfig(["goat", "otter", "heron"], neighbours=2, heads=1)
-    trainer = build(tmp_path, model=prompted, ogen=ogen, templates=template)
+    ogen = OGENLoss(OGENConfig(["goat", "otter", "heron"], neighbours=2, heads=1))
+    trainer = build(tmp_path, model=prompted, losses=[ogen], templates=template)
     found["context"] = model_card(trainer.model, trainer.args)
     expected = {"full": {"similarity loss", "WiSE-FT"}, "saft": {"SAFT"}, "aclip": {"A-CLIP"}, "lora": set()}
     for method, names in (expected | {"context": {"CoOp", "OGEN"}}).items():
@@ -299,8 +306,8 @@ def test_nasty_names_break_neither_metadata_nor_text() -> None:
 
 def test_nasty_names_of_new_classes_are_escaped(tmp_path: Path) -> None:
     prompted, template = context_prompt(tiny_model("clip"), tiny_processor("clip"), 4, None, NAMES)
-    ogen = OGENConfig(["<img src>", "a|b", "o`o"], neighbours=2, heads=1)
-    trainer = build(tmp_path, model=prompted, ogen=ogen, templates=template)
+    ogen = OGENLoss(OGENConfig(["<img src>", "a|b", "o`o"], neighbours=2, heads=1))
+    trainer = build(tmp_path, model=prompted, losses=[ogen], templates=template)
     text = model_card(trainer.model).text
     assert "&lt;img src&gt;, a\\|b, o\\`o" in text
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_robust import ACLIPConfig, OGENConfig, SAFTConfig, ZeroShotClassifier, with_image_embeds
+from hf_robust import ACLIPConfig, OGENConfig, OGENLoss, SAFTConfig, ZeroShotClassifier, with_image_embeds
 from hf_robust.data.collator import ImageCollator
 from hf_robust.encoders.dual_encoder import image_embeds
 from hf_robust.errors import ConfigError
@@ -78,7 +78,7 @@ def test_ogen_trains_with_them(tmp_path):
     known, new = ["red", "green", "blue", "pink"], ["cat", "dog", "owl"]
     train = embedded(image_dataset(18, known))
     model = TEXT["aclip"](tiny_model("clip"))
-    trained = build(tmp_path, model=model, train_dataset=train, eval_dataset=None, ogen=OGENConfig(new))
+    trained = build(tmp_path, model=model, train_dataset=train, eval_dataset=None, losses=[OGENLoss(OGENConfig(new))])
     trained.train()
     embeds = train.with_format("torch")
     expected = torch.stack([embeds[:]["image_embeds"][embeds[:]["label"] == label].mean(0) for label in range(4)])
@@ -114,6 +114,6 @@ def test_classifier_takes_either_images_or_embeddings():
 
 def test_embedded_images_have_no_reference_to_cache(tmp_path):
     model = TEXT["saft"](tiny_model("clip"))
-    settings = {"similarity_weight": 1.0, "cache_reference_embeddings": True}
+    settings = {"losses": {"similarity": {}}, "cache_reference_embeddings": True}
     with pytest.raises(ConfigError, match="embedded already"):
         build(tmp_path, model=model, train_dataset=embedded(image_dataset(7, NAMES)), **settings)

@@ -8,14 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_robust.encoders.dual_encoder import image_embeds, text_embeds, tokenize, tower_modules
+from hf_robust.encoders.pretrained import pretrained_weights
 from hf_robust.errors import ConfigError
-from hf_robust.losses.reference import (
-    check_reference,
-    pretrained_class_embeds,
-    pretrained_image_embeds,
-    pretrained_vision,
-    pretrained_weights,
-)
+from hf_robust.losses.reference import pretrained_class_embeds, pretrained_image_embeds, pretrained_tower
 from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.methods import Method, batch, logits, prepared, train
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor
@@ -41,7 +36,7 @@ def test_the_live_reference_is_the_base_and_leaves_all_as_it_was(trained):
     before = {name: parameter.detach().clone() for name, parameter in trained.named_parameters()}
     flags = {name: parameter.requires_grad for name, parameter in trained.named_parameters()}
     modes = {name: module.training for name, module in trained.named_modules()}
-    vision = pretrained_vision(trained)
+    vision = pretrained_tower(trained, "vision")
     embeds = pretrained_image_embeds(vision, {**inputs, "labels": torch.tensor([0, 1, 2, 0])})
     assert vision is trained and not embeds.requires_grad
     assert torch.equal(embeds, image_embeds(tiny_model("clip"), **inputs))
@@ -63,18 +58,29 @@ def test_all_is_as_it_was_after_an_error_too(trained):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_frozen_copy_stays_and_holds_no_text_tower(family):
+def test_the_frozen_copies_stay_and_hold_one_tower_each(family):
     model, inputs = tiny_model(family).train(), tiny_batch(family, 3)
-    expected = image_embeds(tiny_model(family), **inputs)
-    vision = pretrained_vision(model)
+    tokens = tokenize(tiny_processor(family), ["a photo of a cat.", "dog"], model)
+    plain = tiny_model(family)
+    with torch.no_grad():
+        expected = image_embeds(plain, **inputs), text_embeds(plain, **tokens)
+    vision, text = (pretrained_tower(model, tower) for tower in ("vision", "text"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
-    embeds = pretrained_image_embeds(vision, inputs)
-    assert torch.equal(embeds, expected) and not embeds.requires_grad
-    assert not torch.equal(image_embeds(model, **inputs), expected)
-    assert not any(list(vision.get_submodule(name).parameters()) for name in tower_modules(model, "text"))
-    assert model.training and not vision.training
+        found = pretrained_image_embeds(vision, inputs), text_embeds(text, **tokens)
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(image_embeds(model, **inputs), expected[0])
+    for copy, other in ((vision, "text"), (text, "vision")):
+        assert not any(list(copy.get_submodule(name).parameters()) for name in tower_modules(model, other))
+        assert model.training and not copy.training
+
+
+def test_a_tower_that_is_not_trained_is_its_own_reference():
+    model = tiny_model("clip")
+    ZeroShotClassifier(model, tiny_processor("clip"), NAMES, head="frozen")
+    assert pretrained_tower(model, "text") is model
+    assert pretrained_tower(model, "vision") is not model
 
 
 def test_class_embeddings_of_the_base_in_parts_or_not(trained, monkeypatch):
@@ -92,7 +98,6 @@ def test_class_embeddings_of_the_base_in_parts_or_not(trained, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning")
 def test_weights_trained_beside_an_adapter_are_refused():
     model = get_peft_model(tiny_model("clip"), LoraConfig(target_modules=["q_proj"], bias="all"))
-    classifier = ZeroShotClassifier(model, tiny_processor("clip"), NAMES, head="frozen")
     with pytest.raises(ConfigError, match="trained beside the adapter.*vision_model.*bias='none'"):
-        check_reference(classifier, "vision")
+        pretrained_tower(model, "vision")
     assert any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_A" in name)

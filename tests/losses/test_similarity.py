@@ -40,7 +40,7 @@ def oracle(distance, tuned, reference):
 @all_distances
 def test_it_is_the_mean_of_the_distance_as_defined(distance):
     tuned, reference = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    value = SimilarityLoss(distance, weight=3.0)(tuned, reference)
+    value = SimilarityLoss(3.0, distance).between(tuned, reference)
     assert value.shape == () and value.item() == pytest.approx(oracle(distance, tuned, reference), rel=1e-12)
 
 
@@ -49,7 +49,7 @@ def test_it_is_the_mean_of_the_distance_as_defined(distance):
 @given(tuned=vectors, reference=vectors)
 def test_it_is_symmetric_and_not_negative(distance, tuned, reference):
     tuned, reference = torch.from_numpy(tuned), torch.from_numpy(reference)
-    similarity = SimilarityLoss(distance)
+    similarity = SimilarityLoss(distance=distance).between
     assert similarity(tuned, reference) == similarity(reference, tuned) >= 0
 
 
@@ -59,7 +59,7 @@ def test_it_is_symmetric_and_not_negative(distance, tuned, reference):
 def test_equal_embeddings_give_exactly_zero_and_a_gradient_of_zero(distance, embeds):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         tuned = torch.from_numpy(embeds).to(dtype).requires_grad_()
-        value = SimilarityLoss(distance)(tuned, tuned.detach().clone())
+        value = SimilarityLoss(distance=distance).between(tuned, tuned.detach().clone())
         value.backward()
         assert value.item() == 0 and tuned.grad.count_nonzero() == 0  # NaN counts as nonzero
 
@@ -68,7 +68,7 @@ def test_equal_embeddings_give_exactly_zero_and_a_gradient_of_zero(distance, emb
 def test_its_gradient_is_that_of_finite_differences_and_goes_to_the_tuned_alone(distance):
     tuned = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     reference = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    similarity = SimilarityLoss(distance)
+    similarity = SimilarityLoss(distance=distance).between
     assert torch.autograd.gradcheck(lambda embeds: similarity(embeds, reference.detach()), (tuned,))
     similarity(tuned, reference).backward()
     assert reference.grad is None and tuned.grad.count_nonzero() == tuned.numel()
@@ -79,7 +79,7 @@ def test_its_gradient_is_that_of_finite_differences_and_goes_to_the_tuned_alone(
 def test_sums_are_float32_or_better(distance, dtype):
     tuned, reference = torch.randn(4, 300).to(dtype), torch.randn(4, 300).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        value = SimilarityLoss(distance)(tuned, reference)
+        value = SimilarityLoss(distance=distance).between(tuned, reference)
     assert value.dtype == torch.promote_types(dtype, torch.float32)
     assert value.item() == pytest.approx(oracle(distance, tuned.double(), reference.double()), rel=1e-5)
 
@@ -87,7 +87,7 @@ def test_sums_are_float32_or_better(distance, dtype):
 def test_cosine_does_not_see_lengths_and_the_others_do():
     tuned, reference = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     for distance in DISTANCES:
-        similarity = SimilarityLoss(distance)
+        similarity = SimilarityLoss(distance=distance).between
         same = torch.isclose(similarity(3 * tuned, 5 * reference), similarity(tuned, reference), rtol=1e-12)
         assert same == (distance == "cosine")
 
@@ -99,40 +99,20 @@ def test_cosine_does_not_see_lengths_and_the_others_do():
 def test_embeddings_that_do_not_pair_are_refused(shapes):
     tuned, reference = map(torch.zeros, shapes)
     with pytest.raises(DataError, match="do not pair") as error:
-        SimilarityLoss()(tuned, reference)
+        SimilarityLoss().between(tuned, reference)
     assert all(str(shape) in str(error.value) for shape in shapes)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [("constant", [2, 2, 2, 2]), ("linear", [2, 1.5, 1, 0]), ("cosine", [2, 1 + math.sqrt(0.5), 1, 0])],
-)
-def test_weight_over_time(schedule, expected):
-    similarity = SimilarityLoss(weight=2, schedule=schedule)
-    assert [similarity.weight_at(progress) for progress in (0, 0.25, 0.5, 1)] == pytest.approx(expected, abs=1e-15)
-    assert similarity.weight_at(0) == 2
-
-
-@pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan, True, "0.5", None])
-def test_progress_is_a_fraction(progress):
-    with pytest.raises(ConfigError, match="progress"):
-        SimilarityLoss().weight_at(progress)
-
-
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, True, "1", None])
-def test_bad_weight_is_refused(weight):
-    with pytest.raises(ConfigError, match="weight"):
-        SimilarityLoss(weight=weight)
 
 
 @pytest.mark.parametrize("argument", ["distance", "towers", "schedule"])
 @pytest.mark.parametrize("got", ["Cosine", "", None])
 def test_unknown_name_is_refused(argument, got):
-    with pytest.raises(ConfigError, match=f"unknown similarity {argument}"):
+    with pytest.raises(ConfigError, match=f"unknown {argument}.*losses"):
         SimilarityLoss(**{argument: got})
 
 
 def test_it_has_nothing_to_train_and_shows_its_settings():
-    similarity = SimilarityLoss("l1", 0.5, "both", "linear")
+    similarity = SimilarityLoss(0.5, "l1", "both", "linear")
     assert not similarity.state_dict() and not list(similarity.parameters())
-    assert repr(similarity) == "SimilarityLoss(l1, weight=0.5, towers=both, schedule=linear)"
+    shown = "SimilarityLoss(weight=0.5, distance='l1', towers='both', schedule='linear')"
+    assert repr(similarity) == shown
+    assert similarity.settings() == {"weight": 0.5, "distance": "l1", "towers": "both", "schedule": "linear"}

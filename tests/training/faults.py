@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_robust.errors import CheckpointError, RankMismatchError
-from hf_robust.ogen import OGENConfig
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model
 from tests.trainers import METHODS, NAMES, build, weights
@@ -31,12 +30,13 @@ KILLED = "SIGKILL"
 REFUSED = 3  # exit status after an error of ours
 NEVER = 10**9
 STEPS, FAULTY = 3, 2  # steps in all; in whose checkpoint the fault is
+OGEN = {"new_class_names": ["cat", "dog", "owl"], "neighbours": 2}
 RUNS = {
     "saft": {"method": "saft"},
     "aclip": {"method": "aclip"},
     "full": {"method": "full", "head": "trainable", "save_total_limit": 1},
-    "similar": {"method": "full", "similarity_weight": 2.0, "cache_reference_embeddings": True},
-    "ogen": {"method": "lora", "templates": "b c d e {}.", "ogen": OGENConfig(["cat", "dog", "owl"], neighbours=2)},
+    "similar": {"method": "full", "losses": {"similarity": {"weight": 2.0}}, "cache_reference_embeddings": True},
+    "ogen": {"method": "lora", "templates": "b c d e {}.", "losses": {"ogen": OGEN}},
 }
 
 

@@ -21,7 +21,7 @@ from tests.trainers import NAMES, build, entries, weights
 
 SHIPPED = yaml.safe_load((ROOT / "examples" / "accelerate_configs" / "fsdp2.yaml").read_text())
 FSDP = {"fsdp": True, "fsdp_config": SHIPPED["fsdp_config"]}
-SIMILAR = {"similarity_weight": 2.0, "similarity_towers": "both"}
+SIMILAR = {"losses": {"similarity": {"weight": 2.0, "towers": "both"}}}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 BEST = {
     "eval_strategy": "steps",

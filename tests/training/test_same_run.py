@@ -105,7 +105,7 @@ CHANGES = {
     "lr_scheduler_type": lambda: {"lr_scheduler_type": "cosine"},
     "per_device_train_batch_size": lambda: {"per_device_train_batch_size": 2},
     "gradient_accumulation_steps": lambda: {"gradient_accumulation_steps": 2},
-    "similarity_weight": lambda: {"similarity_weight": 1.0},
+    "losses": lambda: {"losses": {"similarity": {}}},
     "label_smoothing_factor": lambda: {"label_smoothing_factor": 0.1},
     "bf16": lambda: {"bf16": True},
     "optim": lambda: {"optim": "sgd"},
@@ -277,7 +277,7 @@ def test_other_versions_are_a_warning(run, tmp_path, monkeypatch, caplog):
 
 def test_a_second_training_of_one_trainer_is_the_same_run(tmp_path):
     """A model that is trained whole is θ₀ no more; what is compared is the θ₀ that was kept."""
-    again = build(tmp_path, "full", similarity_weight=1.0, cache_reference_embeddings=True, **SETTINGS)
+    again = build(tmp_path, "full", losses={"similarity": {}}, cache_reference_embeddings=True, **SETTINGS)
     again.train()
     once = weights(again)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 
-from hf_robust import ImageCollator, OGENConfig, ZeroShotClassifier, with_image_embeds, with_image_size
+from hf_robust import ImageCollator, ZeroShotClassifier, with_image_embeds, with_image_size
 from hf_robust.encoders.dual_encoder import base_model
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.difficulty import task_difficulty
@@ -50,7 +50,7 @@ def test_every_method_trains_evaluates_and_comes_back_at_the_size(tmp_path, meth
     model = tiny_model("clip")
     sizes = watched(model)
     sets = {"validation": image_dataset(7, NAMES, seed=50), "new": image_dataset(9, ["cat", "dog"], seed=90)}
-    settings = {"similarity_weight": 1.0, "cache_reference_embeddings": True, "eval_dataset": sets}
+    settings = {"losses": {"similarity": {}}, "cache_reference_embeddings": True, "eval_dataset": sets}
     trained = build(tmp_path, method, model=model, image_size=SIZE, **settings)
     before = logits(trained.model, trained.processing_class)
     trained.train()
@@ -97,7 +97,9 @@ def test_the_given_processor_is_not_changed_and_no_size_uses_it_itself(tmp_path)
 def test_ogen_embeds_its_images_at_the_size(tmp_path):
     model = tiny_lora(tiny_model("clip"), exclude_modules=r"vision_model.*")
     sizes = watched(model)
-    trained = build(tmp_path, model=model, ogen=OGENConfig(["cat", "dog"], neighbours=2), image_size=SIZE)
+    trained = build(
+        tmp_path, model=model, losses={"ogen": {"new_class_names": ["cat", "dog"], "neighbours": 2}}, image_size=SIZE
+    )
     trained.train()
     assert trained.train_dataset.rows.column_names == ["label", "image_embeds"] and sizes == {(SIZE, SIZE)}
 

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from hf_robust.data.collator import ImageCollator
 from hf_robust.errors import ConfigError
-from hf_robust.ogen import OGENConfig
+from hf_robust.ogen import OGENConfig, OGENLoss
 from hf_robust.tasks.task_loss import class_weights
 from hf_robust.training.arguments import RobustTrainingArguments
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -92,7 +92,7 @@ def test_own_metrics_are_beside_the_plain_loss(tmp_path):
 
 
 def test_other_terms_are_added_to_a_loss_of_one_s_own(tmp_path):
-    settings = {"similarity_weight": 2.0, "logging_strategy": "steps", "logging_steps": 1}
+    settings = {"losses": {"similarity": {"weight": 2.0}}, "logging_strategy": "steps", "logging_steps": 1}
     run = trained(tmp_path, size=4, **settings, compute_loss_func=focal)
     last = [entry for entry in run.state.log_history if "loss" in entry][-1]
     assert last["loss_similarity_vision"] > 0
@@ -105,14 +105,14 @@ def test_ogen_weights_real_images_alone(tmp_path):
         model.vision_model.requires_grad_(False)
         model.visual_projection.requires_grad_(False)
         logged = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 1}
-        ogen = OGENConfig(new_class_names=OTHER_NAMES, neighbours=2, heads=2)
-        run = build(tmp_path, model=model, ogen=ogen, train_dataset=uneven(), **logged, **settings)
+        ogen = OGENLoss(OGENConfig(new_class_names=OTHER_NAMES, neighbours=2, heads=2))
+        run = build(tmp_path, model=model, losses=[ogen], train_dataset=uneven(), **logged, **settings)
         run.train()
         return run.state.log_history[0]
 
     plain, weighted = first(), first(class_weights="balanced")
     assert plain["loss_cross_entropy"] != weighted["loss_cross_entropy"]
-    assert plain["loss_new"] == weighted["loss_new"]
+    assert plain["loss_ogen_new"] == weighted["loss_ogen_new"]
 
 
 def test_saft_selects_by_the_loss_it_minimises(tmp_path):

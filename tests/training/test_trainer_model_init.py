@@ -9,7 +9,7 @@ import torch
 
 from hf_robust import WiSEFTCallback, wise_ft
 from hf_robust.errors import ConfigError
-from hf_robust.ogen import OGENConfig
+from hf_robust.ogen import OGENConfig, OGENLoss
 from hf_robust.tasks.class_names import ZeroShotClassifier
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -74,7 +74,7 @@ def test_theta0_is_taken_anew(tmp_path):
     made = build(
         tmp_path,
         model_init=lambda: tiny_model("clip", seed=next(seeds)),
-        **{"similarity_weight": 1.0, "cache_reference_embeddings": True, "callbacks": [WiSEFTCallback(1.0)]},
+        **{"losses": {"similarity": {}}, "cache_reference_embeddings": True, "callbacks": [WiSEFTCallback(1.0)]},
         **{"logging_strategy": "steps", "logging_steps": 1},
     )
     for seed in (1, 2):
@@ -95,7 +95,9 @@ def test_ogen_is_built_around_every_model(tmp_path):
         made.visual_projection.requires_grad_(False)
         return made
 
-    made = build(tmp_path, model_init=model, ogen=OGENConfig(OTHER_NAMES, neighbours=2, heads=2), max_steps=2)
+    made = build(
+        tmp_path, model_init=model, losses=[OGENLoss(OGENConfig(OTHER_NAMES, neighbours=2, heads=2))], max_steps=2
+    )
     made.train()
     first = weights(made)
     assert any("generator" in name for name in first)
@@ -156,7 +158,7 @@ def test_two_trials_start_from_the_same_model(tmp_path, method):
     settings = {
         "save_strategy": "steps",
         "save_steps": 2,
-        "similarity_weight": 1.0,
+        "losses": {"similarity": {}},
         "cache_reference_embeddings": method == "full",
     }
     before = dict(vars(build(tmp_path).args))
@@ -218,7 +220,7 @@ def test_a_trial_that_fails_leaves_the_trainer_as_it_was(tmp_path):
         (lambda trial: {"image_size": 64}, "processor is made once.*image_size"),
         (lambda trial: {"learning_rat": 1.0}, "no such argument.*learning_rat'.*Did you mean 'learning_rate'"),
         (lambda trial: {"learning_rate": 1.0, "torch_compile": True}, "compiled model.*torch_compile"),
-        (lambda trial: {"similarity_weight": -1.0}, "weight.*got -1.0"),
+        (lambda trial: {"losses": {"similarity": {"weight": -1.0}}}, "weight.*got -1.0"),
     ]:
         with pytest.raises(ConfigError, match=message):
             run.hyperparameter_search(space, n_trials=1)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
-from hf_robust import ACLIPConfig, OGENClassifier, OGENConfig, SAFTConfig, ZeroShotClassifier, context_prompt
+from hf_robust import ACLIPConfig, OGENConfig, OGENLoss, SAFTConfig, ZeroShotClassifier, add_terms, context_prompt
 from hf_robust.data.collator import ImageCollator
 from hf_robust.encoders.dual_encoder import image_embeds
 from hf_robust.errors import AdapterFileError, CheckpointError, ConfigError, DataError
@@ -43,9 +41,16 @@ def trainer(folder, method="lora", ogen=True, family="clip", config=None, **sett
     settings.setdefault(
         "eval_dataset", {"known": image_dataset(7, KNOWN, seed=50), "new": image_dataset(9, NEW, seed=90)}
     )
-    return build(
-        folder, model=model, family=family, ogen=OGENConfig(NEW, **(config or {})) if ogen else None, **settings
-    )
+    losses = [OGENLoss(OGENConfig(NEW, **(config or {})))] if ogen else []
+    return build(folder, model=model, family=family, losses=losses, **settings)
+
+
+def loss_of(trained):
+    return trained.model.terms["ogen"]
+
+
+def tensors_of(trained):
+    return dict([*trained.model.named_parameters(), *trained.model.named_buffers()])
 
 
 def batch(family="clip"):
@@ -58,17 +63,12 @@ def batch(family="clip"):
 @all_methods
 def test_trains_text_tower_and_generator_and_nothing_else(tmp_path, method):
     trained = trainer(tmp_path, method)
-    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in tensors_of(trained).items()}
     base = {name: tensor.clone() for name, tensor in tiny_model("clip").state_dict().items()}
     trained.train()
-    moved = [
-        name
-        for name, tensor in trained.model.state_dict().items()
-        if not torch.equal(tensor, before.get(name, tensor))
-    ]
-    assert {name for name, _ in trained.model.generator.named_parameters()} <= {
-        name.removeprefix("generator.") for name in moved
-    }
+    moved = [name for name, tensor in tensors_of(trained).items() if not torch.equal(tensor, before.get(name, tensor))]
+    generator = "terms.ogen.generator."
+    assert {generator + name for name, _ in loss_of(trained).generator.named_parameters()} <= set(moved)
     assert any("text_model" in name for name in moved) or method == "saft"
     assert not any("vision_model" in name or "visual_projection" in name for name in moved)
     with trained.model.model.disable_adapter():
@@ -95,15 +95,15 @@ def test_every_term_is_logged_with_its_weight_and_the_generator_warms_up_alone(t
     terms = [{key: value for key, value in entry.items() if key.startswith("loss_")} for entry in logs]
     for entry, of_entry in zip(logs, terms, strict=True):
         assert sum(of_entry.values()) == pytest.approx(entry["loss"], rel=1e-4)
-    generation = {"loss_generation_base", "loss_generation_reverse"}
-    classification = {"loss_cross_entropy", "loss_base_as_unknown", "loss_reverse", "loss_new"}
-    distillation = {"loss_distillation_known", "loss_distillation_new"}
+    generation = {"loss_ogen_generation_base", "loss_ogen_generation_reverse"}
+    classification = {"loss_cross_entropy", "loss_ogen_base_as_unknown", "loss_ogen_reverse", "loss_ogen_new"}
+    distillation = {"loss_ogen_distillation_known", "loss_ogen_distillation_new"}
     for of_entry in terms[:5]:  # the first of five epochs
         assert {name for name, value in of_entry.items() if value != 0} == generation
     for of_entry in terms[5:]:
         assert set(of_entry) == generation | classification | distillation
         assert all(of_entry[name] > 0 for name in generation | classification)
-    assert terms[-1]["loss_distillation_known"] > 0 < terms[-1]["loss_distillation_new"]
+    assert terms[-1]["loss_ogen_distillation_known"] > 0 < terms[-1]["loss_ogen_distillation_new"]
 
 
 def test_text_tower_waits_for_the_generator(tmp_path):
@@ -111,30 +111,7 @@ def test_text_tower_waits_for_the_generator(tmp_path):
     before = weights(trained)
     trained.train()
     changed = {name for name, value in weights(trained).items() if not torch.equal(value, before[name])}
-    assert changed and all(name.startswith("generator.") for name in changed)
-
-
-def test_loss_is_the_weighted_sum_of_the_terms(tmp_path):
-    config = {"warmup": 0.0, "generation_weight": 3.0, "base_as_unknown_weight": 0.5, "reverse_weight": 0.7}
-    config |= {"new_weight": 1.1, "cross_entropy_weight": 0.3, "distillation_weight": 0.0, "neighbours": 2}
-    trained = trainer(tmp_path, config=config, max_steps=1)
-    trained.train()
-    trained.model.train()
-    trained.state.epoch = 0.0
-    inputs = batch()
-    state = trained.model.noise.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        loss = trained.compute_loss(trained.model, inputs)
-    trained.model.noise.set_state(state)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        output = trained.model(**inputs)
-    terms = output.terms
-    expected = 3.0 * (terms["generation_base"] + terms["generation_reverse"]) + 0.5 * terms["base_as_unknown"]
-    expected = expected + 0.7 / 2 * terms["reverse"] + 1.1 / 2 * terms["new"] + 0.3 * output.loss
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert output.loss.item() == pytest.approx(F.cross_entropy(output.logits, inputs["labels"]).item())
+    assert changed and all(name.startswith("terms.ogen.generator.") for name in changed)
 
 
 def test_same_seed_gives_the_same_result_and_another_another(tmp_path):
@@ -146,10 +123,11 @@ def test_same_seed_gives_the_same_result_and_another_another(tmp_path):
     assert not same(weights(runs[0]), weights(runs[2]))
 
 
-def test_construction_leaves_the_global_random_state(tmp_path):
+def test_construction_leaves_the_global_random_state():
     model, templates = METHODS["lora"]("clip")
     before = torch.get_rng_state()
-    OGENClassifier(model, tiny_processor("clip"), KNOWN, OGENConfig(NEW), templates)
+    classifier = ZeroShotClassifier(model, tiny_processor("clip"), KNOWN, templates)
+    add_terms(classifier, {"ogen": OGENLoss(OGENConfig(NEW))})
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -162,14 +140,14 @@ def test_prototypes_are_those_of_the_training_set_and_are_read_from_a_file_the_s
         embeds = image_embeds(tiny_model("clip"), inputs["pixel_values"])  # (images, dim)
     for label in range(len(KNOWN)):
         own = embeds[inputs["labels"] == label]
-        found = first.model.prototypes
+        found = loss_of(first).prototypes
         torch.testing.assert_close(found.mean[label], own.mean(0), rtol=0, atol=1e-6)
         torch.testing.assert_close(found.std[label], own.std(0, correction=0), rtol=0, atol=1e-6)
     for used in ("hf_robust.data.embeds_cache.pretrained_image_embeds", "hf_robust.tasks.class_names.embed_images"):
         monkeypatch.setattr(used, lambda *args: pytest.fail("the vision tower was run again"))
     second = trainer(tmp_path, max_steps=1)
     second.train()
-    assert torch.equal(second.model.prototypes.mean, first.model.prototypes.mean)
+    assert torch.equal(loss_of(second).prototypes.mean, loss_of(first).prototypes.mean)
 
 
 def test_prototypes_of_images_that_may_change_are_not_kept(tmp_path):
@@ -178,74 +156,24 @@ def test_prototypes_of_images_that_may_change_are_not_kept(tmp_path):
     trained.train()
     cached = trainer(tmp_path, max_steps=1)
     cached.train()
-    torch.testing.assert_close(trained.model.prototypes.mean, cached.model.prototypes.mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss_of(trained).prototypes.mean, loss_of(cached).prototypes.mean, rtol=0, atol=1e-6)
 
 
 def test_second_training_starts_without_the_epochs_of_the_first(tmp_path):
     trained = trainer(tmp_path)
     trained.train()
-    assert len(trained.ogen.history) == 3  # the last epoch teaches no other
+    assert len(loss_of(trained).history) == 3  # the last epoch teaches no other
     trained.train()
-    assert len(trained.ogen.history) == 3
+    assert len(loss_of(trained).history) == 3
 
 
 # --- the teacher ---
 
 
-@all_methods
-def test_teacher_is_the_model_with_averaged_tensors(tmp_path, method):
-    trained = trainer(tmp_path, method)
-    trained.train()
-    classifier = trained.model
-    own = {name: tensor.detach().clone() for name, tensor in classifier.state_dict().items()}
-    average = trained.ogen.history.average(3, 4)
-    expected = copy.deepcopy(classifier)
-    with torch.no_grad():
-        for name, tensor in expected.trained_tensors().items():
-            tensor.copy_(average[name])
-        expected.eval()
-        classes, new = expected.encode_prompts(), expected.encode_new_prompts()
-    classifier.train()
-    classifier.set_teacher(average)
-    assert torch.equal(classifier.teacher.class_embeds, classes) and torch.equal(classifier.teacher.new_embeds, new)
-    assert not torch.equal(classifier.encode_prompts(), classes)
-    for name, tensor in classifier.teacher.generator.named_parameters():
-        assert torch.equal(tensor, average[f"generator.{name}"]) and not tensor.requires_grad
-    assert not classifier.teacher.generator.training and classifier.training
-    assert all(torch.equal(tensor, own[name]) for name, tensor in classifier.state_dict().items())
-
-
-def test_distillation_compares_probabilities_with_the_teachers(tmp_path):
-    trained = trainer(tmp_path, config={"dropout": 0.0})
-    trained.train()
-    classifier, inputs = trained.model.train(), batch()
-    with torch.no_grad():
-        output = classifier(**inputs)
-        teacher = classifier.teacher
-        scale = classifier.model.base_model.model.logit_scale.exp()
-        images, labels = output.image_embeds, inputs["labels"]
-        known = (scale * images @ teacher.class_embeds.T).softmax(-1)
-        student = (scale * images @ output.class_embeds.T).softmax(-1)
-        assert output.terms["distillation_known"].item() == pytest.approx((known - student).square().mean().item())
-        new_embeds = classifier.encode_new_prompts()
-        nearest = (
-            (output.class_embeds @ new_embeds.T).sort(dim=1, descending=True).indices[:, :3][labels]
-        )  # (batch, 3)
-        probabilities = []
-        for generator, classes, new in (
-            (classifier.generator, output.class_embeds, new_embeds),
-            (teacher.generator, teacher.class_embeds, teacher.new_embeds),
-        ):
-            made = generator(new[nearest], classes[labels][:, None], images[:, None])
-            probabilities.append((scale * made @ new.T).softmax(-1))
-        expected = (probabilities[0] - probabilities[1]).square().mean().item()
-        assert output.terms["distillation_new"].item() == pytest.approx(expected, rel=1e-4)
-
-
 def test_without_distillation_there_is_no_teacher(tmp_path):
     trained = trainer(tmp_path, config={"distillation_weight": 0.0})
     trained.train()
-    assert trained.model.teacher is None
+    assert loss_of(trained).teacher is None
 
 
 @pytest.mark.parametrize("method", ["saft", "aclip", "lora"])
@@ -253,11 +181,11 @@ def test_wise_ft_leaves_the_generator_out(tmp_path, method):
     trained = trainer(tmp_path, method)
     zero_shot = trained.evaluate()
     trained.train()
-    generator = [parameter.clone() for parameter in trained.model.generator.parameters()]
+    generator = [parameter.clone() for parameter in loss_of(trained).generator.parameters()]
     sweep = trained.wise_ft_sweep(image_dataset(7, KNOWN, seed=50), alphas=[0.0, 1.0])
     assert sweep.rows[0]["new_loss"] == pytest.approx(zero_shot["eval_new_loss"])
     assert sweep.rows[1]["new_loss"] != pytest.approx(zero_shot["eval_new_loss"])
-    assert all(map(torch.equal, generator, trained.model.generator.parameters()))
+    assert all(map(torch.equal, generator, loss_of(trained).generator.parameters()))
 
 
 # --- what is saved ---
@@ -315,10 +243,10 @@ def test_resumed_run_ends_bit_identical(tmp_path, method, step, noise):
     resumed = trainer(tmp_path, method, config=config, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert same(weights(whole), weights(resumed))
-    kept = [one.ogen.history.state_dict() for one in (whole, resumed)]
-    assert same(*kept) and len(whole.ogen.history) == 3
+    kept = [loss_of(one).history.state_dict() for one in (whole, resumed)]
+    assert same(*kept) and len(loss_of(whole).history) == 3
     logs = [
-        [entry for entry in one.state.log_history if entry["step"] > step and "loss_new" in entry]
+        [entry for entry in one.state.log_history if entry["step"] > step and "loss_ogen_new" in entry]
         for one in (whole, resumed)
     ]
     assert logs[0] == logs[1] and logs[0]
@@ -326,15 +254,15 @@ def test_resumed_run_ends_bit_identical(tmp_path, method, step, noise):
 
 def test_checkpoint_of_another_training_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
-    others = {**settings, "allow_changed": ["ogen", "parameters", "head"]}
+    others = {**settings, "allow_changed": ["losses", "parameters"]}
     checkpoint = str(tmp_path / "checkpoint-5")
     trainer(tmp_path, ogen=False, **settings).train()
-    with pytest.raises(AdapterFileError, match="no state of OGEN"):
+    with pytest.raises(AdapterFileError, match="state of other losses"):
         trainer(tmp_path, **others).train(checkpoint)
     trainer(tmp_path, **settings, config={"layer_norm": True}).train()
     with pytest.raises(CheckpointError, match="layer_norm was True, is False"):
         trainer(tmp_path, **settings).train(checkpoint)
-    with pytest.raises(AdapterFileError, match="another generator"):
+    with pytest.raises(AdapterFileError, match="state of other losses"):
         trainer(tmp_path, **others).train(checkpoint)
 
 
@@ -343,18 +271,11 @@ def test_checkpoint_of_another_training_is_refused(tmp_path):
 
 def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="vision tower must stay as it is.*towers='text'"):
-        build(tmp_path, "saft", train_dataset=image_dataset(8, KNOWN), ogen=OGENConfig(NEW))
+        build(tmp_path, "saft", train_dataset=image_dataset(8, KNOWN), losses=[OGENLoss(OGENConfig(NEW))])
     with pytest.raises(ConfigError, match="vision tower must stay as it is"):
-        build(tmp_path, "full", train_dataset=image_dataset(8, KNOWN), ogen=OGENConfig(NEW))
+        build(tmp_path, "full", train_dataset=image_dataset(8, KNOWN), losses=[OGENLoss(OGENConfig(NEW))])
     with pytest.raises(ConfigError, match="OGEN trains the text tower.*'frozen'"):
         trainer(tmp_path, head="frozen")
-    model, templates = METHODS["lora"]("clip")
-    classifier = ZeroShotClassifier(model, tiny_processor("clip"), KNOWN, templates)
-    with pytest.raises(ConfigError, match="brings its own settings"):
-        build(tmp_path, model=classifier, train_dataset=image_dataset(8, KNOWN), ogen=OGENConfig(NEW))
-    classifier = OGENClassifier(model, tiny_processor("clip"), KNOWN, OGENConfig(NEW), templates)
-    with pytest.raises(ConfigError, match="no prototypes"):
-        classifier.train()(**batch())
 
 
 @pytest.mark.parametrize(
@@ -370,7 +291,7 @@ def test_bad_class_names_are_refused(tmp_path, known, new, message):
     model, templates = METHODS["lora"]("clip")
     settings = {"eval_dataset": None, "train_dataset": image_dataset(8, known), "templates": templates}
     with pytest.raises(DataError, match=message):
-        build(tmp_path, model=model, ogen=OGENConfig(new), **settings)
+        build(tmp_path, model=model, losses=[OGENLoss(OGENConfig(new))], **settings)
 
 
 def test_class_without_image_is_refused_before_training(tmp_path):

@@ -29,9 +29,9 @@ def main(folder):
         result[method] = {
             "before": before,
             "weights": weights(trained),
-            "prototypes": trained.model.prototypes.mean,
-            "noise": trained.model.noise.get_state(),
-            "teacher": trained.model.teacher.new_embeds,
+            "prototypes": trained.model.terms["ogen"].prototypes.mean,
+            "noise": trained.model.terms["ogen"].noise.get_state(),
+            "teacher": trained.model.terms["ogen"].teacher.new_embeds,
             "logs": [entry for entry in trained.state.log_history if "loss" in entry],
         }
     torch.save(result, f"{folder}/rank{trained.args.process_index}.pt")
@@ -47,7 +47,7 @@ def test_two_ranks_stay_bit_identical(tmp_path):
         assert same(first["weights"], second["weights"])
         for part in ("prototypes", "noise", "teacher"):
             assert torch.equal(first[part], second[part])
-        torch.testing.assert_close(first["prototypes"], one.model.prototypes.mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(first["prototypes"], one.model.terms["ogen"].prototypes.mean, rtol=0, atol=1e-6)
         terms = [{key: value for key, value in entry.items() if key.startswith("loss_")} for entry in first["logs"]]
         assert terms == [
             {key: entry[key] for key in of_entry} for of_entry, entry in zip(terms, second["logs"], strict=True)

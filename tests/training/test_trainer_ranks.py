@@ -31,10 +31,11 @@ def main(folder):
         trained.train()
         result[method] = {"weights": weights(trained), "entries": entries(trained), "metrics": scores(trained)}
 
-    SIMILARITY = {"similarity_weight": 2.0, "max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
+    LOSSES = {"similarity": {"weight": 2.0, "towers": "both"}}
+    SIMILARITY = {"losses": LOSSES, "max_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
     for name, method, settings in (
-        ("similar saft", "saft", {"similarity_towers": "both"}),
-        ("similar full", "full", {"similarity_towers": "both"}),
+        ("similar saft", "saft", {}),
+        ("similar full", "full", {}),
         ("cached full", "full", {"cache_reference_embeddings": True}),
     ):
         trained = build(folder, method, train_dataset=image_dataset(13, NAMES), **SIMILARITY, **settings)

@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from hf_robust.errors import CheckpointError, ConfigError
-from hf_robust.ogen import OGENClassifier
+from hf_robust.ogen import OGENConfig, OGENLoss
+from hf_robust.training.losses import check_sharded
 from hf_robust.training.unsupported import UNSUPPORTED_SHARDING, check_sharding
 from tests.programs import run_on_ranks
 from tests.trainers import build, same
@@ -117,9 +118,9 @@ def test_what_is_left_is_served_but_not_with_everything(monkeypatch, policy):
         check(plugin, optimizers=(object(), None))
     with pytest.raises(ConfigError, match=r"fp16.*bf16=True"):
         check(plugin, mixed_precision="fp16")
-    ogen = OGENClassifier.__new__(OGENClassifier)
-    with pytest.raises(ConfigError, match=r"ogen.*DDP"):
-        check(plugin, ogen)
+    task = SimpleNamespace(terms={"ogen": OGENLoss(OGENConfig(["cat", "dog", "owl"]))})
+    with pytest.raises(ConfigError, match=r"whole weights.*losses, ogen.*DDP"):
+        check_sharded(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), task)
 
 
 @pytest.mark.parametrize("asked", [True, False])

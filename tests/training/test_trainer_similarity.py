@@ -25,8 +25,10 @@ all_methods = pytest.mark.parametrize("method", METHODS)
 LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
 
 
-def similar(folder, method="full", **settings):
-    return build(folder, method, **{"similarity_weight": 2.0, "similarity_towers": "both", **LOGGED, **settings})
+def similar(folder, method="full", loss=None, **settings):
+    """A trainer with the similarity loss; `loss` has settings of it, {"weight": 1.0} for one."""
+    losses = {"similarity": {"weight": 2.0, "towers": "both", **(loss or {})}}
+    return build(folder, method, **{"losses": losses, **LOGGED, **settings})
 
 
 def without_dropout(family):
@@ -50,7 +52,7 @@ def losses(trained):
     [(method, {}) for method in METHODS]
     + [(method, {"bf16": True, "activation_checkpointing": True}) for method in METHODS]
     + [(method, {"family": family}) for method in ("full", "lora") for family in FAMILIES[1:]]
-    + [("saft", {"similarity_distance": distance}) for distance in ("l2", "mse", "l1")],
+    + [("saft", {"loss": {"distance": distance}}) for distance in ("l2", "mse", "l1")],
 )
 def test_it_is_exactly_zero_in_the_first_step_and_then_not(tmp_path, method, settings):
     model = without_dropout(settings.get("family", "clip"))
@@ -77,7 +79,7 @@ def test_saft_in_every_family_starts_at_zero_up_to_rounding(tmp_path, family):
 @all_methods
 def test_a_large_weight_holds_the_embeddings(tmp_path, method):
     def distances(weight):
-        trained = similar(tmp_path, method, similarity_weight=weight)
+        trained = similar(tmp_path, method, {"weight": weight})
         trained.train()
         batch = ImageCollator(tiny_processor("clip"))(list(image_dataset(18, NAMES)))
         found, start = (
@@ -93,7 +95,7 @@ def test_a_large_weight_holds_the_embeddings(tmp_path, method):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_weight_follows_the_schedule(tmp_path, schedule, monkeypatch):
     monkeypatch.setattr("hf_robust.losses.similarity.DISTANCES", {"cosine": lambda u, v: u.sum(dim=-1) * 0 + 1})
-    trained = similar(tmp_path, max_steps=4, gradient_accumulation_steps=2, similarity_schedule=schedule)
+    trained = similar(tmp_path, loss={"schedule": schedule}, max_steps=4, gradient_accumulation_steps=2)
     trained.train()
     found = [entry["loss_similarity_vision"] for entry in losses(trained)]
     expected = {
@@ -139,7 +141,7 @@ def test_checkpointing_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("head", ["live", "frozen", "trainable"])
 def test_what_the_head_froze_stays_frozen(tmp_path, head):
-    trained = similar(tmp_path, "lora", head=head, similarity_towers="vision")
+    trained = similar(tmp_path, "lora", {"towers": "vision"}, head=head)
     before = {name: parameter.requires_grad for name, parameter in trained.model.named_parameters()}
     assert any(flag for name, flag in before.items() if "text_model" in name) == (head == "live")
     trained.train()
@@ -155,15 +157,15 @@ def numpy_rows():
 
 
 BAD_SETTINGS = {
-    "negative weight": ({"similarity_weight": -1.0}, "weight.*got -1.0"),
-    "NaN weight": ({"similarity_weight": math.nan}, "weight.*got nan"),
-    "distance": ({"similarity_distance": "euclid"}, "unknown similarity distance.*'euclid'.*'cosine'"),
-    "towers": ({"similarity_towers": "image"}, "unknown similarity towers.*'image'.*'vision'"),
-    "schedule": ({"similarity_schedule": "step", "similarity_weight": 0.0}, "unknown similarity schedule"),
-    "cache without loss": ({"similarity_weight": 0.0, "cache_reference_embeddings": True}, "cache_reference_embed"),
-    "cache of texts": ({"similarity_towers": "text", "cache_reference_embeddings": True}, "cache_reference_embed"),
-    "text, frozen head": ({"similarity_towers": "text", "head": "frozen"}, "similarity_towers.*head='live'"),
-    "both, own head": ({"head": "trainable"}, "similarity_towers.*head='live'"),
+    "negative weight": ({"loss": {"weight": -1.0}}, "weight.*got -1.0"),
+    "NaN weight": ({"loss": {"weight": math.nan}}, "weight.*got nan"),
+    "distance": ({"loss": {"distance": "euclid"}}, "unknown distance.*'euclid'.*'cosine'"),
+    "towers": ({"loss": {"towers": "image"}}, "unknown towers.*'image'.*'vision'"),
+    "schedule": ({"loss": {"schedule": "step", "weight": 0.0}}, "unknown schedule"),
+    "cache without loss": ({"losses": None, "cache_reference_embeddings": True}, "cache_reference_embed"),
+    "cache of texts": ({"loss": {"towers": "text"}, "cache_reference_embeddings": True}, "cache_reference_embed"),
+    "text, frozen head": ({"loss": {"towers": "text"}, "head": "frozen"}, "towers.*head='live'"),
+    "both, own head": ({"head": "trainable"}, "towers.*head='live'"),
     "trained biases": (
         {"model": get_peft_model(tiny_model("clip"), LoraConfig(target_modules=["q_proj"], bias="all"))},
         "trained beside the adapter",
@@ -188,7 +190,7 @@ def test_bad_settings_are_one_error_before_training(tmp_path, name):
 
 
 def test_the_cache_is_for_this_package_s_collator_alone(tmp_path):
-    settings = {"use_cpu": True, "similarity_weight": 1.0, "cache_reference_embeddings": True}
+    settings = {"use_cpu": True, "losses": {"similarity": {}}, "cache_reference_embeddings": True}
     with pytest.raises(ConfigError, match="another data collator"):
         RobustTrainer(
             tiny_model("clip"),

@@ -44,15 +44,15 @@ def test_theta0_embeds_what_is_needed_and_nothing_in_evaluation(tmp_path, method
     counted = {}
     epochs = {"num_train_epochs": 1, "eval_strategy": "epoch", "train_dataset": image_dataset(9, NAMES)}
     for name, settings in {
-        "off": {"similarity_weight": 0.0},
-        "text": {"similarity_towers": "text"},
+        "off": {"losses": None},
+        "text": {"loss": {"towers": "text"}},
         "live": {},
         "cached": {"cache_reference_embeddings": True},
         "cached again": {"cache_reference_embeddings": True},
     }.items():
         calls["live"].clear(), calls["cache"].clear()
         trained = similar(tmp_path, method, **epochs, **settings)
-        copy = trained.reference is not None and trained.reference.vision not in (None, trained.model.model)
+        copy = trained.model.reference.vision not in (None, trained.model.model)
         trained.train()
         counted[name] = (sum(calls["live"]), sum(calls["cache"]), copy)
     expected = {"off": (0, 0), "text": (0, 0), "live": (9, 0), "cached": (0, 9), "cached again": (0, 0)}
@@ -89,7 +89,7 @@ def test_with_the_cache_training_is_the_same_up_to_rounding(tmp_path, method, fo
 @pytest.mark.parametrize("cached", [False, True])
 def test_resumed_run_ends_bit_identical(tmp_path, method, cached):
     settings = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
-    settings |= {"cache_reference_embeddings": cached, "similarity_schedule": "cosine", "similarity_weight": 20.0}
+    settings |= {"cache_reference_embeddings": cached, "loss": {"schedule": "cosine", "weight": 20.0}}
     whole = similar(tmp_path, method, **settings)
     whole.train()
     resumed = similar(tmp_path, method, **settings)

@@ -37,7 +37,7 @@ ARGUMENTS = {
     "optimizer_cls_and_kwargs": "test_an_optimizer_may_be_given",
     "preprocess_logits_for_metrics": "test_logits_may_be_preprocessed",
     "class_names": "test_class_names_may_be_reworded",
-    "ogen": "test_ogen_weights_real_images_alone",
+    "losses": "test_ogen_weights_real_images_alone",
 }
 
 # The tests that see the effect of an option.
