@@ -102,6 +102,7 @@ class ZeroShotClassifier(Task):
     """
 
     name = "class_names"
+    purpose = "classify images"
     target: ClassVar[Target] = "label"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     output_type = ZeroShotClassifierOutput

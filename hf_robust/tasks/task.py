@@ -94,6 +94,8 @@ class Task(nn.Module):
 
     main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
     name: ClassVar[str]  # in files, configs and on the command line
+    purpose: ClassVar[str]  # what a model is trained for, as a card says it: "to …"
+    pipeline_tag: ClassVar[str] = "zero-shot-image-classification"  # of the Hub
     target: ClassVar[Target]  # what rows have beside their image, see `labelled_images`
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
     kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
