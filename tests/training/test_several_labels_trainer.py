@@ -128,7 +128,8 @@ def test_accumulated_micro_batches_with_unknown_labels_equal_one_batch(tmp_path)
 
 
 def test_the_similarity_loss_is_added_with_its_cache(tmp_path):
-    how = {"similarity_weight": 1.0, "cache_reference_embeddings": True, "logging_strategy": "steps"}
+    losses = {"similarity": {"weight": 1.0}}
+    how = {"losses": losses, "cache_reference_embeddings": True, "logging_strategy": "steps"}
     trainer = trained(tmp_path, **settings(eval_dataset=None, logging_steps=2, **how))
     logged = [entry["loss_similarity_vision"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert min(logged) > 0
