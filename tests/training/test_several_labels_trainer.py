@@ -146,6 +146,15 @@ def test_the_threshold_and_the_loss_are_saved_beside_the_model(tmp_path):
     assert saved["threshold"] == trainer.model.threshold != 0 and saved["loss"] == "asymmetric"
 
 
+def test_a_collator_of_the_users_own_makes_the_labels(tmp_path):
+    def collate(rows):
+        images = tiny_processor("clip").image_processor([row["image"] for row in rows], return_tensors="pt")
+        return {**images, "labels": torch.tensor([row["labels"] for row in rows]).float()}
+
+    own, ours = (build(tmp_path, data_collator=one, **settings()) for one in (collate, None))
+    assert own.evaluate("validation")["eval_loss"] == pytest.approx(ours.evaluate("validation")["eval_loss"])
+
+
 def test_what_cannot_be_learned_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
     everything = TRAIN.map(lambda row: {"labels": [0, 1, 2]})
     trainer = build(tmp_path, **settings(train_dataset=everything))
