@@ -3,12 +3,15 @@
 # requires-python = ">=3.10"
 # dependencies = ["hf_robust"]
 # ///
-"""Fine-tune a dual encoder on labelled images, and compare it with its zero-shot self on several evaluation sets.
+"""Fine-tune a dual encoder on labelled or captioned images, and compare it with its zero-shot self on several sets.
 
 With a config file, whose settings are the fields below; flags on the command line win:
 
     accelerate launch examples/train.py --config examples/configs/demo.yaml
     accelerate launch examples/train.py --config examples/configs/demo.yaml --method lora --learning_rate 1e-4
+
+What is learned is read off the columns of the training data, or said by `--task`: class names, pairs of images and
+texts, several labels an image, or identities.
 
 On two processes, of a machine without GPU too:
 
@@ -47,6 +50,7 @@ from hf_robust.scripting.loading import (
 from hf_robust.scripting.progress import show_progress
 from hf_robust.scripting.results import package_versions, percent, save_with_card
 from hf_robust.scripting.run import run
+from hf_robust.tasks.choose import target_of
 
 Sets = dict[str, LabelledImages]
 DEFAULTS = {"logging_steps": 10}  # the progress bar shows the loss
@@ -63,12 +67,12 @@ class ScriptArguments:
 
     model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
-    train_data: str | None = field(default=None, metadata={"help": "Labelled images to train on."})
+    train_data: str | None = field(default=None, metadata={"help": "Images with labels or texts to train on."})
     validation_data: str | None = field(default=None, metadata={"help": "Evaluated during training, too."})
     eval_data: dict | str | None = field(default=None, metadata={"help": "Evaluation sets by name; as a flag: JSON."})
     class_names_file: str | None = field(default=None, metadata={"help": "Names by line, or .json by label."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels or texts; else label, text, …"})
     method: str = field(default="saft", metadata={"help": "zero_shot, full, saft, aclip, lora, ln_tuning."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "saft, aclip, lora: which modules."})
     density: float = field(default=0.001, metadata={"help": "saft: share of the parameters to train."})
@@ -139,17 +143,18 @@ METHODS = {
 }
 
 
-def accuracies(metrics: dict[str, float], sets: Sets) -> dict[str, float]:
-    """The accuracy of every set, a fraction."""
-    return {name: metrics[f"eval_{name}_accuracy"] for name in sets}
+def evaluated(trainer: RobustTrainer, sets: Sets) -> dict[str, float]:
+    """Of every set what the task is measured by, the accuracy of class names, a fraction."""
+    metrics = trainer.evaluate(sets)
+    return {name: metrics[f"eval_{name}_{trainer.model.metrics[0]}"] for name in sets}
 
 
 def show(results: dict[str, Any], sets: Sets) -> None:
-    """Prints the accuracies side by side, and what they changed by, in percent."""
+    """Prints what the sets are measured by side by side, and what they changed by, in percent."""
     columns = {} if results["method"] == "zero_shot" else {results["method"]: results["fine_tuned"]}
     if results["wise_ft"]:
         columns[f"alpha {results['wise_ft']['alpha']:.1f}"] = results["wise_ft"]["accuracy"]
-    table = Table("set", title="Accuracy in %")
+    table = Table("set", title=f"{results['metric'].capitalize()} in %")
     for title in ("images", "zero-shot", *(title for column in columns for title in (column, "change"))):
         table.add_column(title, justify="right")
     for name, dataset in sets.items():
@@ -169,9 +174,10 @@ def load_data(args: ScriptArguments, training_args: RobustTrainingArguments) -> 
     names = read_class_names(args.class_names_file)
     validation = {"validation": args.validation_data} if args.validation_data else {}
     with loading_data(training_args):
-        train = load_images(args.train_data, "train_data", args, names)
+        target = target_of(training_args.task, None)
+        train = load_images(args.train_data, "train_data", args, names, target)
         sources = {**validation, **(args.eval_data or {})}
-        sets = {name: load_images(source, name, args) for name, source in sources.items()}
+        sets = {n: load_images(source, n, args, None, train.target) for n, source in sources.items()}
     return usable(train, training_args), {name: usable(rows, training_args) for name, rows in sets.items()}
 
 
@@ -194,16 +200,16 @@ def make_trainer(
 
 def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, wise_ft: bool) -> dict[str, Any]:
     """Evaluates, trains, evaluates, goes part of the way back if that is wanted, and saves; returns what was found."""
-    zero_shot = accuracies(trainer.evaluate(sets), sets)
+    zero_shot = evaluated(trainer, sets)
     start = time.perf_counter()
     trainer.train(checkpoint)
     seconds = time.perf_counter() - start
-    columns = {"zero-shot": zero_shot, "fine-tuned": accuracies(trainer.evaluate(sets), sets)}
+    columns = {"zero-shot": zero_shot, "fine-tuned": evaluated(trainer, sets)}
     alpha = found = None
     if wise_ft:
         sweep = trainer.wise_ft_sweep(sets["validation"])
         alpha = sweep.best_alpha
-        columns["chosen alpha"] = accuracies(trainer.evaluate(sets), sets)
+        columns["chosen alpha"] = evaluated(trainer, sets)
         found = {"alpha": alpha, "accuracy": columns["chosen alpha"], "sweep": sweep.rows}
     save_with_card(trainer, sets, columns, alpha)
     return {
@@ -222,13 +228,14 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     train, sets = load_data(args, training_args)
     trainer = make_trainer(args, training_args, train, sets)
     if args.method == "zero_shot":
-        found = accuracies(trainer.evaluate(sets), sets)
+        found = evaluated(trainer, sets)
         results = {"zero_shot": found, "fine_tuned": found, "wise_ft": None}
         results |= {"trained_parameters": 0, "training_seconds": 0}
     else:
         results = train_and_save(trainer, sets, checkpoint, args.wise_ft)
     results |= {
         "method": args.method,
+        "metric": trainer.model.metrics[0],
         "images": {name: len(dataset) for name, dataset in {"train": train, **sets}.items()},
         "config": {**asdict(args), **training_args.to_dict()},
         "versions": package_versions(),

@@ -122,6 +122,7 @@ def model_card(
         interpolates=_interpolates(classifier),
         head=classifier.head,
         alpha=None if results is None else results.chosen_alpha,
+        metric="accuracy" if results is None else results.metric,
         table=results_table(results) if results is not None and results.sets else None,
         picture=picture,
         settings=_settings(args, configs, classifier),

@@ -99,6 +99,7 @@ class CardResults:
         chosen_alpha: the α the model was saved at; None where the fine-tuned model itself was.
         curve: of every α that was evaluated `alpha`, and the mean accuracies on the ID and the OOD sets, `id` and
             `ood`, fractions.
+        metric: what stands in the place of the accuracy, as `"recall@1"`.
 
     Raises:
         DataError: two sets have the same name.
@@ -112,6 +113,7 @@ class CardResults:
     sets: Sequence[EvaluationSet]
     chosen_alpha: float | None = None
     curve: Sequence[Mapping[str, float]] = ()
+    metric: str = "accuracy"
 
     def __post_init__(self) -> None:
         names = [plain(one.name) for one in self.sets]
@@ -146,15 +148,18 @@ def role_of(name: str, other_classes: bool) -> Role:
     return "other" if other_classes else "ood"
 
 
-def results_from_sweep(sweep: AlphaSweep, sets: Mapping[str, tuple[Role, int]]) -> CardResults:
+def results_from_sweep(
+    sweep: AlphaSweep, sets: Mapping[str, tuple[Role, int]], metric: str = "accuracy"
+) -> CardResults:
     """Returns the accuracies at α = 0, 1 and the chosen one, with 95 % intervals after Wilson (1927).
 
     Args:
         sweep: what `RobustTrainer.wise_ft_sweep` found.
         sets: role and number of images of the sets to show. Leave the one out that α was chosen on.
+        metric: another fraction to show in the place of the accuracy.
 
     Raises:
-        DataError: the sweep has no accuracy of a set.
+        DataError: the sweep has no such metric of a set.
 
     Example:
         >>> results_from_sweep(sweep, {"id": ("id", 500), "sketch": ("ood", 500)}).chosen_alpha
@@ -163,28 +168,30 @@ def results_from_sweep(sweep: AlphaSweep, sets: Mapping[str, tuple[Role, int]]) 
     alphas: dict[Column, float] = {"zero-shot": 0.0, "fine-tuned": 1.0, "chosen alpha": sweep.best_alpha}
     rows = {row["alpha"]: row for row in sweep.rows}
     for name in sets:
-        if f"{name}_accuracy" not in sweep.rows[0]:
-            raise DataError("sweep has no accuracy of the set", got=name, allowed=", ".join(sweep.rows[0]))
+        if f"{name}_{metric}" not in sweep.rows[0]:
+            raise DataError(f"sweep has no {metric} of the set", got=name, allowed=", ".join(sweep.rows[0]))
     accuracies = {
-        column: {name: rows[alpha][f"{name}_accuracy"] for name in sets}
+        column: {name: rows[alpha][f"{name}_{metric}"] for name in sets}
         for column, alpha in alphas.items()
         if alpha in rows
     }
-    curve = _curve(sweep, {name: role for name, (role, _) in sets.items()})
-    return replace(results_from_accuracies(accuracies, sets, sweep.best_alpha), curve=curve)
+    curve = _curve(sweep, {name: role for name, (role, _) in sets.items()}) if metric == "accuracy" else []
+    return replace(results_from_accuracies(accuracies, sets, sweep.best_alpha, metric), curve=curve)
 
 
 def results_from_accuracies(
     accuracies: Mapping[Column, Mapping[str, float]],
     sets: Mapping[str, tuple[Role, int]],
     chosen_alpha: float | None = None,
+    metric: str = "accuracy",
 ) -> CardResults:
-    """Returns accuracies with 95 % intervals after Wilson (1927).
+    """Returns accuracies with 95 % intervals after Wilson (1927); other metrics are no shares of images, so without.
 
     Args:
         accuracies: by column and set, fractions; sets that are not to be shown may be among them.
         sets: role and number of images of the sets to show.
         chosen_alpha: as in `CardResults`.
+        metric: likewise.
 
     Example:
         >>> results_from_accuracies({"zero-shot": {"id": 0.5}, "fine-tuned": {"id": 0.75}}, {"id": ("id", 500)}).saved
@@ -192,9 +199,11 @@ def results_from_accuracies(
     """
     found = []
     for name, (role, images) in sets.items():
-        of_set = {column: _with_interval(shares[name], images) for column, shares in accuracies.items()}
+        shares = {column: of_sets[name] for column, of_sets in accuracies.items()}
+        known = metric == "accuracy"
+        of_set = {column: _with_interval(v, images) if known else Accuracy(v) for column, v in shares.items()}
         found.append(EvaluationSet(name, role, images, of_set))
-    return CardResults(found, chosen_alpha)
+    return CardResults(found, chosen_alpha, metric=metric)
 
 
 def _curve(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, float]]:
@@ -270,8 +279,8 @@ def eval_results(results: CardResults | None) -> list[EvalResult]:
         if one.role in ("id", "ood") and results is not None and results.saved in one.accuracies:
             name, value = plain(one.name), round(one.accuracies[results.saved].value, 4)
             # without a configuration the Hub would take two sets of one dataset for the same images
-            result = EvalResult(task, one.dataset or name, name, "accuracy", value, dataset_config=name)
-            result.metric_name = f"accuracy ({TITLES[one.role]})"
+            result = EvalResult(task, one.dataset or name, name, results.metric, value, dataset_config=name)
+            result.metric_name = f"{results.metric} ({TITLES[one.role]})"
             found.append(result)
     return found
 

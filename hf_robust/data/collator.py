@@ -69,14 +69,23 @@ class ImageCollator:
             DataError: there are no rows, or one has no image, an image that cannot be used, or a label that is no
                 integer from 0.
         """
+        batch = self.inputs(rows)
+        if any(LABEL in row for row in rows):
+            batch["labels"] = torch.tensor([index_of(row, LABEL) for row in rows])  # (batch,)
+        return batch
+
+    def inputs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Batches the images of rows alone; see `hf_robust.data.target_collators` for what may be beside them.
+
+        Args:
+            rows: rows of a dataset.
+        """
         if not rows:
             raise DataError("batch without rows", allowed="at least one")
         batch = {} if any(IMAGE_EMBEDS in row for row in rows) else self._images(rows)
-        if any(LABEL in row for row in rows):
-            batch["labels"] = torch.tensor([_label(row) for row in rows])  # (batch,)
         for column in (REFERENCE_EMBEDS, IMAGE_EMBEDS):
             if any(column in row for row in rows):
-                embeds = [_column(row, column) for row in rows]
+                embeds = [value_of(row, column) for row in rows]
                 batch[column] = torch.tensor(embeds, dtype=torch.float32)  # (batch, dim)
         return batch
 
@@ -89,7 +98,7 @@ class ImageCollator:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _image(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
-        image = _column(row, IMAGE)
+        image = value_of(row, IMAGE)
         with drawing(row, "image"):
             opened = load_rgb(image)
             if self.transform is not None:
@@ -161,15 +170,33 @@ def batches_in_order(
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _column(row: Mapping[str, Any], name: str) -> Any:
+def value_of(row: Mapping[str, Any], name: str) -> Any:
+    """Returns what a row has in a column.
+
+    Args:
+        row: of a dataset.
+        name: of the column.
+
+    Raises:
+        DataError: it has nothing there.
+    """
     if row.get(name) is None:
         raise DataError(f"row without `{name}`", got=sorted(row), remedy="Rename the dataset's columns.")
     return row[name]
 
 
-def _label(row: Mapping[str, Any]) -> int:
-    label = _column(row, LABEL)
-    label = label.item() if isinstance(label, Tensor) and label.ndim == 0 else label
-    if isinstance(label, bool) or not isinstance(label, int | np.integer) or label < 0:
-        raise DataError("label is no class index", got=label, allowed="integers from 0")
-    return int(label)
+def index_of(row: Mapping[str, Any], name: str) -> int:
+    """Returns the index of a class, or of an identity, that a row has in a column.
+
+    Args:
+        row: of a dataset.
+        name: of the column.
+
+    Raises:
+        DataError: it is none.
+    """
+    index = value_of(row, name)
+    index = index.item() if isinstance(index, Tensor) and index.ndim == 0 else index
+    if isinstance(index, bool) or not isinstance(index, int | np.integer) or index < 0:
+        raise DataError(f"{name} is no class index", got=index, allowed="integers from 0")
+    return int(index)

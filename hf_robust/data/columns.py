@@ -8,16 +8,24 @@ from typing import Literal
 
 from ..errors import DataError
 
-IMAGE, LABEL = "image", "label"
+Target = Literal["label", "text", "labels", "identity"]  # what a row has beside its image, under this name
+Kind = Literal["image", "label", "text", "identity"]  # of columns: several labels are in one of labels
+
+IMAGE, LABEL, TEXT, LABELS, IDENTITY = "image", "label", "text", "labels", "identity"
 # columns of cached embeddings, see `hf_robust.data.embeds_cache`: beside the images, and in their place
 REFERENCE_EMBEDS, IMAGE_EMBEDS = "reference_embeds", "image_embeds"
-SPELLINGS = {IMAGE: ("image", "img", "jpg", "jpeg", "png", "webp"), LABEL: ("label", "labels", "cls")}
+ROW = "hf_robust_row"  # the column by which a row with texts knows its place in the set
+SPELLINGS = {
+    IMAGE: ("image", "img", "jpg", "jpeg", "png", "webp"),
+    LABEL: ("label", "labels", "cls"),
+    TEXT: ("text", "texts", "caption", "captions", "txt"),
+    IDENTITY: ("identity", "identities"),
+}
+KINDS: dict[Target, Kind] = {"label": "label", "text": "text", "labels": "label", "identity": "identity"}
 
 
-def find_column(
-    kind: Literal["image", "label"], columns: Iterable[str], where: str, named: str | None = None
-) -> str | None:
-    """Returns the name of the column of images or of labels.
+def find_column(kind: Kind, columns: Iterable[str], where: str, named: str | None = None) -> str | None:
+    """Returns the name of the column of images, of labels, of texts or of identities.
 
     Args:
         kind: what is looked for.
@@ -35,7 +43,7 @@ def find_column(
         >>> find_column("image", ["img", "fine_label", "coarse_label"], "train_dataset")
         'img'
     """
-    columns, setting = sorted(columns), f"{kind}_column"
+    columns, setting = sorted(columns), _setting(kind)
     if named is not None:
         if named not in columns:
             remedy = f"Set {setting} to one of them."
@@ -48,7 +56,35 @@ def find_column(
     return found[0] if found else None
 
 
-def no_column(kind: Literal["image", "label"], columns: Iterable[str], where: str) -> DataError:
+def find_target(columns: Iterable[str], where: str) -> tuple[Target, str] | None:
+    """Returns what rows have beside their images, by the columns, and the name of its column.
+
+    Args:
+        columns: the dataset's columns.
+        where: the dataset's name, for the message.
+
+    Returns:
+        What it is, `labels` called `label`, and the column; None if no column has one of the usual spellings.
+
+    Raises:
+        DataError: there are columns of several kinds, say of texts and of labels; or several of one.
+
+    Example:
+        >>> find_target(["image", "caption"], "train_dataset")
+        ('text', 'caption')
+    """
+    columns = list(columns)
+    targets: tuple[Target, ...] = ("label", "text", "identity")
+    pairs = [(target, find_column(KINDS[target], columns, where)) for target in targets]
+    found = [(target, column) for target, column in pairs if column is not None]
+    if len(found) > 1:
+        what = " and ".join(f"{target} ({column!r})" for target, column in found)
+        remedy = f"Name the task, or remove one: dataset.remove_columns({found[-1][1]!r})."
+        raise DataError(f"rows have {what}: which is to be learned?", where=where, got=sorted(columns), remedy=remedy)
+    return found[0] if found else None
+
+
+def no_column(kind: Kind, columns: Iterable[str], where: str) -> DataError:
     """Returns the error for a dataset in which `find_column` found nothing.
 
     Args:
@@ -57,7 +93,11 @@ def no_column(kind: Literal["image", "label"], columns: Iterable[str], where: st
         where: the dataset's name.
     """
     columns = sorted(columns)
-    remedy = f"Use dataset.rename_column(..., {kind!r}), or set {kind}_column in a script or suite."
+    remedy = f"Use dataset.rename_column(..., {kind!r}), or set {_setting(kind)} in a script or suite."
     if kind == IMAGE and "pixel_values" in columns:
         remedy = "Transforms must return images, in the column they come in; the collator makes pixel values of them."
     return DataError(f"no column {kind!r}", where=where, got=columns, remedy=remedy)
+
+
+def _setting(kind: Kind) -> str:
+    return "image_column" if kind == IMAGE else "label_column"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 
 import datasets
 
-from .columns import IMAGE_EMBEDS
+from .columns import IMAGE_EMBEDS, TEXT
 from .rows import LabelledImages, LabelledStream
 
 ROWS = 256  # read at once
 
 
 def rows_digest(rows: LabelledImages | LabelledStream) -> dict[str, Any]:
-    """Describes a dataset: how many rows it has, the names of its classes, and digests of labels and images in order.
+    """Describes a dataset: how many rows it has, the names of its classes, and digests of its content in order.
 
+    What is beside the images counts as far as it is known before a row is read: labels, identities, texts.
     Of images in the dataset all bytes count, of files that it names their names, with that of the folder, and sizes.
     The images of a torch dataset, which may look different every time, and the rows of a stream are not looked at.
 
@@ -36,12 +38,16 @@ def rows_digest(rows: LabelledImages | LabelledStream) -> dict[str, Any]:
     if isinstance(rows, LabelledStream):
         return {"rows": None, "class_names": rows.class_names, "labels": None, "images": None}
     labels = rows.shown_labels
-    return {
+    found = {
         "rows": len(rows),
         "class_names": rows.class_names,
         "labels": None if labels is None else hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
         "images": _images_digest(rows) if isinstance(rows.rows, datasets.Dataset) and rows.columns else None,
     }
+    if rows.target != TEXT:
+        return found
+    texts = rows.texts
+    return {**found, "texts": None if texts is None else hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
 
 
 def _images_digest(rows: LabelledImages) -> str:

@@ -50,6 +50,39 @@ def class_indices(
     return labels, list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
 
 
+def identity_indices(dataset: datasets.Dataset, column: str, where: str) -> tuple[np.ndarray, list[str]]:
+    """Reads a column of identities: of people, products, animals, whose names say nothing.
+
+    Args:
+        dataset: any dataset.
+        column: any integers, or any strings; strings that differ in blanks or case are different.
+        where: the dataset's name, for the message.
+
+    Returns:
+        `(rows,)`, 0 to n - 1 for the n identities of the rows, in the order of integers, of a `ClassLabel` or of the
+        alphabet; and their names as text.
+
+    Raises:
+        DataError: the column holds something else, or a row has no identity.
+
+    Example:
+        >>> identity_indices(Dataset.from_dict({"identity": [7, 40, 7]}), "identity", "train")
+        (array([0, 1, 0]), ['7', '40'])
+    """
+    feature = dataset.features[column]
+    values: list[Any] = dataset.select_columns(column).with_format("arrow")[:][column].to_pylist()
+    dtype = feature.dtype if isinstance(feature, ClassLabel | Value) else type(feature).__name__
+    if not is_text(feature) and "int" not in dtype:
+        where, allowed = f"{where}, {column}", "integers, or text"
+        raise DataError("identities are neither integers nor text", where=where, got=values[:1], allowed=allowed)
+    missing = [row for row, value in enumerate(values) if value is None]
+    if missing:
+        raise DataError("row without identity", where=f"{where}, row {missing[0]}")
+    found, indices = np.unique(np.array(values, dtype=object), return_inverse=True)  # (identities,), (rows,)
+    named = isinstance(feature, ClassLabel) and feature.names
+    return indices.astype(np.int64), [feature.int2str(one) if named else str(one) for one in found.tolist()]
+
+
 def is_text(feature: Any) -> bool:
     """Whether labels are text.
 
@@ -104,12 +137,33 @@ def replace_labels(
         labels: `(rows,)`, class indices, -1 for none.
         class_names: one per class.
     """
-    indices = dataset._indices
-    shown = np.arange(len(dataset)) if indices is None else indices["indices"].to_numpy().astype(np.int64)
     everywhere = np.full(len(dataset._data), NO_LABEL)
-    everywhere[shown] = labels
+    everywhere[shown_rows(dataset)] = labels
+    return replace_column(dataset, column, everywhere, ClassLabel(names=class_names))
+
+
+def shown_rows(dataset: datasets.Dataset) -> np.ndarray:
+    """Returns which rows of its table a dataset shows, `(rows,)`, in order.
+
+    Args:
+        dataset: any dataset.
+    """
+    indices = dataset._indices
+    return np.arange(len(dataset)) if indices is None else indices["indices"].to_numpy().astype(np.int64)
+
+
+def replace_column(dataset: datasets.Dataset, column: str, everywhere: Any, feature: Any) -> datasets.Dataset:
+    """Puts another column in the place of one; the others are not copied.
+
+    Args:
+        dataset: any dataset; it may show some rows of its table, in its own order.
+        column: the one that goes.
+        everywhere: the values, for all rows of the table.
+        feature: of the new column.
+    """
     # the column is replaced in the whole table, since a dataset with a selection would first copy what it selects
     whole = datasets.Dataset(dataset._data, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
-    whole = whole.remove_columns(column).add_column(column, everywhere, feature=ClassLabel(names=class_names))
+    whole = whole.remove_columns(column).add_column(column, everywhere, feature=feature)
     whole = whole.select_columns(dataset.column_names)
-    return (whole if indices is None else whole.select(shown)).with_format(**dataset.format)
+    shown = whole if dataset._indices is None else whole.select(shown_rows(dataset))
+    return shown.with_format(**dataset.format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import DataError
+from .chunks import in_chunks
 from .context import check_context
 from .dual_encoder import base_model, text_embeds, tokenize
 from .preprocessing import warn_of_other_images
@@ -110,23 +112,32 @@ def encode_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor |
         n_templates: number of templates.
     """
     embeds = embed_prompts(model, input_ids, attention_mask)  # (classes * templates, dim)
-    return F.normalize(embeds.unflatten(0, (-1, n_templates)).mean(dim=1), dim=-1)
+    return mean_over_wordings(embeds, n_templates)
 
 
-def embed_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Embeds tokenised prompts, `(prompts, dim)`: all at once with gradients, else some at a time.
+def mean_over_wordings(embeds: Tensor, n_wordings: int) -> Tensor:
+    """Returns class embeddings, `(classes, dim)`, L2-normalised: the mean over the wordings of each class.
+
+    Args:
+        embeds: `(classes * wordings, dim)`, those of the first class, then those of the second, …
+        n_wordings: of each class.
+    """
+    return F.normalize(embeds.unflatten(0, (-1, n_wordings)).mean(dim=1), dim=-1)
+
+
+def embed_prompts(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, chunk_size: int | None = None
+) -> Tensor:
+    """Embeds tokenised prompts, `(prompts, dim)`; without gradients some at a time.
 
     Args:
         model: a dual encoder, plain or wrapped by PEFT.
         input_ids: `(prompts, tokens)`, as `prompt_tokens` returns them.
         attention_mask: `(prompts, tokens)` or None, likewise.
+        chunk_size: with gradients, prompts of a chunk, see `in_chunks`; None for all at once.
     """
-    if torch.is_grad_enabled():
-        return text_embeds(model, input_ids, attention_mask)
-    masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(PROMPTS_AT_ONCE)
-    return torch.cat(
-        [text_embeds(model, *part) for part in zip(input_ids.split(PROMPTS_AT_ONCE), masks, strict=False)]
-    )
+    size = chunk_size if torch.is_grad_enabled() else PROMPTS_AT_ONCE
+    return in_chunks(partial(text_embeds, model), (input_ids, attention_mask), size)
 
 
 @contextmanager

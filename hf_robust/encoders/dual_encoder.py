@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..errors import ConfigError, DataError
+from .tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -302,23 +303,37 @@ def tokenize(processor: ProcessorMixin, prompts: list[str], model: nn.Module) ->
         >>> tokenize(processor, ["a photo of a cat.", "a photo of a hummingbird."], clip)["input_ids"].shape
         torch.Size([2, 7])
     """
-    row = family(model)
+    return text_tokenizer(processor, model)(prompts)
+
+
+def text_tokenizer(processor: ProcessorMixin, model: nn.Module, truncate: bool = False) -> Tokenizer:
+    """Returns what tokenises texts the way the model's text tower needs them, and does not hold the model.
+
+    Args:
+        processor: the model's processor.
+        model: a dual encoder, plain or wrapped by PEFT.
+        truncate: whether texts that are too long are cut; else they are refused.
+
+    Raises:
+        ConfigError: the model is no supported dual encoder.
+
+    Example:
+        >>> text_tokenizer(processor, clip, truncate=True)([99 * "very " + "big"])["input_ids"].shape
+        torch.Size([1, 77])
+    """
+    padding = family(model).padding
     tokenizer, text_config = processor.tokenizer, base_model(model).config.text_config
-    max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
-    too_long = [prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > max_length]
-    if too_long:
-        raise DataError("prompt is longer than the text tower", got=too_long[0], allowed=f"{max_length} tokens")
-    tokens = tokenizer(
-        prompts,
-        padding=row.padding,
-        padding_side="right",  # positions count from the left in every family
-        max_length=max_length,
-        return_tensors="pt",
+    largest = pools_at_largest_id(text_config)
+    end = tokenizer.eos_token_id if largest else text_config.eos_token_id
+    return Tokenizer(
+        tokenizer,
+        padding,
+        max_length=min(tokenizer.model_max_length, text_config.max_position_embeddings),
+        vocab_size=text_config.vocab_size,
+        end=end if text_config.model_type in POOLING_AT_EOS else None,
+        end_is_largest=largest,
+        truncate=truncate,
     )
-    _check_fit(tokenizer, tokens["input_ids"], text_config)
-    if row.padding == "max_length":
-        return {"input_ids": tokens["input_ids"]}
-    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
 def pools_at_largest_id(text_config: Any) -> bool:
@@ -328,25 +343,6 @@ def pools_at_largest_id(text_config: Any) -> bool:
         text_config: of the text tower.
     """
     return text_config.model_type == "clip_text_model" and text_config.eos_token_id == 2
-
-
-def _check_fit(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text_config: Any) -> None:
-    where, remedy = (
-        "processor.tokenizer",
-        "Load it with AutoProcessor.from_pretrained(name), for the name of the model.",
-    )
-    largest = input_ids.amax(dim=-1)  # (prompts,)
-    if largest.max() >= text_config.vocab_size:
-        what, allowed = "tokenizer has tokens that the text tower does not know", f"below {text_config.vocab_size}"
-        raise ConfigError(what, where=where, got=int(largest.max()), allowed=allowed, remedy=remedy)
-    if text_config.model_type not in POOLING_AT_EOS:
-        return
-    old = pools_at_largest_id(text_config)
-    end = tokenizer.eos_token_id if old else text_config.eos_token_id
-    ends = largest == end if old else (input_ids == end).any(dim=-1)
-    if not torch.as_tensor(ends).all():
-        what, got = "tokenizer ends no prompt with the token at which the text tower pools", input_ids[0].tolist()
-        raise ConfigError(what, where=where, got=got, allowed=f"prompts that end with {end}", remedy=remedy)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

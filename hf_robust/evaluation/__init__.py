@@ -37,3 +37,6 @@ from .statistics import standard_error as standard_error
 from .suite import RobustnessSuite as RobustnessSuite
 from .suite import SuiteSet as SuiteSet
 from .suite import shipped_suites as shipped_suites
+from .task_metrics import MeanAveragePrecision as MeanAveragePrecision
+from .task_metrics import RetrievalRecall as RetrievalRecall
+from .task_metrics import Verification as Verification

@@ -42,21 +42,22 @@ class Moved(NamedTuple):
 Weights = Callable[[Task], Mapping[str, Moved]]
 
 
-def pretrained_class_embeds(task: ZeroShotClassifier) -> Tensor:
-    """Embeds the classes of a classifier with θ₀.
+def pretrained_prompts(task: ZeroShotClassifier) -> Tensor:
+    """Embeds the prompts of a classifier with θ₀, in every wording.
 
     Args:
         task: a classifier whose model is θ₀, or θ₀ with adapters.
 
     Returns:
-        `(classes, dim)`, L2-normalised, in float32 or better, without gradient.
+        `(classes * wordings, dim)`, L2-normalised, in float32 or better, without gradient.
 
     Example:
-        >>> pretrained_class_embeds(ZeroShotClassifier(clip, processor, ["cat", "dog"])).shape
+        >>> pretrained_prompts(ZeroShotClassifier(clip, processor, ["cat", "dog"])).shape
         torch.Size([2, 512])
     """
-    with torch.enable_grad(), pretrained_weights(task.model):  # all prompts at once, with the bits of training
-        return task.encode_prompts().detach()
+    at_once = task.prompts.wordings == 1  # as in training, which gives the same bits; of more it draws some
+    with torch.set_grad_enabled(at_once), pretrained_weights(task.model):
+        return task.prompts.embed(task.model).detach()
 
 
 def pretrained_tower(model: nn.Module, tower: Literal["vision", "text"]) -> nn.Module:
@@ -99,7 +100,7 @@ class Reference:
         vision: what embeds images as θ₀; None if nothing asks for it.
         text: what embeds texts as θ₀, likewise.
         processor: tokenises texts.
-        class_embeds: `(classes, dim)`, those of θ₀; None if nothing asks for them.
+        prompts: `(classes * wordings, dim)`, embeddings by θ₀; None if nothing asks for class embeddings.
         weights: returns the trained tensors of a task and where they started, by name.
         tuned: the hidden states of what is trained, of those layers of the vision tower that are compared.
 
@@ -115,12 +116,12 @@ class Reference:
         vision: nn.Module | None,
         text: nn.Module | None,
         processor: Any,
-        class_embeds: Tensor | None,
+        prompts: Tensor | None,
         weights: Weights | None,
         tuned: HiddenStates,
     ) -> None:
         self.cached, self.vision, self.text, self.processor = cached, vision, text, processor
-        self.class_embeds, self.weights, self.tuned = class_embeds, weights, tuned
+        self.prompts, self.weights, self.tuned = prompts, weights, tuned
 
     @classmethod
     def of(cls, task: Task, terms: Mapping[str, Term], cached: bool, weights: Weights | None = None) -> Reference:
@@ -148,7 +149,7 @@ class Reference:
             pretrained_tower(task.model, "vision") if live else None,
             pretrained_tower(task.model, "text") if "text_embeds" in needs else None,
             task.processor,
-            _class_embeds(task) if "class_embeds" in needs else None,
+            _prompts(task) if "class_embeds" in needs else None,
             weights if "weights" in needs else None,
             HiddenStates(task.model, layers),
         )
@@ -243,12 +244,13 @@ class BatchReference:
         """θ₀'s hidden states of the images by layer, as `tuned_hidden_states`, without gradient."""
         return self._forward[1]
 
-    @property
+    @cached_property
     def class_embeds(self) -> Tensor:
-        """θ₀'s embeddings of the classes, `(classes, dim)`, L2-normalised, without gradient."""
-        if self.whole.class_embeds is None:
+        """θ₀'s embeddings of the output's `class_embeds`: `(classes, dim)`, L2-normalised, without gradient."""
+        if self.whole.prompts is None:
             raise _undeclared("class_embeds")
-        return self.whole.class_embeds
+        classifier: Any = self.task
+        return classifier.prompts.pick(self.whole.prompts, self.output.prompt_rows)
 
     @cached_property
     def weights(self) -> Mapping[str, Moved]:
@@ -314,11 +316,11 @@ def _check_use(needs: set[str], layers: Sequence[str], cached: bool) -> None:
         raise ConfigError(what, where="cache_reference_embeddings", got=got, remedy=remedy)
 
 
-def _class_embeds(task: Task) -> Tensor:
+def _prompts(task: Task) -> Tensor:
     if not isinstance(task, ZeroShotClassifier):
         what = "a loss needs class embeddings, and the task has no classes by name"
         raise ConfigError(what, where="losses", got=type(task).__name__, allowed=ZeroShotClassifier.__name__)
-    return pretrained_class_embeds(task)
+    return pretrained_prompts(task)
 
 
 def _undeclared(need: str) -> ConfigError:

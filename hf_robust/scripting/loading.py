@@ -12,6 +12,7 @@ from peft import PeftConfig
 from rich.console import Console
 from transformers import AutoModel, AutoProcessor, ProcessorMixin, TrainingArguments
 
+from ..data.columns import Target
 from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, labelled_images
 from ..data.sources import load_source
@@ -29,6 +30,7 @@ def load_images(
     where: str,
     args: Any,
     class_names: Any = None,
+    target: Target | None = "label",
 ) -> LabelledImages:
     """Loads one split of a dataset.
 
@@ -37,6 +39,7 @@ def load_images(
         where: the setting or the set's name, for messages.
         args: a script's arguments, with `image_column` and `label_column`.
         class_names: what `read_class_names` returned; labels of text take the order of a list that names them all.
+        target: what the rows must have beside their images; None for what their columns say.
 
     Raises:
         DataError: it cannot be read, holds several splits, or lacks a column.
@@ -46,7 +49,7 @@ def load_images(
         ['cat', 'dog']
     """
     order = class_names if isinstance(class_names, list) else None
-    rows = labelled_images(load_source(source, where), where, args.image_column, args.label_column, order)
+    rows = labelled_images(load_source(source, where), where, args.image_column, args.label_column, order, target)
     if not isinstance(rows, LabelledImages):
         raise DataError("a stream has no numbered rows", where=where, got=source)
     return rows

@@ -47,7 +47,7 @@ def show_progress(trainer: Trainer, title: str = "Training", lines: bool = True)
 
 
 class Progress(ProgressCallback):
-    """One bar for what is running, and one line for every evaluation in training, with its accuracies in percent.
+    """One bar for what is running, and one line for every evaluation in training, with what is measured in percent.
 
     Args:
         title: of the bar of the training.
@@ -98,12 +98,15 @@ class Progress(ProgressCallback):
             self.prediction_bar = self._bar(args, len(eval_dataloader), "Evaluating", "batch", state)
         self.prediction_bar.update()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Closes the bar, takes the accuracy."""
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Closes the bar, takes what the task is measured by."""
         super().on_evaluate(args, state, control, **kwargs)
         if self.training_bar is not None:
-            found = {key: value for key, value in (metrics or {}).items() if key.endswith("_accuracy")}
-            names = {key: key.removeprefix("eval_").removesuffix("_accuracy") for key in found}
+            first = f"_{model.metrics[0]}"
+            found = {key: value for key, value in (metrics or {}).items() if key.endswith(first)}
+            names = {key: key.removeprefix("eval_").removesuffix(first) for key in found}
             self.accuracies |= {names[key]: value for key, value in found.items()}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

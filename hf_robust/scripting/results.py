@@ -56,7 +56,7 @@ def save_with_card(
     for name, rows in sets.items():
         if name != "validation":
             roles[name] = role_of(name, not trainer.model.knows(rows)), len(rows)
-    results = results_from_accuracies(accuracies, roles, chosen_alpha)
+    results = results_from_accuracies(accuracies, roles, chosen_alpha, trainer.model.metrics[0])
     images = len(trainer.train_dataset)
     trainer.create_model_card(model_card(trainer.model, trainer.args, results, train_images=images))
     trainer.save_model()

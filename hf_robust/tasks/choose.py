@@ -6,11 +6,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from ..data.columns import Target
 from ..errors import ConfigError, close_matches
 from .class_names import ZeroShotClassifier
+from .flyp import FLYP
+from .identities import Identities
+from .pairs import ImageTextPairs
+from .several_labels import SeveralLabels
 from .task import Rows, Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ZeroShotClassifier,)}
+ALL = (ZeroShotClassifier, FLYP, ImageTextPairs, SeveralLabels, Identities)
+TASKS: dict[str, type[Task]] = {task.name: task for task in ALL}
+
+
+def target_of(given: str | Mapping[str, Any] | None, model: nn.Module | None) -> Target | None:
+    """Returns what the rows of a training set must have beside their images; None if their columns say it.
+
+    Args:
+        given: as in `task_class`.
+        model: a task, or a dual encoder that one will be built around; None where it is not known yet.
+    """
+    if isinstance(model, Task):
+        return model.target
+    return None if given is None else task_class(given, None).target
 
 
 def task_class(given: str | Mapping[str, Any] | None, rows: Rows | None) -> type[Task]:
@@ -28,7 +48,7 @@ def task_class(given: str | Mapping[str, Any] | None, rows: Rows | None) -> type
         <class 'hf_robust.tasks.class_names.ZeroShotClassifier'>
     """
     if given is None:
-        target = "label"
+        target = (None if rows is None else rows.target) or "label"
         return next(task for task in TASKS.values() if task.target == target)
     name = next(iter(given), "") if isinstance(given, Mapping) else given
     if name not in TASKS or (isinstance(given, Mapping) and len(given) != 1):

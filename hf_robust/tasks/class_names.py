@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import datasets
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,25 +15,20 @@ from transformers import ProcessorMixin
 
 from ..data.class_spaces import ClassSpace, class_space
 from ..data.collator import ImageCollator
-from ..data.labels import check_labels
-from ..data.rows import LabelledImages
-from ..encoders.class_embeds import class_embeddings, embed_prompts, encode_prompts, evaluating, prompt_tokens
-from ..encoders.dual_encoder import (
-    at_least_float32,
-    base_model,
-    family,
-    logit_bias,
-    logit_scale,
-    tower_modules,
-)
+from ..data.columns import Target
+from ..encoders.class_embeds import class_embeddings, evaluating
+from ..encoders.dual_encoder import at_least_float32, logit_bias, logit_scale
 from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.templates import TEMPLATES, check_class_names, check_templates
-from ..errors import AdapterFileError, ConfigError, DataError
+from ..errors import ConfigError
+from . import heads
 from .accuracy import AccuracyAndLoss
+from .gather import n_ranks
+from .measure import Measure
+from .prompts import Prompts
+from .sampled_classes import SampledClasses, check_sampled_loss
 from .task import Rows, Task, TaskOutput, task_settings
 from .task_loss import TaskLoss, class_weights
-
-MOST_SHOWN = 3  # names in a message
 
 __all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]
 
@@ -46,15 +39,19 @@ class ZeroShotClassifierOutput(TaskOutput):
 
     Args:
         loss: 0-dim, mean cross-entropy over the batch; None without labels.
-        logits: `(batch, classes)`.
+        logits: `(batch, classes)`; where classes were drawn, see `SampledClasses.spread`.
         image_embeds: `(batch, dim)`, L2-normalised.
-        class_embeds: `(classes, dim)`, L2-normalised; under `head="trainable"` the directions of its rows.
+        class_embeds: `(classes, dim)`, L2-normalised; under `head="trainable"` the directions of its rows. Where
+            classes were drawn, of those alone.
+        prompt_rows: `(classes,)`, on the CPU: where wordings or classes were drawn, of which of `prompts` each row of
+            `class_embeds` is. None for the mean over the wordings of all classes.
         terms: as in `TaskOutput`.
     """
 
     logits: Tensor | None = None
     image_embeds: Tensor | None = None
     class_embeds: Tensor | None = None
+    prompt_rows: Tensor | None = None
     terms: dict[str, Tensor] | None = None
 
 
@@ -66,8 +63,9 @@ class ZeroShotClassifier(Task):
     trained:
 
     - `"frozen"`: the class embeddings are computed once and stay; training does not run the text tower.
-    - `"live"`: the prompts are encoded in every forward with gradients, so the text tower learns too. In eval mode and
-      without gradients the class embeddings are kept until the text tower gives others.
+    - `"live"`: the prompts are encoded in every forward with gradients, so the text tower learns too. In train mode
+      each class has one of its wordings, drawn by seed and step; in eval mode all, and without gradients the class
+      embeddings are kept until the text tower gives others. Processes that train together encode a part each.
     - `"trainable"`: a linear layer, `class_head`, that starts as `exp(logit_scale) * class_embeddings` and is trained
       with the vision tower; training does not run the text tower.
 
@@ -83,9 +81,15 @@ class ZeroShotClassifier(Task):
         head: `"frozen"`, `"live"` or `"trainable"`.
         data_names: what the training data calls the classes, where that is something else (`n01440764`); sets of
             images with these names are recognised.
+        text_chunk_size: live: prompts of a chunk; the backward computes the activations of each anew, so that one
+            chunk's are in memory, with the same gradients. None for all at once.
+        classes_per_step: live: classes that train mode compares images with: those of the batch (of all processes),
+            which should be fewer, and others drawn by seed and step. The loss is corrected for it, see
+            `SampledClasses.spread`. None for all.
 
     Raises:
-        ConfigError: the model is no supported dual encoder, a template has no `{}`, or `head` is unknown.
+        ConfigError: the model is no supported dual encoder, a template has no `{}`, `head` is unknown, or a size is
+            out of range or for another head than live.
         DataError: no class names, an empty or repeated one, or a prompt that is too long.
 
     Example:
@@ -98,11 +102,9 @@ class ZeroShotClassifier(Task):
     """
 
     name = "class_names"
-    target = "label"
-    metrics = ("accuracy", "loss")
+    target: ClassVar[Target] = "label"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     output_type = ZeroShotClassifierOutput
-    prompt_input_ids: Tensor
-    prompt_attention_mask: Tensor | None
     class_embeds: Tensor  # of "frozen"
     class_head: nn.Linear  # of "trainable"
 
@@ -114,22 +116,22 @@ class ZeroShotClassifier(Task):
         templates: Sequence[str] | str = "single",
         head: Literal["frozen", "live", "trainable"] = "live",
         data_names: Sequence[str] | None = None,
+        text_chunk_size: int | None = None,
+        classes_per_step: int | None = None,
     ) -> None:
         super().__init__(model, processor)
-        if head not in ("frozen", "live", "trainable"):
-            raise ConfigError("unknown head", got=head, allowed="'frozen', 'live', 'trainable'")
+        heads.check_head(head, text_chunk_size=text_chunk_size, classes_per_step=classes_per_step)
         self.head = head
         self.class_names, self.templates = check_class_names(class_names), check_templates(templates)
         self.class_space = ClassSpace(self.class_names, data_names)
-        prompts = prompt_tokens(model, processor, self.class_names, self.templates)
-        self.register_buffer("prompt_input_ids", prompts["input_ids"], persistent=False)
-        self.register_buffer("prompt_attention_mask", prompts.get("attention_mask"), persistent=False)
-        self._kept: tuple[list[int], Tensor, Tensor] | None = None  # of "live" in eval mode: tower state, embeddings
+        texts = self.class_names, self.templates
+        self.prompts = Prompts(model, processor, *texts, text_chunk_size, classes_per_step)
+        self._in_training = False  # inside `as_in_training`
         self._other_embeds: Tensor | None = None  # inside `classes`, of classes that have no row in the head
         self._order: list[int] | None = None  # inside `classes`, the rows of classes that have one
         if head != "live":
             self._build_head()
-        self._freeze_unused()
+        heads.freeze_unused(self.model, head)
 
     def forward(
         self,
@@ -163,12 +165,18 @@ class ZeroShotClassifier(Task):
             embeds = image_embeds
         else:
             raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
-        class_embeds = self._class_embeds()  # (classes, dim)
-        logits = self._logits(embeds, class_embeds)  # (batch, classes)
+        if labels is not None:
+            heads.check_batch_labels(labels, len(self.class_names))
+        sampled, rows = self._draw(labels)
+        class_embeds = self._class_embeds(rows)  # (classes, dim)
+        logits = self._logits(embeds, class_embeds)  # (batch, drawn classes)
+        logits = logits if sampled is None else sampled.spread(logits)  # (batch, classes)
         if self._order is not None:
             logits, class_embeds = logits[:, self._order], class_embeds[self._order]
-        loss = None if labels is None else F.cross_entropy(logits, _checked(labels, logits.shape[1]))
-        output = ZeroShotClassifierOutput(loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        output = ZeroShotClassifierOutput(
+            loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds, prompt_rows=rows
+        )
         inputs = {
             "pixel_values": pixel_values,
             "labels": labels,
@@ -196,32 +204,11 @@ class ZeroShotClassifier(Task):
 
     def check_rows(self, rows: Rows, targets: bool = True) -> None:
         """Refuses a set with a label outside its classes, or of which it is not known what its labels mean."""
-        if isinstance(rows, LabelledImages) and rows.shown_labels is not None:
-            check_labels(rows.shown_labels, len(rows.class_names or self.class_names), rows.name)
-        names = self.class_space.data_names
-        if names is not None and isinstance(rows.rows, datasets.IterableDataset) and rows.rows.features is None:
-            what = "a stream without features does not say which classes its labels mean"
-            remedy = "Use dataset.map(..., features=...), or from_generator likewise."
-            raise DataError(what, where=rows.name, remedy=remedy)
-        if rows.class_names is None and names is not None and all(map(str.isdecimal, names)):
-            if [int(name) for name in names] != list(range(len(names))):
-                what = "labels without names, for classes that are numbers in another order"
-                remedy = "Give the labels their names: dataset.cast_column('label', ClassLabel(names=...)), or text."
-                raise DataError(what, where=rows.name, got=list(names)[:MOST_SHOWN], remedy=remedy)
+        heads.check_class_rows(rows, self.class_space)
 
     def check_training(self, rows: Rows) -> None:
         """Refuses a set of other classes, or of one class alone."""
-        names = rows.class_names
-        if names is not None and self.class_space.relate(names).kind != "same":
-            allowed = ", ".join(map(repr, self.class_space.data_names or self.class_names))
-            what = "the training set has other classes than the classifier, or in another order"
-            remedy = "Build a new RobustTrainer for it."
-            raise DataError(what, where=rows.name, got=names, allowed=allowed, remedy=remedy)
-        labels = rows.shown_labels if isinstance(rows, LabelledImages) else None
-        found = len(self.class_names) if labels is None else len(np.unique(labels))
-        if found < 2:
-            what = "there is nothing to tell apart: all images are of one class"
-            raise DataError(what, where=rows.name, got=found, allowed="2 classes or more")
+        heads.check_training_rows(rows, self.class_space)
 
     @contextmanager
     def answering(self, rows: Rows) -> Iterator[None]:
@@ -239,12 +226,14 @@ class ZeroShotClassifier(Task):
         """Whether the classes of a set are among its own."""
         return rows.class_names is None or self.class_space.relate(rows.class_names).kind != "foreign"
 
-    def measure(self, rows: Rows, whole: bool) -> AccuracyAndLoss:
+    def measure(self, rows: Rows, whole: bool) -> Measure:
         """Returns what computes accuracy and cross-entropy."""
         return AccuracyAndLoss(from_logits=whole)
 
     def training_loss(self, rows: Rows | None, args: Any, function: Callable[..., Tensor] | None) -> TaskLoss:
         """Returns the cross-entropy with class weights and label smoothing, or what the user's function computes."""
+        images = args.train_batch_size * args.world_size
+        check_sampled_loss(self.prompts.classes_per_step, images, args.label_smoothing_factor)
         weights = class_weights(args.class_weights, rows, len(self.class_names))
         return TaskLoss(weights, args.label_smoothing_factor, function)
 
@@ -258,13 +247,7 @@ class ZeroShotClassifier(Task):
 
     def check_settings(self, saved: Mapping[str, Any], where: str) -> None:
         """Refuses a checkpoint of other classes or another head."""
-        names = saved.get("class_names")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or "head" not in saved:
-            raise AdapterFileError("file names no head and no classes", where=f"{where}/classifier.json")
-        if saved["head"] != self.head:
-            raise AdapterFileError("checkpoint has another head", where=where, got=saved["head"])
-        if ClassSpace(self.class_names).relate(names).kind != "same":
-            raise AdapterFileError("checkpoint is of other classes, or of another order", where=where, got=names)
+        heads.check_saved_head(saved, self.head, self.class_names, where)
 
     # --- its head ---
 
@@ -298,14 +281,18 @@ class ZeroShotClassifier(Task):
         finally:
             self.class_names, self._other_embeds, self._order = before
 
-    def train(self, mode: bool = True) -> ZeroShotClassifier:
-        """Sets train or eval mode, as any module; class embeddings kept by the live head are computed anew."""
-        self._kept = None
-        return super().train(mode)
+    @contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """Inside the context eval mode draws as train mode does, in each process by itself: for SAFT's selection."""
+        self._in_training = True
+        try:
+            yield
+        finally:
+            self._in_training = False
 
     def encode_prompts(self) -> Tensor:
         """Returns the class embeddings that the text tower gives now, `(classes, dim)`, L2-normalised."""
-        return encode_prompts(self.model, self.prompt_input_ids, self.prompt_attention_mask, len(self.templates))
+        return self.prompts.encode(self.model)
 
     def zero_shot_head(self) -> tuple[Tensor, Tensor]:
         """Returns weight `(classes, dim)` and bias `(classes,)` of the linear layer that the text tower gives now."""
@@ -325,16 +312,6 @@ class ZeroShotClassifier(Task):
             self.class_head = nn.Linear(weight.shape[1], len(weight), device="meta")  # no draw from the global RNG
             self.class_head.weight, self.class_head.bias = nn.Parameter(weight), nn.Parameter(bias)
 
-    def _freeze_unused(self) -> None:
-        base = base_model(self.model)
-        if family(self.model).logit_bias:  # moves no probability: its gradient is rounding noise, which Adam amplifies
-            base.logit_bias.requires_grad_(False)
-        if self.head == "trainable":
-            base.logit_scale.requires_grad_(False)
-        if self.head != "live":
-            for name in tower_modules(self.model, "text"):
-                base.get_submodule(name).requires_grad_(False)
-
     def _logits(self, embeds: Tensor, class_embeds: Tensor) -> Tensor:
         weight, bias = self._weight_and_bias(class_embeds)  # (classes, dim), (classes,) or 0-dim
         with torch.autocast(embeds.device.type, enabled=False):  # logits differ by less than bfloat16 resolves
@@ -346,38 +323,25 @@ class ZeroShotClassifier(Task):
             return self.trained_head()
         return logit_scale(self.model) * class_embeds, logit_bias(self.model)
 
-    def _class_embeds(self) -> Tensor:
+    def _draw(self, labels: Tensor | None) -> tuple[SampledClasses | None, Tensor | None]:
+        """The classes of this step, and the prompt of each; None for all."""
+        elsewhere = self._order is not None or self._other_embeds is not None  # inside `classes`
+        learns = self._in_training or (self.training and torch.is_grad_enabled())
+        if self.head != "live" or elsewhere or not learns:
+            return None, None
+        return self.prompts.draw(self.progress, labels, self._is_shared())
+
+    def _is_shared(self) -> bool:
+        """To a training step all processes come together; to evaluations and selections each as it likes."""
+        return self.training and torch.is_grad_enabled() and n_ranks() > 1
+
+    def _class_embeds(self, rows: Tensor | None = None) -> Tensor:
         if self._other_embeds is not None:
             return self._other_embeds
         if self.head == "frozen":
             return at_least_float32(self.class_embeds)
         if self.head == "trainable":
             return F.normalize(at_least_float32(self.class_head.weight), dim=-1)
-        if self.training or torch.is_grad_enabled():
-            return self.encode_prompts()
-        return self._kept_live_embeds()
-
-    def _kept_live_embeds(self) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            versions, probe = self._text_state()
-            if self._kept is None or self._kept[0] != versions or not self._kept[1].equal(probe):
-                self._kept = (versions, probe, self.encode_prompts())
-        return self._kept[2]
-
-    def _text_state(self) -> tuple[list[int], Tensor]:
-        """Writes to the tower show in its version counters, switches and scales of adapters in the first prompt."""
-        towers = [base_model(self.model).get_submodule(name) for name in tower_modules(self.model, "text")]
-        versions = [parameter._version for tower in towers for parameter in tower.parameters()]
-        return versions, self._embed_prompts(slice(1))
-
-    def _embed_prompts(self, rows: slice) -> Tensor:
-        mask = self.prompt_attention_mask
-        return embed_prompts(self.model, self.prompt_input_ids[rows], None if mask is None else mask[rows])
-
-
-def _checked(labels: Tensor, n_classes: int) -> Tensor:
-    """Labels of streams and foreign datasets show only here; on a GPU, PyTorch would abort without saying which."""
-    wrong = labels[(labels < 0) | (labels >= n_classes)]
-    if len(wrong):
-        raise DataError("label is no class", where="labels", got=int(wrong[0]), allowed=f"0 to {n_classes - 1}")
-    return labels
+        if self.training or self._in_training or torch.is_grad_enabled():
+            return self.prompts.encode(self.model, rows, self._is_shared())
+        return self.prompts.kept(self.model)

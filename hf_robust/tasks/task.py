@@ -18,6 +18,8 @@ from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from ..data.collator import ImageCollator
+from ..data.columns import Target
+from ..data.draws import Draws
 from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.dual_encoder import base_model
 from ..errors import ConfigError
@@ -34,8 +36,8 @@ Batch = Mapping[str, Tensor]
 class TaskOutput(ModelOutput):
     """What a task returns at least; a subclass adds `image_embeds`, and as its last field `terms`.
 
-    `image_embeds` are `(batch, dim)`, L2-normalised; `terms`, in training, what pulls on Δ beside the loss: 0-dim each,
-    with their weights, by name.
+    `image_embeds` are `(batch, dim)`, L2-normalised; `terms`, in training, what pulls on Δ beside the loss: 0-dim
+    each, with their weights, by name.
 
     Args:
         loss: 0-dim, a mean over the batch; None where there is nothing to learn from.
@@ -92,7 +94,7 @@ class Task(nn.Module):
 
     main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
     name: ClassVar[str]  # in files, configs and on the command line
-    target: ClassVar[str]  # what rows have beside their image, see `labelled_images`
+    target: ClassVar[Target]  # what rows have beside their image, see `labelled_images`
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
     kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first
@@ -105,6 +107,7 @@ class Task(nn.Module):
         self.terms: Any = nn.ModuleDict()  # what is added to the loss, see `hf_robust.losses.Term`, by name
         self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.add_terms`
         self.progress = Progress()
+        self.rows_at_once: int | None = None  # in training, where `whole_batch` makes one of several micro-batches
 
     # --- what is particular to a task ---
 
@@ -160,15 +163,18 @@ class Task(nn.Module):
             accelerator: the trainer's, to bring together what ranks have found.
         """
 
-    def sampler(self, rows: Rows, batch_size: int, seed: int) -> Sampler | None:
+    def sampler(self, rows: Rows, batch_size: int, draws: Draws) -> Sampler | None:
         """Returns the order of the training set, the same on every rank; None for that of `Trainer`.
 
         Args:
             rows: the training set.
             batch_size: images in a batch, of one rank.
-            seed: of the training; an attribute or method `set_epoch` gets the epoch.
+            draws: of the run; they know the epoch, on every rank of a resumed run, too.
         """
         return None
+
+    def after_step(self) -> None:
+        """Called after every optimizer step, before anything is saved or evaluated."""
 
     def without_decay(self) -> list[str]:
         """Returns the names of parameters that get no weight decay, beside biases and those of norms."""
@@ -308,3 +314,19 @@ def task_settings(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
         allowed = "{name: {setting: value, …}}"
         raise ConfigError("settings of a task are no mapping", where="task", got=given, allowed=allowed)
     return dict(settings)
+
+
+def chunk_size(task: Task, given: int | None) -> int | None:
+    """Returns how many rows a task with `whole_batch` embeds at once; None for all of them.
+
+    Args:
+        task: it is the smaller of `rows_at_once` and `given` in training, else all.
+        given: what the user has set.
+
+    Example:
+        >>> task.train().rows_at_once = 8  # micro-batches of 8
+        >>> chunk_size(task, 32)
+        8
+    """
+    known = [size for size in (given, task.rows_at_once) if size is not None]
+    return min(known, default=None) if task.training else None

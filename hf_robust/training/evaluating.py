@@ -117,7 +117,7 @@ class EvaluatingTrainer(RepeatableTrainer):
         self,
         validation_dataset: Any = None,
         alphas: Sequence[float] = TENTHS,
-        metric: str = "accuracy",
+        metric: str | None = None,
         greater_is_better: bool = True,
         tolerance: float = 0.0,
     ) -> AlphaSweep:
@@ -127,7 +127,8 @@ class EvaluatingTrainer(RepeatableTrainer):
             validation_dataset: what α is chosen on; by default the evaluation set named `validation`. The other
                 evaluation sets are evaluated beside it and have no say.
             alphas: the α to evaluate, fractions in [0, 1].
-            metric: what to choose by, `"accuracy"` or what `compute_metrics` returns.
+            metric: what to choose by, of what the task measures or `compute_metrics` returns; by default what the task
+                names first, the accuracy of class names.
             greater_is_better: False where that is a loss.
             tolerance: as in `alpha_sweep`: 0.02 takes the smallest α within 2 points of the best accuracy.
 
@@ -154,7 +155,7 @@ class EvaluatingTrainer(RepeatableTrainer):
 
         bars_of_sets = self.pop_callback(ProgressCallback)
         try:
-            how = f"validation_{metric}", self.zero_shot, greater_is_better, tolerance
+            how = f"validation_{metric or self.model.metrics[0]}", self.zero_shot, greater_is_better, tolerance
             self.sweep = alpha_sweep(self.model, alphas, evaluate, *how)
             return self.sweep
         finally:
@@ -170,7 +171,8 @@ class EvaluatingTrainer(RepeatableTrainer):
         if self.sweep is None or not shown:
             return None
         roles = {name: role_of(name, not self.model.knows(rows)) for name, rows in shown.items()}
-        return results_from_sweep(self.sweep, {name: (role, len(shown[name])) for name, role in roles.items()})
+        of_sets = {name: (role, len(shown[name])) for name, role in roles.items()}
+        return results_from_sweep(self.sweep, of_sets, self.model.metrics[0])
 
     def prediction_step(
         self,
@@ -210,7 +212,7 @@ class EvaluatingTrainer(RepeatableTrainer):
 
     def _rows(self, dataset: Any, name: str, labels: bool = True) -> Rows:
         """What every entrance makes of a set before anything is computed with it."""
-        rows = labelled_images(dataset, name)
+        rows = labelled_images(dataset, name, target=self.model.target)
         check_rows(rows, self.model, labels)
         if self.args.on_bad_image == "skip":
             return readable_rows(rows, self.args.dataloader_num_workers, self._is_silent())

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from ..data.columns import IMAGE_EMBEDS, no_column
+from ..data.columns import IMAGE_EMBEDS, KINDS, no_column
 from ..encoders.pretrained import ADAPTERS, check_vision_is_pretrained
 from ..errors import ConfigError
 from ..tasks.task import Rows, Task
@@ -48,6 +48,19 @@ def check_arguments(args: Any, processing_class: Any) -> None:
         raise ConfigError("one process cannot train on several GPUs", got=args.n_gpu, allowed="1", remedy=remedy)
 
 
+def check_targets(rows: Rows) -> None:
+    """Refuses a set whose rows have nothing beside their images.
+
+    Args:
+        rows: what `labelled_images` returned.
+
+    Raises:
+        DataError: there is no column of it.
+    """
+    if rows.columns is not None and rows.columns.label is None:
+        raise no_column(KINDS[rows.target or "label"], columns_of(rows), rows.name)
+
+
 def check_rows(rows: Rows, task: Task, targets: bool = True) -> None:
     """Refuses a set that cannot be trained or evaluated on; what a foreign dataset holds, the collator checks.
 
@@ -60,8 +73,8 @@ def check_rows(rows: Rows, task: Task, targets: bool = True) -> None:
         DataError: it lacks labels, or has one outside its classes.
         ConfigError: it has embeddings in the place of images, for a vision tower that is trained.
     """
-    if targets and rows.columns is not None and rows.columns.label is None:
-        raise no_column("label", columns_of(rows), rows.name)
+    if targets:
+        check_targets(rows)
     task.check_rows(rows, targets)
     if IMAGE_EMBEDS in columns_of(rows):
         check_vision_is_pretrained(task.model, f"{rows.name} has image embeddings in the place of images")

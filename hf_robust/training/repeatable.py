@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..data.collator import ImageCollator
 from ..data.draws import DrawingCollator, Draws
 from ..data.rows import LabelledImages, LabelledStream, labelled_images
+from ..data.target_collators import TargetCollator, TextCollator
 from .evaluation_loop import EvaluationLoopTrainer
 from .replaced import replaced
 from .stopping import leave_signals
@@ -51,7 +52,7 @@ class RepeatableTrainer(EvaluationLoopTrainer):
         """Returns batches of the training set, in an order and with an augmentation that hang on the seed."""
         # Accelerate would shuffle by the seed that torch was given last
         self.accelerator.dataloader_config.data_seed = self.data_seed
-        rows = labelled_images(self.train_dataset, "train_dataset")
+        rows = labelled_images(self.train_dataset, "train_dataset", target=self.model.target)
         rows, collator = self.drawing_by_row(rows, self.data_collator, self.draws)
         with replaced(self, train_dataset=rows, data_collator=collator):
             loader = super().get_train_dataloader()
@@ -75,11 +76,11 @@ class RepeatableTrainer(EvaluationLoopTrainer):
 
         Args:
             rows: of a set.
-            collator: an `ImageCollator`, or any other.
+            collator: an `ImageCollator`, one around it, or any other.
             draws: what to draw from.
         """
         whole = self.model.collator(collator)
-        if _shows_the_same(rows, collator):
+        if _shows_the_same(rows, whole):
             return rows, whole
         return replace(rows, draws=draws), DrawingCollator(whole)
 
@@ -90,8 +91,12 @@ class RepeatableTrainer(EvaluationLoopTrainer):
 
 
 def _shows_the_same(rows: Rows, collator: Any) -> bool:
-    """Whether images are the same every time, so that nothing need be seeded."""
-    if type(collator) is not ImageCollator or collator.transform is not None:
+    """Whether rows are the same every time, so that nothing need be seeded."""
+    images = collator.images if isinstance(collator, TargetCollator) else collator
+    if type(images) is not ImageCollator or images.transform is not None:
         return False
-    is_table = isinstance(rows, LabelledImages) and isinstance(rows.rows, datasets.Dataset)
-    return is_table and rows.columns is not None and rows.columns.transform is None
+    if not isinstance(rows, LabelledImages) or not isinstance(rows.rows, datasets.Dataset) or rows.columns is None:
+        return False
+    if isinstance(collator, TextCollator) and collator.texts == "one" and rows.has_several_texts:
+        return False
+    return rows.columns.transform is None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from ..data.collator import ImageCollator, OpeningCollator
+from ..data.columns import Target
 from ..data.digest import rows_digest
 from ..data.rows import LabelledStream, labelled_images
 from ..encoders.dual_encoder import base_model
@@ -75,11 +76,15 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     found = {name: value for name, value in settings.items() if not WITHOUT_EFFECT.fullmatch(name)}
     if chooses:
         found |= {name: settings[name] for name in CHOOSING}
-        found |= {"evaluation_data": _sets(trainer.eval_dataset), "compute_metrics": _text(trainer.compute_metrics)}
-    rows = labelled_images(trainer.images_to_train_on, "train_dataset")
+        found |= {
+            "evaluation_data": _sets(trainer.eval_dataset, task.target),
+            "compute_metrics": _text(trainer.compute_metrics),
+        }
+    rows = labelled_images(trainer.images_to_train_on, "train_dataset", target=task.target)
     if isinstance(rows, LabelledStream):  # workers share it by its parts
         found["dataloader_num_workers"] = args.dataloader_num_workers
-    found |= {"task": task.name, **task.settings()}
+    settings_of_task = {name: v for name, v in task.settings().items() if name != "data_names"}  # "data" has them
+    found |= {"task": task.name, **settings_of_task}
     found |= {
         "ranks": args.world_size,
         "device": args.device.type,
@@ -237,12 +242,14 @@ def _pretrained(trainer: Any) -> Iterator[tuple[str, Tensor]]:
         yield from pretrained_tensors(trainer.model.model)
         return
     for name, parameter in trainer.model.named_parameters():
-        yield name, trainer.zero_shot.get(name, parameter)
+        if not name.startswith("terms."):  # which a checkpoint brings along
+            yield name, trainer.zero_shot.get(name, parameter)
 
 
-def _sets(given: Any) -> Any:
+def _sets(given: Any, target: Target) -> Any:
     sets = given if isinstance(given, Mapping) else {"": given}
-    return {name: None if rows is None else rows_digest(labelled_images(rows, name)) for name, rows in sets.items()}
+    known = {name: rows for name, rows in sets.items() if rows is not None}
+    return {name: rows_digest(labelled_images(rows, name, target=target)) for name, rows in known.items()}
 
 
 def _collator(trainer: Any) -> dict[str, Any]:

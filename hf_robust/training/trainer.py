@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
-from ..data.columns import REFERENCE_EMBEDS, no_column
+from ..data.columns import REFERENCE_EMBEDS
 from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
@@ -25,15 +25,17 @@ from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
 from ..losses.named import TASK_LOSS
 from ..losses.term import Term
+from ..tasks.choose import target_of
 from ..tasks.task import Progress
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.edits import show_values
 from ..tuners.saft.selection import scores_single_images
+from .after_step import AfterStep
 from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
 from .model_init import ClassNames, ModelInitTrainer, as_task, model_or_first
-from .preflight import check_arguments, check_best_metric, check_metrics, check_training, columns_of
+from .preflight import check_arguments, check_best_metric, check_metrics, check_targets, check_training
 from .ranks import raise_on_all
 from .replaced import replaced
 from .stopping import StopAtSignal
@@ -129,9 +131,11 @@ class RobustTrainer(ModelInitTrainer):
         encoder = model_or_first(model, model_init, args, optimizers)
         processing_class = processor_of_size(args.image_size, processing_class, encoder, data_collator)
         order = class_names if isinstance(class_names, Sequence) else None
-        train_rows = None if train_dataset is None else labelled_images(train_dataset, "train_dataset", order=order)
-        if train_rows is not None and train_rows.columns is not None and train_rows.columns.label is None:
-            raise no_column("label", columns_of(train_rows), train_rows.name)
+        target = target_of(args.task, encoder)
+        train_rows = None
+        if train_dataset is not None:
+            train_rows = labelled_images(train_dataset, "train_dataset", order=order, target=target)
+            check_targets(train_rows)
         self.as_task = partial(as_task, processing_class, train_rows, class_names, args)
         with replaced(args, label_smoothing_factor=0.0):  # `Trainer` would look for the config of a language model
             super().__init__(
@@ -160,6 +164,7 @@ class RobustTrainer(ModelInitTrainer):
         self.optimizers_given = [type(one).__name__ for one in optimizers if one is not None]
         self.stop = StopAtSignal()
         self.add_callback(self.stop)
+        self.add_callback(AfterStep())
         self._take_datasets()
         check_best_metric(args, self.eval_dataset, self.model.metrics, self.own_metrics)
         self.keep_start()
@@ -196,7 +201,7 @@ class RobustTrainer(ModelInitTrainer):
         """
         if self.train_dataset is None:
             raise ConfigError("no set to train on", where="train_dataset")
-        self.train_dataset = labelled_images(self.train_dataset, "train_dataset")
+        self.train_dataset = labelled_images(self.train_dataset, "train_dataset", target=self.model.target)
         with self.guarded(trial):
             resumes = resume_from_checkpoint is not None and resume_from_checkpoint is not False
             folder = self._checkpoint(resume_from_checkpoint, trial) if resumes else None
@@ -212,6 +217,7 @@ class RobustTrainer(ModelInitTrainer):
         self.sweep, self.loss_log = None, LossLog()
         self._describe_run(checkpoint)
         self.model.progress, self.epoch_begun = Progress(seed=self.args.seed), -1
+        self.model.check_training(self.train_dataset)  # before anything is computed of it
         self._start_terms()
         if checkpoint is None:
             self.model.prepare(self._training_set_in_order, self.accelerator)
@@ -240,10 +246,12 @@ class RobustTrainer(ModelInitTrainer):
     @contextmanager
     def _whole_batches(self) -> Iterator[None]:
         """Where the loss is over a whole batch, that of an optimizer step is one; its task computes it in chunks."""
-        steps = self.args.gradient_accumulation_steps if self.model.whole_batch else 1
-        rest = self.args.gradient_accumulation_steps // steps
-        with replaced(self.args, gradient_accumulation_steps=rest):
-            with replaced(self, _train_batch_size=steps * self._train_batch_size):
+        steps, rows = self.args.gradient_accumulation_steps, self._train_batch_size
+        if not self.model.whole_batch or steps == 1:
+            yield
+            return
+        with replaced(self.args, gradient_accumulation_steps=1), replaced(self, _train_batch_size=steps * rows):
+            with replaced(self.model, rows_at_once=rows):
                 yield
 
     def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:
@@ -272,6 +280,10 @@ class RobustTrainer(ModelInitTrainer):
 
     def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
         size = 1 if scores_single_images(self.model) else self.args.selection_batch_size
+        if size == 1 and self.model.whole_batch:
+            what = "an image by itself has nothing to be told apart from, so its gradient is zero"
+            remedy = "Use score='signed_mean' and a selection_batch_size above 1."
+            raise ConfigError(what, where=f"task={self.model.name!r}, selection", remedy=remedy)
         for batch in self._own_share(self.train_dataset, size, "Selecting entries"):
             yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
 
@@ -289,7 +301,9 @@ class RobustTrainer(ModelInitTrainer):
         if isinstance(dataset, LabelledStream):
             what, allowed = f"{title}: ranks cannot share a dataset without length", "a dataset with numbered rows"
             raise ConfigError(what, where="train_dataset", got=type(dataset).__name__, allowed=allowed)
-        share = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
+        block = batch_size if self.model.whole_batch else 1  # the same batches on any number of ranks
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share = [row for row in range(len(dataset)) if row // block % ranks == rank]
         how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
         title_or_none = None if self._is_silent() else title
         rows, collator = self.drawing_by_row(dataset, self._plain_collator(), Draws(self.data_seed))
@@ -331,6 +345,8 @@ class RobustTrainer(ModelInitTrainer):
             outputs = model(**inputs)
         if not self.model.training:  # evaluation is by the plain cross-entropy
             num_items_in_batch = None  # `Trainer` counts them here, too, for a compute_loss_func
+            if outputs.loss is None:  # of a task that has none for this set; its measure says how good it is
+                outputs.loss = torch.zeros((), device=self.args.device)
         else:
             ranks = self.accelerator.num_processes  # which have equally many images
             images = n_images(inputs) if num_items_in_batch is None else num_items_in_batch * ranks
@@ -373,7 +389,7 @@ class RobustTrainer(ModelInitTrainer):
         return [n for n in super().get_decay_parameter_names(model) if n not in self.model.without_decay()]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        own = self.model.sampler(self.train_dataset, self._train_batch_size, self.data_seed)
+        own = self.model.sampler(self.train_dataset, self._train_batch_size, self.draws)
         return super()._get_train_sampler(train_dataset) if own is None else own
 
     def training_step(

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from hf_robust.encoders.dual_encoder import image_embeds, text_embeds, tokenize, tower_modules
 from hf_robust.encoders.pretrained import pretrained_weights
 from hf_robust.errors import ConfigError
-from hf_robust.losses.reference import pretrained_class_embeds, pretrained_image_embeds, pretrained_tower
+from hf_robust.losses.reference import pretrained_image_embeds, pretrained_prompts, pretrained_tower
 from hf_robust.tasks.class_names import ZeroShotClassifier
 from tests.methods import Method, batch, logits, prepared, train
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor
@@ -88,7 +88,7 @@ def test_class_embeddings_of_the_base_in_parts_or_not(trained, monkeypatch):
     classifier = ZeroShotClassifier(trained, tiny_processor("clip"), NAMES)
     plain = tiny_model("clip")
     prompts = tokenize(tiny_processor("clip"), [f"a photo of a {name}." for name in NAMES], plain)
-    embeds = pretrained_class_embeds(classifier)
+    embeds = pretrained_prompts(classifier)
     with torch.enable_grad():
         bits = ZeroShotClassifier(plain, tiny_processor("clip"), NAMES).encode_prompts()
     assert torch.equal(embeds, bits) and not embeds.requires_grad

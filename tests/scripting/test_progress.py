@@ -94,6 +94,6 @@ def test_other_ranks_write_nothing(tmp_path, screen):
     trainer.state.max_steps, trainer.state.epoch, trainer.state.num_train_epochs = 3, 1.0, 2
     progress.on_train_begin(trainer.args, trainer.state, None)
     progress.on_log(trainer.args, trainer.state, None, logs={"loss": 1.0})
-    progress.on_evaluate(trainer.args, trainer.state, None, metrics={"eval_id_accuracy": 0.5})
+    progress.on_evaluate(trainer.args, trainer.state, None, metrics={"eval_id_accuracy": 0.5}, model=trainer.model)
     progress.on_train_end(trainer.args, trainer.state, None)
     assert screen() == ("", "")

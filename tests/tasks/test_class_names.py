@@ -142,7 +142,7 @@ def test_class_names_are_never_interpreted(name):
 def test_templates_can_be_named(key):
     classifier = build(templates=key)
     assert classifier.templates == TEMPLATES[key] == tuple(dict.fromkeys(TEMPLATES[key]))
-    assert classifier.prompt_input_ids.shape[0] == 4 * len(TEMPLATES[key])
+    assert classifier.prompts.input_ids.shape[0] == 4 * len(TEMPLATES[key])
 
 
 def test_one_template_may_be_given_as_text():

@@ -163,7 +163,7 @@ def step_in_eval_mode(classifier):
 
 def write_to_a_token_of_the_second_class(classifier):
     token = classifier.processor.tokenizer.convert_tokens_to_ids("u")
-    assert token not in classifier.prompt_input_ids[0] and token in classifier.prompt_input_ids[1]
+    assert token not in classifier.prompts.input_ids[0] and token in classifier.prompts.input_ids[1]
     with torch.no_grad():
         base_model(classifier.model).text_model.get_input_embeddings().weight[token, 0] += 1
 
@@ -200,12 +200,12 @@ def test_kept_class_embeddings_are_dropped_when_the_text_tower_changes(change):
     images = tiny_batch("clip", 2)
     with torch.no_grad():
         before = classifier(**images).logits
-    kept = classifier._kept[2]
+    kept = classifier.prompts._kept[2]
     change(classifier)
     with torch.no_grad():
         after = classifier(**images).logits
         torch.testing.assert_close(after, fresh_logits(classifier, images), atol=1e-6, rtol=0)
-    assert (classifier._kept[2] - kept).abs().max() > 1e-4 and (after - before).abs().max() > 1e-4
+    assert (classifier.prompts._kept[2] - kept).abs().max() > 1e-4 and (after - before).abs().max() > 1e-4
 
 
 def test_a_training_phase_drops_kept_class_embeddings_whoever_wrote_to_the_weights():
@@ -224,4 +224,4 @@ def test_what_inference_mode_kept_can_be_used_with_gradients():
     classifier = build()
     with torch.inference_mode():
         classifier(**tiny_batch("clip", 2))
-    assert not classifier._kept[2].is_inference()
+    assert not classifier.prompts._kept[2].is_inference()

@@ -119,7 +119,7 @@ def seal_again(checkpoint):
 def test_checkpoint_for_other_classes_or_head_is_refused(tmp_path):
     checkpoint, settings = (
         saved(tmp_path),
-        {"max_steps": 1, "allow_changed": ["class_names", "data_names", "prompts", "head", "parameters"]},
+        {"max_steps": 1, "allow_changed": ["class_names", "prompts", "head", "parameters"]},
     )
     with pytest.raises(AdapterFileError, match="other classes"):
         build(tmp_path, "lora", class_names=["a", "b", "c"], **settings).train(checkpoint)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The texts of a set, embedded once, and how well its images and they find each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..errors import DataError
+from .gather import gather_rows, n_ranks, rank
+from .measure import Measure
+from .retrieval_metrics import RECALL_AT, retrieval_metrics
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+RECALL = "recall@1"  # the mean of both directions
+METRICS = (
+    RECALL,
+    "loss",
+    *(f"{direction}_recall@{k}" for direction in DIRECTIONS for k in RECALL_AT),
+    *(f"{direction}_median_rank" for direction in DIRECTIONS),
+)
+
+
+@dataclass(frozen=True)
+class SetTexts:
+    """The texts of a set.
+
+    Args:
+        embeds: `(texts, dim)`, L2-normalised.
+        image_of_text: `(texts,)`, the row of each text's image in the set.
+        images: how many there are.
+    """
+
+    embeds: Tensor
+    image_of_text: Tensor
+    images: int
+
+
+def set_texts(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor], at_once: int) -> SetTexts:
+    """Embeds the texts of a set, each rank a part of them.
+
+    Args:
+        texts: those of every row.
+        embed: from texts to `(texts, dim)`.
+        at_once: how many texts it is given.
+
+    Example:
+        >>> set_texts([["two dogs", "dogs at play"], ["a cat"]], embed, at_once=256).image_of_text
+        tensor([0, 0, 1])
+    """
+    flat = [text for of_row in texts for text in of_row]
+    shared = len(flat) >= n_ranks()  # else a rank would have none
+    share = [flat[i] for i in torch.arange(len(flat)).tensor_split(n_ranks())[rank()]] if shared else flat
+    parts = [embed(share[start : start + at_once]) for start in range(0, len(share), at_once)]
+    embeds = torch.cat(parts)  # (texts of this rank, dim)
+    counts = torch.tensor([len(of_row) for of_row in texts])
+    image_of_text = torch.arange(len(texts)).repeat_interleave(counts).to(embeds.device)
+    return SetTexts(gather_rows(embeds) if shared else embeds, image_of_text, len(texts))
+
+
+class RetrievalMeasure(Measure):
+    """Recalls, median ranks and loss of a set, see `retrieval_metrics`, and the mean `recall@1` of both directions.
+
+    Args:
+        texts: of the set.
+        scale: exp(logit_scale).
+
+    Example:
+        >>> measure = RetrievalMeasure(SetTexts(torch.eye(2), torch.tensor([0, 1]), 2), scale=100.0)
+        >>> measure(EvalPrediction(np.eye(2), np.array([0, 1])))["recall@1"]
+        1.0
+    """
+
+    def __init__(self, texts: SetTexts, scale: float) -> None:
+        self.texts, self.scale = texts, scale
+        self.seen = torch.zeros(texts.images, dtype=torch.bool)
+        self.embeds = torch.zeros(texts.images, texts.embeds.shape[1], dtype=texts.embeds.dtype)  # (images, dim)
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Adds images; returns the metrics of all of them.
+
+        Args:
+            prediction: embeddings of images, and the rows of the set that they are.
+            compute_result: as in `Measure`.
+
+        Raises:
+            DataError: an image of the set is missing.
+        """
+        given = prediction.predictions, prediction.label_ids
+        embeds, rows = (batches if isinstance(batches, list) else [batches] for batches in given)
+        for values, of in zip(map(torch.as_tensor, embeds), map(torch.as_tensor, rows), strict=True):
+            self.embeds[of.cpu()] = values.cpu().to(self.embeds)
+            self.seen[of.cpu()] = True
+        if not compute_result:
+            return {}
+        if not self.seen.all():
+            got, allowed = int(self.seen.sum()), f"all {len(self.seen)} images of the set"
+            raise DataError("retrieval is among a whole set", got=got, allowed=allowed)
+        texts = self.texts
+        images = self.embeds.to(texts.embeds.device)
+        found = retrieval_metrics(images, texts.embeds, texts.image_of_text, scale=self.scale)
+        both = [found[f"{direction}_{RECALL}"] for direction in DIRECTIONS]
+        return {RECALL: sum(both) / len(both), **found}
