@@ -40,6 +40,13 @@ from hf_robust.scripting.results import percent
 from hf_robust.scripting.run import run
 from hf_robust.tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE
 
+MEASURES = {
+    "accuracy": "Accuracy in %",
+    "image_to_text_recall@1": "Recall@1 of texts by images in %",
+    "text_to_image_recall@1": "Recall@1 of images by texts in %",
+    "mAP_macro": "Mean average precision over classes in %",
+}
+
 
 @dataclass
 class ScriptArguments:
@@ -114,19 +121,26 @@ def evaluate(args: ScriptArguments, suite: RobustnessSuite) -> dict[str, SuiteRe
 
 
 def show(reports: dict[str, SuiteReport]) -> None:
-    """Prints accuracies in percent: sets in rows, models in columns, and a row of means per role."""
+    """Prints a table in percent for every measure that some set has: sets in rows, models in columns."""
+    for metric, title in MEASURES.items():
+        if any(metric in result.metrics for result in reports["base"].sets.values()):
+            Console().print(table(reports, metric, title))
+
+
+def table(reports: dict[str, SuiteReport], metric: str, title: str) -> Table:
+    """The sets that have a measure, and a row of means per role."""
     first = reports["base"]
-    table = Table("role", "set", "images", *reports, title="Accuracy in %")
-    for role in first.means:
-        names = [name for name, result in first.sets.items() if result.role == role]
+    found = Table("role", "set", "images", *reports, title=title)
+    for role in first.means_of(metric):
+        names = [name for name, one in first.sets.items() if one.role == role and metric in one.metrics]
         for name in names:
-            cells = [percent(report.sets[name].accuracy) for report in reports.values()]
-            table.add_row(role, name, str(len(first.sets[name].targets)), *cells)
+            cells = [percent(report.sets[name].metrics[metric]) for report in reports.values()]
+            found.add_row(role, name, str(len(first.sets[name].rows)), *cells)
         if len(names) > 1:
-            cells = [percent(report.means[role]) for report in reports.values()]
-            table.add_row(role, "mean", "", *cells, style="bold")
-        table.add_section()
-    Console().print(table)
+            cells = [percent(report.means_of(metric)[role]) for report in reports.values()]
+            found.add_row(role, "mean", "", *cells, style="bold")
+        found.add_section()
+    return found
 
 
 def main(args: ScriptArguments) -> None:

@@ -23,8 +23,7 @@ from PIL import Image as PILImage
 
 DATA = data.HERE / "data" / "composed"
 SETS = ("train", "validation", "id", "ood_hand", "ood_filled")
-SIZE = 96  # pixels of a canvas; set image_size to it
-SMALLEST, LARGEST = 48, 60  # pixels of a drawing on it
+SMALLEST, LARGEST = 34, 42  # pixels of a drawing on a canvas of `data.SIZE`
 PARTNERS = 2  # canvases that every training drawing is on, beside those of others
 
 
@@ -37,14 +36,14 @@ def on_one_canvas(first: PILImage.Image, second: PILImage.Image, seed: str) -> P
         seed: The same seed gives the same image.
 
     Returns:
-        The canvas, `SIZE` x `SIZE`.
+        An image of the size of one drawing.
     """
     rng = random.Random(seed)
-    canvas = PILImage.new("RGB", (SIZE, SIZE), "white")
+    canvas = PILImage.new("RGB", (data.SIZE, data.SIZE), "white")
     corners = rng.choice([((0, 0), (1, 1)), ((1, 1), (0, 0)), ((0, 1), (1, 0)), ((1, 0), (0, 1))])
     for image, (right, low) in zip((first, second), corners, strict=True):
         size = rng.randint(SMALLEST, LARGEST)
-        canvas.paste(image.resize((size, size)), (right * (SIZE - size), low * (SIZE - size)))
+        canvas.paste(image.resize((size, size)), (right * (data.SIZE - size), low * (data.SIZE - size)))
     return canvas
 
 

@@ -25,6 +25,7 @@ from .protocols import harmonic_mean as harmonic_mean
 from .protocols import one_standard_error_rule as one_standard_error_rule
 from .report import SetResult as SetResult
 from .report import SuiteReport as SuiteReport
+from .report import TaskResult as TaskResult
 from .run import evaluate_suite as evaluate_suite
 from .statistics import PairedTest as PairedTest
 from .statistics import bootstrap_difference as bootstrap_difference

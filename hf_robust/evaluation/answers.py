@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the labels of a set to its right answers."""
+"""Sets of images with one label: from labels to right answers, from embeddings to predictions."""
 
 from __future__ import annotations
 
@@ -7,36 +7,80 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from datasets import Dataset
+from torch import Tensor
 
 from ..data.class_spaces import ClassSpace, check_pairing, class_space
 from ..data.columns import find_column, no_column
 from ..data.labels import class_indices, is_text
 from ..encoders.templates import check_class_names, name_key
 from ..errors import DataError
-from .suite import SuiteSet
+from .loaded import LoadedSet, check_finite
+from .report import SetResult
+from .suite import CLASSIFICATION, TARGETS, SuiteSet
+from .text_side import Head, TextSide
 
 NO_CLASS, LEFT_OUT = -2, -1  # in the place of an answer
 
 
 @dataclass(frozen=True)
-class LoadedSet:
-    """A set whose labels have been read; its images have not.
+class ClassificationSet(LoadedSet):
+    """A set of images with one label each.
 
     Args:
         suite_set: the settings.
+        wanted: `(rows,)`, whether a row takes part.
         class_names: one per column of the head.
         answers: names of what can be predicted, each with the indices of its classes.
         targets: `(rows,)`, the right answer of every row as an index into `answers`; -1 for one that is left out.
     """
 
-    suite_set: SuiteSet
     class_names: list[str]
     answers: dict[str, list[int]]
     targets: np.ndarray
 
+    def among_known(self, known: ClassSpace) -> ClassificationSet:
+        """Returns the set with a classifier's words for its classes, and the classes it lacks as possible answers.
 
-def load_labels(suite_set: SuiteSet, dataset: Dataset) -> LoadedSet:
+        With a `subset` or a `merge` the settings say what can be answered, and nothing is added.
+        """
+        relation, n = known.relate(self.class_names), len(self.class_names)
+        if self.suite_set.subset is not None or self.suite_set.merge is not None:
+            return replace(self, class_names=relation.words[:n])
+        missing = {name: [n + index] for index, name in enumerate(relation.words[n:])}
+        return replace(self, class_names=relation.words, answers=self.answers | missing)
+
+    def prepare(self, side: TextSide) -> Head:
+        """Returns the head of the classes."""
+        return side.head(self.class_names, self.suite_set.templates, TARGETS[CLASSIFICATION])
+
+    def of_batch(self, embeds: Tensor, prepared: Head) -> dict[str, Tensor]:
+        """Returns predictions, and their probabilities as confidences."""
+        columns = _columns(self.answers).to(embeds.device)
+        logits = prepared(embeds)[:, columns].amax(dim=-1)  # (batch, answers)
+        check_finite(logits, "logits", self.suite_set.name)
+        return {"predictions": logits.argmax(dim=-1), "confidences": logits.softmax(dim=-1).amax(dim=-1)}
+
+    def right_answers(self, rows: np.ndarray) -> bytes:
+        """Returns the targets."""
+        return self.targets[rows].astype("<i8").tobytes()
+
+    def result(
+        self,
+        rows: np.ndarray,
+        kept: Mapping[str, np.ndarray],
+        prepared: Head,
+        fingerprint: str,
+        skipped: Sequence[str],
+    ) -> SetResult:
+        """Returns the answer to every image."""
+        one = self.suite_set
+        what = kept["predictions"], kept["confidences"], fingerprint, skipped
+        return SetResult(one.name, one.role, list(self.answers), rows, self.targets[rows], *what)
+
+
+def load_labels(suite_set: SuiteSet, dataset: Dataset) -> ClassificationSet:
     """Reads the labels of a set, and makes right answers of them.
 
     Args:
@@ -73,38 +117,8 @@ def load_labels(suite_set: SuiteSet, dataset: Dataset) -> LoadedSet:
         remedy = "Check class_names, subset, labels_in and merge of the set."
         what, allowed = f"label of row {row} is no class", f"the {len(answers)} answers, {[*answers][:3]}…"
         raise DataError(what, where=where, got=_label(dataset, column, row), allowed=allowed, remedy=remedy)
-    return LoadedSet(suite_set, names, answers, targets_of_labels[numbers])
-
-
-def among_known(one: LoadedSet, known: ClassSpace) -> LoadedSet:
-    """Returns the set with a classifier's words for its classes, and the classes it lacks as possible answers.
-
-    Args:
-        one: the set; with a `subset` or a `merge` its settings say what can be answered, and nothing is added.
-        known: the classifier's classes.
-    """
-    relation, n = known.relate(one.class_names), len(one.class_names)
-    if one.suite_set.subset is not None or one.suite_set.merge is not None:
-        return replace(one, class_names=relation.words[:n])
-    missing = {name: [n + index] for index, name in enumerate(relation.words[n:])}
-    return replace(one, class_names=relation.words, answers=one.answers | missing)
-
-
-def with_rows(one: LoadedSet, rows: np.ndarray) -> LoadedSet:
-    """Returns the set without the other rows.
-
-    Args:
-        one: the set.
-        rows: the numbers of those that stay.
-
-    Raises:
-        DataError: no row with an answer stays.
-    """
-    targets = np.full(len(one.targets), LEFT_OUT)
-    targets[rows] = one.targets[rows]
-    if (targets == LEFT_OUT).all():
-        raise DataError("all images are left out", where=one.suite_set.name, got=one.suite_set.merge)
-    return replace(one, targets=targets)
+    targets = targets_of_labels[numbers]  # (rows,)
+    return ClassificationSet(suite_set, targets != LEFT_OUT, names, answers, targets)
 
 
 def _label_space(
@@ -126,6 +140,12 @@ def _class_names(suite_set: SuiteSet, own_names: list[str] | None, where: str) -
     if isinstance(suite_set.class_names, Sequence):
         return list(suite_set.class_names)
     return list(class_space(own_names, suite_set.class_names, where).words)
+
+
+def _columns(answers: Mapping[str, list[int]]) -> Tensor:
+    """`(answers, most classes of an answer)`: the classes of every answer, the first repeated to equal lengths."""
+    longest = max(map(len, answers.values()))
+    return torch.tensor([classes + classes[:1] * (longest - len(classes)) for classes in answers.values()])
 
 
 def _label(dataset: Dataset, column: str, row: int) -> object:

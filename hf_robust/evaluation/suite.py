@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is evaluated on: named datasets, the part each plays, and how its labels relate to class names."""
+"""What a model is evaluated on: named datasets, the part each plays, what is asked of their images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from datasets import Dataset
 
+from ..data.columns import Target
 from ..data.text_files import read_json, read_text
 from ..data.yaml_files import read_yaml
 from ..encoders.templates import check_class_names, check_templates
@@ -18,6 +19,15 @@ from .corruptions import check_corruption
 from .roles import ROLES, Role
 
 LABEL_SPACES = ("class_names", "subset")
+SuiteTask = Literal["classification", "retrieval", "several_labels"]
+TASKS: tuple[SuiteTask, ...] = get_args(SuiteTask)
+CLASSIFICATION, RETRIEVAL, SEVERAL_LABELS = TASKS
+TARGETS: dict[SuiteTask, Target] = {"classification": "label", "retrieval": "text", "several_labels": "labels"}
+WITHOUT_MEANING: dict[SuiteTask, tuple[str, ...]] = {
+    "classification": ("truncate",),
+    "retrieval": ("class_names", "templates", "subset", "labels_in", "merge"),
+    "several_labels": ("subset", "labels_in", "merge", "truncate"),
+}
 SHIPPED = Path(__file__).parent / "suites"
 
 
@@ -25,7 +35,16 @@ SHIPPED = Path(__file__).parent / "suites"
 class SuiteSet:
     """One dataset of a suite.
 
-    A prediction is an argmax over the classes in `class_names`, unless one of these says otherwise:
+    What is asked of its images is the `task`:
+
+    - `"classification"`: which one of the classes. Rows have a label.
+    - `"retrieval"`: which of the set's texts belong to an image, and which of its images to a text, see
+      `retrieval_metrics`. Rows have a text, or a list of texts, for which `class_names`, `templates`, `subset`,
+      `labels_in` and `merge` mean nothing.
+    - `"several_labels"`: which images have a class, for every class, see `label_metrics`. Rows have a list of classes
+      or a 0/1 vector, for which `subset`, `labels_in` and `merge` mean nothing.
+
+    In classification a prediction is an argmax over the classes in `class_names`, unless one of these says otherwise:
 
     - `subset`: only these classes can be the answer, the others' logits do not take part. ImageNet-A and -R, whose
       images are of 200 of ImageNet's 1,000 classes.
@@ -42,18 +61,22 @@ class SuiteSet:
             directory.
         class_names: one per class, in the order of the labels, which is checked against the dataset's own names; or a
             mapping from these names to words. None: the dataset's own (its `ClassLabel`, or its labels where these are
-            text), with underscores read as spaces.
+            text), with underscores read as spaces. For several labels also what integers and vectors mean, where the
+            dataset does not say it.
         templates: prompts with `{}` in place of the class name, one such prompt, or a key of `TEMPLATES`.
         subset: indices into the class names.
         labels_in: what a label of a set with `subset` counts: the `"class_names"`, or the entries of the `"subset"`.
         merge: for every label of the dataset, in the order of these, its name and its classes, by name or index. None
             in the place of the classes: images with this label are left out.
         image_column: the dataset's column of images; None for the one with a usual spelling, see `find_column`.
-        label_column: the dataset's column of labels, likewise.
+        label_column: the dataset's column of what stands beside the images, likewise: labels, or texts.
         corruption: name and severity (1 to 5) of a corruption, see `corrupt`.
+        task: `"classification"`, `"retrieval"` or `"several_labels"`.
+        truncate: retrieval: whether texts that are longer than the text tower are cut; else they are refused.
 
     Raises:
-        ConfigError: a setting is none of the allowed ones, or does not fit the class names.
+        ConfigError: a setting is none of the allowed ones, means nothing for the task, or does not fit the class
+            names.
         DataError: class names are empty or repeated.
 
     Example:
@@ -72,6 +95,8 @@ class SuiteSet:
     image_column: str | None = None
     label_column: str | None = None
     corruption: tuple[str, int] | None = None
+    task: SuiteTask = "classification"
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -81,6 +106,9 @@ class SuiteSet:
         if not isinstance(self.source, str | Dataset) or self.source == "":
             allowed = "text or a datasets.Dataset"
             raise ConfigError("no source", where=self.name, got=type(self.source).__name__, allowed=allowed)
+        if self.task not in TASKS:
+            raise ConfigError("unknown task", where=self.name, got=self.task, allowed=", ".join(TASKS))
+        _check_meaning(self)
         if self.labels_in not in LABEL_SPACES:
             allowed = ", ".join(LABEL_SPACES)
             raise ConfigError("unknown labels_in", where=self.name, got=self.labels_in, allowed=allowed)
@@ -194,6 +222,15 @@ class RobustnessSuite:
 def shipped_suites() -> list[str]:
     """Returns the names of the suites that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _check_meaning(one: SuiteSet) -> None:
+    """Refuses settings that would have no effect."""
+    for field in fields(one):
+        value = getattr(one, field.name)
+        if field.name in WITHOUT_MEANING[one.task] and value != field.default:
+            remedy = f"Leave it out, or set it to {field.default!r}."
+            raise ConfigError(f"{field.name} means nothing for {one.task}", where=one.name, got=value, remedy=remedy)
 
 
 def _check_corruption(name: str, corruption: Sequence[Any]) -> None:

@@ -83,8 +83,8 @@ class ZeroShotClassifier(Task):
             images with these names are recognised.
         text_chunk_size: live: prompts of a chunk; the backward computes the activations of each anew, so that one
             chunk's are in memory, with the same gradients. None for all at once.
-        classes_per_step: live: classes that train mode compares images with: those of the batch (of all processes),
-            which should be fewer, and others drawn by seed and step. The loss is corrected for it, see
+        classes_per_step: live: classes that train mode compares images with: those of the micro-batch (of all
+            processes), which should be fewer, and others drawn by seed and step. The loss is corrected for it, see
             `SampledClasses.spread`. None for all.
 
     Raises:

@@ -200,6 +200,11 @@ class Task(nn.Module):
             rows: the training set.
         """
 
+    @contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """Inside the context eval mode draws as train mode does, in each process by itself: for SAFT's selection."""
+        yield
+
     def knows(self, rows: Rows) -> bool:
         """Whether a set is of what was learned; else it is another task, on which forgetting shows.
 

@@ -62,7 +62,7 @@ class RobustTrainingArguments(TrainingArguments):
 
     Args:
         selection_batch_size: images in a batch of the pass that selects SAFT's entries. It changes speed and memory,
-            not the entries.
+            not the entries, where the loss is a mean over images; of pairs it is the images that each is told from.
 
     > Parameters that control what is added to the loss
 

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, ConfigError, close_matches
 from ..evaluation.run import VERSIONS_OF
 from ..interpolation.callback import WiSEFTCallback
 from ..shown import shown
+from ..tasks.task import task_settings
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     if isinstance(rows, LabelledStream):  # workers share it by its parts
         found["dataloader_num_workers"] = args.dataloader_num_workers
     settings_of_task = {name: v for name, v in task.settings().items() if name != "data_names"}  # "data" has them
-    found |= {"task": task.name, **settings_of_task}
+    found |= {"task": task.name, "task_settings": task_settings(args.task), **settings_of_task}
     found |= {
         "ranks": args.world_size,
         "device": args.device.type,

@@ -274,7 +274,8 @@ class RobustTrainer(ModelInitTrainer):
             images = n_images(batch)
             return self.task_loss(model(**batch), batch.get(self.model.label_names[0]), images, images)
 
-        select_saft(self.model, self._selection_batches(), loss)
+        with self.model.as_in_training():
+            select_saft(self.model, self._selection_batches(), loss)
         if self.is_world_process_zero():
             logger.info(mask_summary(self.model))
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
+from datasets import ClassLabel, List
 
 from hf_robust.evaluation.report import SuiteReport
 from hf_robust.evaluation.run import evaluate_suite
@@ -22,16 +24,13 @@ from accelerate import PartialState
 from hf_robust.errors import DataError
 from hf_robust.evaluation.run import evaluate_suite
 from hf_robust.evaluation.suite import RobustnessSuite, SuiteSet
+from tests.evaluation.test_run_ranks import suite_of
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 def main(folder):
     names = ["red", "green", "blue", "amber"]
     photos = image_dataset(37, names)
-    suite = RobustnessSuite([
-        SuiteSet("photos", "id", photos),
-        SuiteSet("noisy", "ood", photos, corruption=("gaussian_noise", 2)),
-        SuiteSet("few", "other", photos.select(range(3))),
-    ])
+    suite = suite_of(photos)
     model, processor = tiny_model("clip"), tiny_processor("clip")
     rows = [{"bytes": b"no image", "path": "broken.png"}]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -52,6 +51,23 @@ def main(folder):
 """
 
 
+def suite_of(photos):
+    """Of `few` one rank has a batch; of the texts of `pair`, on three ranks, two have one."""
+    kinds = List(ClassLabel(names=NAMES))
+    told = photos.select_columns("image").add_column("text", [f"picture {row}" for row in range(37)])
+    told = told.add_column("labels", [sorted({row % 4, row % 3}) for row in range(37)], feature=kinds)
+    return RobustnessSuite(
+        [
+            SuiteSet("photos", "id", photos),
+            SuiteSet("noisy", "ood", photos, corruption=("gaussian_noise", 2)),
+            SuiteSet("few", "other", photos.select(range(3))),
+            SuiteSet("captions", "other", told, task="retrieval"),
+            SuiteSet("kinds", "other", told, task="several_labels"),
+            SuiteSet("pair", "other", told.select(range(2)), task="retrieval"),
+        ]
+    )
+
+
 def results_on_ranks(n, folder):
     """Runs the script; returns reports, errors, and what went to stderr."""
     folder.mkdir()
@@ -61,22 +77,21 @@ def results_on_ranks(n, folder):
 
 
 def test_37_images_count_once_on_1_2_and_3_ranks(tmp_path):
-    """Ten batches of four and one of one image: never the same number on every rank; of `few` one rank has a batch."""
-    photos = image_dataset(37, NAMES)
-    noisy = SuiteSet("noisy", "ood", photos, corruption=("gaussian_noise", 2))
-    few = SuiteSet("few", "other", photos.select(range(3)))
-    suite = RobustnessSuite([SuiteSet("photos", "id", photos), noisy, few])
+    """Ten batches of four and one of one image: never the same number on every rank."""
+    suite = suite_of(image_dataset(37, NAMES))
     one = evaluate_suite(tiny_model("clip"), tiny_processor("clip"), suite, batch_size=4, silent=True)
     for n in (2, 3):
         reports, errors, outputs = results_on_ranks(n, tmp_path / str(n))
         for report in reports:
             assert report.config["ranks"] == n and str(report) == str(one)
             for name, expected in one.sets.items():
-                found = report.sets[name]
+                assert report.sets[name].fingerprint == expected.fingerprint
+                assert report.sets[name].metrics == pytest.approx(expected.metrics, abs=1e-6)
+            for name, expected in one.classified.items():
+                found = report.classified[name]
                 assert found.rows.tolist() == list(range(3 if name == "few" else 37))
                 assert found.predictions.tolist() == expected.predictions.tolist()
                 np.testing.assert_allclose(found.confidences, expected.confidences, atol=2e-6)
-                assert found.fingerprint == expected.fingerprint
         for rank in range(n):
             found = json.loads((tmp_path / str(n) / f"skipping{rank}.json").read_text())["sets"]["some broken"]
             assert found["rows"] == [0, 1, 2, 3, 4, 6, 7, 8] and len(found["skipped"]) == 1

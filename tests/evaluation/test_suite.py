@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hf_robust.data.class_spaces import ClassSpace
 from hf_robust.data.sources import load_source
 from hf_robust.errors import ConfigError, DataError
-from hf_robust.evaluation.answers import among_known, load_labels, with_rows
+from hf_robust.evaluation.answers import load_labels
 from hf_robust.evaluation.suite import RobustnessSuite, SuiteSet, shipped_suites
 from tests.tiny_models import image_dataset
 
@@ -67,6 +67,11 @@ def loaded(labels, names=None, **settings):
         ({"corruption": ("fog", 3)}, "unknown corruption: got 'fog'"),
         ({"corruption": ("contrast", 7)}, "severity is out of range"),
         ({"corruption": "contrast"}, "no corruption .at a."),
+        ({"task": "captioning"}, "unknown task .at a.: got 'captioning'; allowed classification, retrieval, several"),
+        ({"task": "retrieval"}, "class_names means nothing for retrieval .at a.*Leave it out, or set it to None"),
+        ({"task": "retrieval", "class_names": None, "templates": "photo"}, "templates means nothing.*'single'"),
+        ({"task": "several_labels", "merge": {"x": [0]}}, "merge means nothing for several_labels"),
+        ({"truncate": True}, "truncate means nothing for classification"),
     ],
 )
 def test_wrong_settings_of_a_set_are_refused_at_once(settings, message):
@@ -149,7 +154,7 @@ def test_objectnet_labels_have_several_classes():
     with pytest.raises(DataError, match="label of row 0 is no class .at a.: got 3"):
         loaded([3], class_names=CIFAR, merge=merge)
     with pytest.raises(DataError, match="all images are left out"):
-        with_rows(loaded([2, 2], class_names=CIFAR, merge=merge), np.arange(2))
+        loaded([2, 2], class_names=CIFAR, merge=merge).with_rows(np.arange(2))
 
 
 @pytest.mark.parametrize(
@@ -195,14 +200,14 @@ def test_a_setting_that_stands_twice_is_refused(tmp_path):
 
 def test_classes_that_a_classifier_knows_and_a_set_lacks_stay_possible():
     space = ClassSpace(["tench", "goldfish", "shark"], ["n01", "n02", "n03"])
-    found = among_known(loaded([1, 0], ["n03", "Goldfish"]), space)
+    found = loaded([1, 0], ["n03", "Goldfish"]).among_known(space)
     assert found.class_names == ["shark", "goldfish", "tench"] and list(found.answers.values()) == [[0], [1], [2]]
     assert found.targets.tolist() == [1, 0]
-    other = among_known(loaded([0], ["n03", "whale"]), space)
+    other = loaded([0], ["n03", "whale"]).among_known(space)
     assert other.class_names == ["shark", "whale"] and len(other.answers) == 2
     chosen = loaded([0], class_names=["n03", "goldfish"], subset=[1], labels_in="subset")
-    assert among_known(chosen, space).answers == chosen.answers == {"goldfish": [1]}
-    assert among_known(chosen, space).class_names == ["shark", "goldfish"]
+    assert chosen.among_known(space).answers == chosen.answers == {"goldfish": [1]}
+    assert chosen.among_known(space).class_names == ["shark", "goldfish"]
 
 
 # --- sources ---

@@ -55,6 +55,27 @@ def test_it_is_the_same_however_images_are_spread_over_batches():
     assert fit_sigmoid(batches, ACCELERATOR) == fit_sigmoid([(cosines, labels)], ACCELERATOR)
 
 
+class Ranks:
+    """One after the other; the last gets the sum."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.counts = []
+
+    def reduce(self, counts, reduction):
+        assert reduction == "sum"
+        self.counts.append(counts)
+        return sum(self.counts)
+
+
+def test_it_is_the_same_however_images_are_spread_over_ranks():
+    cosines, labels = cosines_and_labels()
+    ranks = Ranks()
+    first, last = (fit_sigmoid([(cosines[part], labels[part])], ranks) for part in (slice(0, 20), slice(20, None)))
+    assert last == fit_sigmoid([(cosines, labels)], ACCELERATOR) != first
+
+
 def test_what_is_not_known_counts_nowhere():
     cosines, labels = cosines_and_labels()
     others = torch.where(labels.isnan(), -0.9, cosines)

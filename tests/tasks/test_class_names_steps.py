@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,16 @@ def test_all_classes_in_a_step_are_as_without() -> None:
 def test_sizes_are_refused_for_heads_that_encode_nothing(setting: str) -> None:
     with pytest.raises(ConfigError, match=f"head='frozen' encodes no prompts.*{setting}.*got 4"):
         build(full(), head="frozen", **{setting: 4})
+
+
+def test_trainings_that_some_classes_cannot_stand_for_are_refused() -> None:
+    task = build(full(), classes_per_step=5)
+    args = SimpleNamespace(train_batch_size=2, world_size=2, class_weights=None, label_smoothing_factor=0.0)
+    assert task.training_loss(None, args, None).weights is None
+    with pytest.raises(ConfigError, match="label_smoothing_factor"):
+        task.training_loss(None, SimpleNamespace(**{**vars(args), "label_smoothing_factor": 0.1}), None)
+    with pytest.raises(ConfigError, match="classes_per_step.*more than 6"):
+        task.training_loss(None, SimpleNamespace(**{**vars(args), "world_size": 3}), None)
 
 
 # --- processes ---

@@ -33,6 +33,7 @@ def pairs(folder, method="full", **settings):
 
 @pytest.fixture(autouse=True)
 def without_cards(monkeypatch):
+    """Cards are of class names as yet."""
     monkeypatch.setattr(SavingTrainer, "_write_card", lambda self, folder: None)
 
 

@@ -288,8 +288,8 @@ def test_every_argument_is_compared_or_named_as_without_effect(run):
     described = json.loads((run[0] / "checkpoint-2" / "manifest.json").read_text())["run"]
     for field in fields(RobustTrainingArguments):
         is_compared = field.name in described
-        by_the_task = field.name in ("task", "templates", "head", "losses")
-        assert is_compared != bool(WITHOUT_EFFECT.fullmatch(field.name)) or by_the_task
+        of_the_task = field.name in ("task", "templates", "head", "losses")
+        assert is_compared != bool(WITHOUT_EFFECT.fullmatch(field.name)) or of_the_task
 
 
 def test_the_order_of_parameters_counts():

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What images are compared with: heads of class names and embeddings of texts, each encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import ProcessorMixin
+
+from ..data.columns import Target
+from ..encoders.class_embeds import PROMPTS_AT_ONCE, class_embeddings
+from ..encoders.dual_encoder import base_model, logit_scale, text_embeds, text_tokenizer
+from ..encoders.preprocessing import warn_of_other_images
+from ..encoders.templates import check_templates
+from ..encoders.tokens import Tokenizer
+from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.task import Task
+
+Head = Callable[[Tensor], Tensor]  # from embeddings of images `(batch, dim)` to logits `(batch, classes)`
+
+
+class TextSide:
+    """What the text tower gives as it is now, and what a trained head says in its place.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT, or a `Task` around one.
+        processor: its processor.
+
+    Example:
+        >>> head = TextSide(clip, processor).head(["cat", "dog"], "photo", "label")
+        >>> head(image_embeds).shape
+        torch.Size([64, 2])
+    """
+
+    def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
+        self.model, self.processor = model, processor
+        self.encoder = model.model if isinstance(model, Task) else model
+        self._classes: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+        self._texts: dict[tuple[tuple[str, ...], bool], Tensor] = {}
+
+    def head(self, class_names: Sequence[str], templates: Sequence[str] | str, target: Target) -> Head:
+        """Returns a head: the trained one where it has all these classes, else the one that the class names make.
+
+        Args:
+            class_names: one per logit; a trained head may have more, whose logits come after them.
+            templates: of the prompts.
+            target: what the head is asked for. A trained head answers what it was trained for.
+        """
+        order = self._rows_of_trained_head(class_names, target)
+        if order is not None:
+            return lambda embeds: self.model(image_embeds=embeds).logits[:, order]
+        key = tuple(class_names), tuple(check_templates(templates))
+        if key not in self._classes:  # SigLIP's bias is the same for all answers and changes none
+            embeds = class_embeddings(self.encoder, self.processor, *key)  # (classes, dim)
+            self._classes[key] = logit_scale(self.encoder) * embeds
+        weight = self._classes[key]  # (classes, dim)
+        return lambda embeds: _products(embeds, weight)
+
+    def texts(self, texts: Sequence[str], truncate: bool, where: str) -> Tensor:
+        """Returns embeddings of texts, `(texts, dim)`, L2-normalised; each rank encodes its share.
+
+        Args:
+            texts: of a set. Equal ones are encoded once.
+            truncate: whether those that are too long are cut.
+            where: the set's name, for messages.
+
+        Raises:
+            DataError: a text is too long.
+        """
+        different = tuple(dict.fromkeys(texts))
+        key = different, truncate
+        if key not in self._texts:
+            warn_of_other_images(self.encoder, self.processor)
+            tokenizer = text_tokenizer(self.processor, self.encoder, truncate)
+            tokenizer.check_lengths(texts, where)
+            self._texts[key] = self._encode(different, tokenizer)
+        place = {text: index for index, text in enumerate(different)}
+        return self._texts[key][[place[text] for text in texts]]
+
+    def _rows_of_trained_head(self, class_names: Sequence[str], target: Target) -> list[int] | None:
+        model = self.model
+        if not isinstance(model, ZeroShotClassifier) or model.head != "trainable" or model.target != target:
+            return None
+        return model.class_space.relate(class_names).order
+
+    def _encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
+        state, device = PartialState(), base_model(self.encoder).device
+        mine = np.array_split(np.arange(len(texts)), state.num_processes)[state.process_index]
+        parts = []
+        for start in range(0, len(mine), PROMPTS_AT_ONCE):
+            tokens = tokenizer([texts[index] for index in mine[start : start + PROMPTS_AT_ONCE]])
+            inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
+            parts.append(text_embeds(self.encoder, **inputs).cpu())  # (prompts, dim)
+        return torch.cat(gather_object(parts)).to(device)  # (texts, dim)
+
+
+def _products(embeds: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(embeds.device.type, enabled=False):  # logits differ by less than bfloat16 resolves
+        return embeds @ weight.T  # (batch, classes)
