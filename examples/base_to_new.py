@@ -35,6 +35,7 @@ from transformers import ProcessorMixin
 
 from hf_robust import (
     OGENConfig,
+    OGENLoss,
     RobustTrainer,
     RobustTrainingArguments,
     SAFTConfig,
@@ -152,9 +153,9 @@ def make_trainer(
     if family == "saft":
         config = SAFTConfig(density=args.density, towers="text")
         model, settings.learning_rate = get_peft_model(model, config), args.saft_learning_rate
-    ogen = OGENConfig(task.class_names["new"], seed=seed) if method.endswith("+ogen") else None
+    losses = [OGENLoss(OGENConfig(task.class_names["new"], seed=seed))] if method.endswith("+ogen") else []
     data = {"train_dataset": train, "eval_dataset": task.sets, "processing_class": task.processor}
-    return RobustTrainer(model, settings, **data, ogen=ogen)
+    return RobustTrainer(model, settings, **data, losses=losses)
 
 
 def accuracies_over_epochs(trainer: RobustTrainer, method: str, seed: int) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from transformers import ProcessorMixin, set_seed
 from hf_robust import (
     ACLIPConfig,
     OGENConfig,
+    OGENLoss,
     RobustTrainer,
     RobustTrainingArguments,
     SAFTConfig,
@@ -77,7 +78,8 @@ GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live"}
 OWN = {"learning_rate": "learning_rates", "seed": "seeds"}
-DEFAULTS = {**FIXED, "logging_steps": 10, "similarity_weight": 10.0}  # the progress bar shows the loss
+LOSSES = {"similarity": {"weight": 10.0}}  # of the methods with the similarity loss
+DEFAULTS = {**FIXED, "logging_steps": 10, "losses": LOSSES}  # the progress bar shows the loss
 MAY_CHANGE = ("methods", "seeds", "search_only", "output_dir")  # between calls that share a folder
 NOTE = """Accuracy in %: mean over the sets and seeds ± half of its 95 % interval, which is about the choice of images
 and of seeds. trained: number of trained parameters. seconds: of a training, loading and evaluation apart. α: of
@@ -224,9 +226,9 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
     settings = copy.copy(task.training_args)
     settings.learning_rate, settings.seed = learning_rate, seed
     if not method.similarity:
-        settings.similarity_weight, settings.cache_reference_embeddings = 0.0, False
+        settings.losses, settings.cache_reference_embeddings = None, False
     set_seed(seed)  # LoRA's matrices are drawn from the global generator
-    model, ogen = load_model(task.args.model_name_or_path, task.args.dtype), None
+    model, losses = load_model(task.args.model_name_or_path, task.args.dtype), []
     train = task.train if task.args.shots is None else few_shot(task.train, task.args.shots, seed)
     if method.config is not None:
         model = get_peft_model(model, replace(method.config))
@@ -238,10 +240,10 @@ def make_trainer(task: Task, method: Method, learning_rate: float, seed: int) ->
         with settings.main_process_first(desc="embedding the training images"):
             train = with_image_embeds(train, model, processor, *how)
     if method.ogen:
-        ogen = OGENConfig(new_class_names=task.args.new_class_names)
+        losses = [OGENLoss(OGENConfig(new_class_names=task.args.new_class_names))]
         model, settings.templates = with_context(model, task, settings.templates)
     data = {"train_dataset": train, "eval_dataset": {"validation": task.validation}}
-    trainer = RobustTrainer(model, settings, **data, processing_class=task.processor, ogen=ogen)
+    trainer = RobustTrainer(model, settings, **data, processing_class=task.processor, losses=losses)
     show_progress(trainer)
     return trainer
 
@@ -526,8 +528,9 @@ def shared_settings(args: ScriptArguments, training_args: RobustTrainingArgument
 def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
     """Runs what has not been run yet, then shows all."""
     check_training(training_args, FIXED, OWN)
-    if training_args.similarity_weight == 0:
-        raise ConfigError("methods with the similarity loss need a weight", where="similarity_weight", got=0)
+    if list(training_args.losses or {}) != ["similarity"]:
+        what, allowed = "these are of the methods with the similarity loss", "settings of 'similarity' alone"
+        raise ConfigError(what, where="losses", got=training_args.losses, allowed=allowed)
     folder, common = Path(training_args.output_dir), shared_settings(args, training_args)
     runs = Runs(folder, common)
     task = load_task(args, training_args)

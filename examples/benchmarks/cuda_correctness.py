@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PrinterCallback, SiglipConfig, SiglipModel
 
-from hf_robust import ACLIPConfig, OGENConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, select_saft, wise_ft
+from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, select_saft, wise_ft
 from hf_robust.encoders.dual_encoder import at_least_float32
 from hf_robust.interpolation.adapters import zero_shot_copy
 from hf_robust.scripting.results import package_versions
@@ -45,15 +45,15 @@ METHODS: dict[str, PeftConfig | None] = {
     "SAFT 2 %": SAFTConfig(density=0.02),
     "LoRA r=8": LoraConfig(r=8, target_modules="all-linear"),
 }
-OGEN = OGENConfig(["lynx", "otter", "heron"], neighbours=3, dropout=0.0)
-SIMILARITY = {"similarity_weight": 10.0}
+OGEN = {"losses": {"ogen": {"new_class_names": ["lynx", "otter", "heron"], "neighbours": 3, "dropout": 0.0}}}
+SIMILARITY = {"losses": {"similarity": {"weight": 10.0}}}
 TRAININGS: dict[str, tuple[PeftConfig | None, dict[str, Any]]] = {
     "full + similarity": (None, SIMILARITY),
     "A-CLIP + similarity": (ACLIPConfig(), SIMILARITY),
     "SAFT + similarity": (SAFTConfig(density=0.01), SIMILARITY),
     "SAFT + similarity, cached": (SAFTConfig(density=0.01), {**SIMILARITY, "cache_reference_embeddings": True}),
     "LoRA + similarity": (METHODS["LoRA r=8"], SIMILARITY),
-    "SAFT on text + OGEN": (SAFTConfig(density=0.01, towers="text"), {"ogen": OGEN}),
+    "SAFT on text + OGEN": (SAFTConfig(density=0.01, towers="text"), OGEN),
 }
 Tensors, Cells = dict[str, Tensor], dict[str, str]
 
@@ -217,7 +217,7 @@ def pictures(count: int, seed: int) -> Dataset:
 
 def fit(model: nn.Module, folder: str, device: str, resume: str | None = None, **settings: Any) -> RobustTrainer:
     """A trainer that has trained a copy of the model."""
-    made = {"ogen": settings.pop("ogen", None), "processing_class": CLIPProcessor.from_pretrained(DEMO)}
+    made = {"processing_class": CLIPProcessor.from_pretrained(DEMO)}
     fixed = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": LEARNING_RATE}
     fixed |= {"save_strategy": "epoch", "save_only_model": False, "disable_tqdm": True, "use_cpu": device == "cpu"}
     args = RobustTrainingArguments(folder, **fixed | settings)
@@ -232,7 +232,7 @@ def trainings(config: PeftConfig | None, settings: dict[str, Any], device: str) 
     """A training on the GPU against float64; a second one, one that is resumed in its middle, one in bfloat16."""
     start = CLIPModel.from_pretrained(DEMO)
     start = start if config is None else get_peft_model(start, copy.deepcopy(config))
-    dtype = torch.float32 if "ogen" in settings else torch.float64  # OGEN's generator is in float32
+    dtype = torch.float32 if "ogen" in settings["losses"] else torch.float64  # OGEN's generator is in float32
     with tempfile.TemporaryDirectory() as folder:
         exact = fit(copy.deepcopy(start).to(dtype), f"{folder}/exact", "cpu", **settings)
         first = fit(start, f"{folder}/first", "cpu", learning_rate=0.0, **settings)  # the values that all begin with

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the similarity loss adds to a training step, with cached reference embeddings and without.
+"""What terms of the loss add to a training step, with cached reference embeddings and without.
 
     python examples/benchmarks/similarity.py --rounds 15
 
@@ -19,15 +19,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from hf_robust import SAFTConfig, select_saft
+from hf_robust import SAFTConfig, SimilarityLoss, Term, add_terms, select_saft
 from hf_robust.data.collator import REFERENCE_EMBEDS
 from hf_robust.data.embeds_cache import pretrained_image_embeds
 from hf_robust.encoders.dual_encoder import image_embeds, logit_scale, text_embeds
-from hf_robust.losses import SimilarityLoss
-from hf_robust.losses.reference import Reference, pretrained_vision
+from hf_robust.losses import BatchReference
 from hf_robust.scripting.run import run
 from hf_robust.scripting.timing import Step, interleaved_medians, print_medians
 from hf_robust.tasks.class_names import ZeroShotClassifierOutput
+from hf_robust.tasks.task import Task
 
 CLASSES, TOKENS = 10, 8  # "a photo of a cat."
 
@@ -44,37 +44,60 @@ def make_prompts() -> torch.Tensor:
     return ids
 
 
-def classify(model: nn.Module, batch: dict[str, torch.Tensor], prompts: torch.Tensor) -> ZeroShotClassifierOutput:
+class Classification(Task):
     """What `ZeroShotClassifier` does with a live head; it would need a tokenizer."""
-    images, classes = image_embeds(model, batch["pixel_values"]), text_embeds(model, prompts)
-    loss = F.cross_entropy(logit_scale(model) * images @ classes.T, batch["labels"])
-    return ZeroShotClassifierOutput(loss=loss, image_embeds=images, class_embeds=classes)
+
+    def forward(self, **batch: torch.Tensor) -> ZeroShotClassifierOutput:
+        """Classifies random images, and adds the terms of the loss."""
+        images, classes = image_embeds(self.model, batch["pixel_values"]), text_embeds(self.model, self.prompts)
+        loss = F.cross_entropy(logit_scale(self.model) * images @ classes.T, batch["labels"])
+        return self.with_terms(ZeroShotClassifierOutput(loss=loss, image_embeds=images), batch)
+
+
+class Drift(Term):
+    """A second term that wants the same embeddings of θ₀."""
+
+    name, needs = "drift", ("image_embeds",)
+
+    def forward(self, outputs: ZeroShotClassifierOutput, reference: BatchReference) -> torch.Tensor:
+        """The mean squared distance of the embeddings."""
+        return (outputs.image_embeds - reference.image_embeds).square().sum(dim=-1).mean()
+
+
+TERMS: dict[str, tuple[list[Term], bool]] = {  # and whether θ₀'s embeddings are cached
+    "without": ([], False),
+    "with the cache": ([SimilarityLoss()], True),
+    "two terms with the cache": ([SimilarityLoss(), Drift()], True),
+    "without cache": ([SimilarityLoss()], False),
+    "two terms without cache": ([SimilarityLoss(), Drift()], False),
+}
 
 
 def training_steps(model: nn.Module, batch: dict[str, torch.Tensor], prompts: torch.Tensor) -> dict[str, Step]:
-    """A training step without the loss, with the cache, and with θ₀'s forward in every step."""
+    """A training step without terms, and with one or two, with the cache and with θ₀'s forward in every step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    vision, similarity = pretrained_vision(model), SimilarityLoss()
-    cached = {**batch, REFERENCE_EMBEDS: pretrained_image_embeds(vision, batch)}
-    model.train()
+    cached = {**batch, REFERENCE_EMBEDS: pretrained_image_embeds(model, batch)}
 
-    def step(reference: Reference | None, inputs: dict[str, torch.Tensor]) -> None:
-        optimizer.zero_grad()
-        outputs = classify(model, inputs, prompts)
-        terms = {} if reference is None else reference.terms(outputs, inputs, progress=0.5)
-        torch.stack([outputs.loss, *terms.values()]).sum().backward()
-        optimizer.step()
+    def step_with(terms: list[Term], is_cached: bool) -> Step:
+        task = Classification(model, None)
+        task.prompts = prompts
+        add_terms(task, {term.name: term for term in terms}, is_cached)
+        task.train()
 
-    return {
-        "without": lambda: step(None, batch),
-        "with the cache": lambda: step(Reference(similarity, None, None), cached),
-        "without cache": lambda: step(Reference(similarity, vision, None), batch),
-    }
+        def step() -> None:
+            optimizer.zero_grad()
+            output = task(**(cached if is_cached else batch))
+            torch.stack([output.loss, *(output.terms or {}).values()]).sum().backward()
+            optimizer.step()
+
+        return step
+
+    return {name: step_with(*how) for name, how in TERMS.items()}
 
 
 @dataclass
 class ScriptArguments:
-    """What the similarity loss adds to a training step."""
+    """What terms of the loss add to a training step."""
 
     rounds: int = 15
     batch_size: int = 16

@@ -119,6 +119,9 @@ class OGENLoss(Term):
         if not isinstance(task, ZeroShotClassifier) or task.head != "live":
             got = task.head if isinstance(task, ZeroShotClassifier) else type(task).__name__
             raise ConfigError("OGEN trains the text tower on class names", where="head", got=got, allowed="'live'")
+        if task.name != ZeroShotClassifier.name or task.prompts.classes_per_step is not None:
+            remedy = "Train with the cross-entropy, without classes_per_step."
+            raise ConfigError("OGEN compares images with all classes", where="losses, ogen", remedy=remedy)
         _check_classes(task.class_names, self.config)
         check_vision_is_pretrained(task.model, "OGEN generates image features")
         prompts = prompt_tokens(task.model, task.processor, list(self.config.new_class_names), task.templates)

@@ -243,7 +243,8 @@ def _pretrained(trainer: Any) -> Iterator[tuple[str, Tensor]]:
         yield from pretrained_tensors(trainer.model.model)
         return
     for name, parameter in trainer.model.named_parameters():
-        yield name, trainer.zero_shot.get(name, parameter)
+        if not name.startswith("terms."):  # which a checkpoint brings along
+            yield name, trainer.zero_shot.get(name, parameter)
 
 
 def _sets(given: Any, target: Target) -> Any:

@@ -138,7 +138,9 @@ def test_all_images_have_the_size_that_is_asked_for(script, tmp_path, monkeypatc
 
 def test_all_methods_run_and_differ(script, tmp_path):
     flags = ["--methods", *MAIN, "--learning_rates", "1e-2", "--seeds", "1", "--alphas", "1", *OGEN]
-    runs = script.run(tmp_path, *flags, "--similarity_weight", "30", "--templates", "a photo of a {}.")
+    runs = script.run(
+        tmp_path, *flags, "--losses", '{"similarity": {"weight": 30}}', "--templates", "a photo of a {}."
+    )
     losses = {method: runs[f"{method}_rate_0.01"]["loss"] for method in MAIN}
     losses.pop("saft+similarity")  # where all entries lie in the text tower, the images stay as similar as they were
     assert len(set(losses.values())) == len(losses)
@@ -327,7 +329,7 @@ BAD_INPUT = {
     "seed": (["--seed", "7"], "seed.*Set seeds"),
     "frozen head": (["--head", "frozen"], "head.*'frozen'.*'live'"),
     "no names for OGEN": (["--methods", "context+ogen"], "names of new classes.*new_class_names"),
-    "no similarity loss": (["--similarity_weight", "0", "--cache_reference_embeddings", "0"], "similarity_weight"),
+    "no similarity loss": (["--losses", "{}", "--cache_reference_embeddings", "0"], "settings of 'similarity' alone"),
 }
 
 

@@ -86,7 +86,7 @@ def test_every_method_ends_in_results(script, tmp_path, method, capsys):
 
 @pytest.mark.parametrize("method", ["full", "aclip"])
 def test_wise_ft_is_chosen_on_validation_data_and_saved(script, tmp_path, method, capsys):
-    results = script.run(tmp_path, "--method", method, "--wise_ft", "--similarity_weight", "0.1")
+    results = script.run(tmp_path, "--method", method, "--wise_ft", "--losses", '{"similarity": {"weight": 0.1}}')
     found = results["wise_ft"]
     by_alpha = {row["alpha"]: row["validation_accuracy"] for row in found["sweep"]}
     assert by_alpha[0] == results["zero_shot"]["validation"] and by_alpha[1] == results["fine_tuned"]["validation"]
