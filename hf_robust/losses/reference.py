@@ -292,6 +292,9 @@ def add_terms(task: Task, terms: Mapping[str, Term], cached: bool = False, weigh
         >>> classifier.train()(**batch).terms
         {'similarity_vision': tensor(0., grad_fn=<MulBackward0>)}
     """
+    if task.loss_name in terms:
+        allowed = "any name but that of the task's own loss"
+        raise ConfigError("a loss has a name to log it by that is taken", got=task.loss_name, allowed=allowed)
     own = {name: copy.deepcopy(term) for name, term in terms.items()}
     for term in own.values():
         term.attach(task)

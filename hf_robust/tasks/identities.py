@@ -114,6 +114,7 @@ class Identities(Task):
     """
 
     name = "identities"
+    loss_name = "identities"
     purpose = "tell identities apart by their embeddings"
     pipeline_tag = "image-feature-extraction"
     target = "identity"

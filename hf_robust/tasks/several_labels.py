@@ -77,6 +77,7 @@ class SeveralLabels(ZeroShotClassifier):
     """
 
     name = "several_labels"
+    loss_name = "labels"
     purpose = "tell all labels of an image"
     target = "labels"
     metrics = ("mAP_macro", "mAP_micro", "f1_macro", "f1_micro", "loss")

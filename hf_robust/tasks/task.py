@@ -99,6 +99,7 @@ class Task(nn.Module):
     target: ClassVar[Target]  # what rows have beside their image, see `labelled_images`
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
     kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
+    loss_name: ClassVar[str]  # what its loss is logged as, `loss_<name>`
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first
     output_type: ClassVar[type[TaskOutput]] = TaskOutput
     whole_batch: ClassVar[bool] = False  # whether the loss is over a batch, so that micro-batches do not add up to it

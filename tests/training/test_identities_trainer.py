@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from hf_robust import SimilarityLoss
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.interpolation.adapters import wise_ft
 from hf_robust.training.saving import SavingTrainer
@@ -75,8 +76,8 @@ def test_the_similarity_loss_holds_embeddings_with_its_cache_and_without(tmp_pat
         trainer.train()
         return trainer, (torch.as_tensor(trainer.predict(people()).predictions) - before).norm().item()
 
-    (_, free), (held, near) = moved(), moved(similarity_weight=20.0)
-    cached, _ = moved(similarity_weight=20.0, cache_reference_embeddings=True)
+    (_, free), (held, near) = moved(), moved(losses=[SimilarityLoss(20.0)])
+    cached, _ = moved(losses=[SimilarityLoss(20.0)], cache_reference_embeddings=True)
     assert near < 0.8 * free
     for name, tensor in weights(held).items():
         torch.testing.assert_close(tensor, weights(cached)[name], atol=1e-3, rtol=0)
