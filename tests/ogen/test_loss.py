@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from hf_robust.data.collator import ImageCollator
@@ -16,6 +17,7 @@ from hf_robust.losses import add_terms
 from hf_robust.losses.state import load_terms, save_terms
 from hf_robust.ogen import OGENConfig, OGENLoss
 from hf_robust.tasks.class_names import ZeroShotClassifier
+from hf_robust.tasks.flyp import FLYP
 from hf_robust.tasks.task import Progress
 from tests.tiny_models import image_dataset, tiny_lora, tiny_model, tiny_processor
 
@@ -29,25 +31,22 @@ def batch(n=8, seed=0):
     return ImageCollator(tiny_processor("clip"))(list(image_dataset(n, KNOWN, seed=seed)))
 
 
-def task(head="live", known=KNOWN, lora=TEXT, started=True, **config):
+def text_lora():
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # LoRA's first weights
-        model = tiny_lora(tiny_model("clip")) if lora is None else _text_lora()
-    found = ZeroShotClassifier(model, tiny_processor("clip"), known, head=head)
+        torch.manual_seed(0)  # of LoRA's first weights
+        model = get_peft_model(tiny_model("clip"), LoraConfig(target_modules=TEXT))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # else the text tower would be that of the base
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def task(model=None, known=KNOWN, started=True, cls=ZeroShotClassifier, settings=None, **config):
+    found = cls(model or text_lora(), tiny_processor("clip"), known, **(settings or {}))
     add_terms(found, {"ogen": OGENLoss(OGENConfig(NEW, **{"dropout": 0.0, **config}))})
     if started:
         found.terms["ogen"].start(found, lambda: iter([batch(16)]))
     return found.train()
-
-
-def _text_lora():
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(tiny_model("clip"), LoraConfig(target_modules=TEXT))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # else the new classes of an untrained adapter would be those of the base
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def epochs(found, number, of=5):
@@ -147,24 +146,21 @@ def test_another_training_starts_without_the_epochs_of_the_first():
 
 
 def test_a_loss_given_to_a_task_is_copied_and_the_global_random_state_left():
-    loss, state = OGENLoss(OGENConfig(NEW)), torch.get_rng_state()
-    found = ZeroShotClassifier(_text_lora_of(0), tiny_processor("clip"), KNOWN)
+    loss, found = OGENLoss(OGENConfig(NEW)), ZeroShotClassifier(text_lora(), tiny_processor("clip"), KNOWN)
     state = torch.get_rng_state()
     add_terms(found, {"ogen": loss})
     assert torch.equal(state, torch.get_rng_state())
     assert not list(loss.parameters()) and list(found.terms["ogen"].parameters())
 
 
-def _text_lora_of(seed):
-    torch.manual_seed(seed)
-    return _text_lora()
-
-
 def test_bad_tasks_are_refused():
     with pytest.raises(ConfigError, match="vision tower must stay as it is.*towers='text'"):
-        task(lora=None)
+        task(tiny_lora(tiny_model("clip")))
     with pytest.raises(ConfigError, match="OGEN trains the text tower.*'frozen'"):
-        task(head="frozen")
+        task(settings={"head": "frozen"})
+    for other in ({"cls": FLYP}, {"settings": {"classes_per_step": 3}}):
+        with pytest.raises(ConfigError, match="OGEN compares images with all classes"):
+            task(**other)
     with pytest.raises(ConfigError, match="no prototypes"):
         task(started=False)(**batch())
     with pytest.raises(DataError, match="too few known classes.*got 3; allowed at least 4"):
