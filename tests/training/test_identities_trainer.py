@@ -18,6 +18,9 @@ NAMES = ["30", "7", "ann"]
 SETTINGS = {"task": {"identities": {"loss": "arcface", "scale": 4.0, "images_per_identity": 2}}}
 
 
+HELD = {"similarity": {"weight": 20.0}}
+
+
 def people(images=18, names=NAMES, seed=0):
     """Pictures that do not show whose they are: there is something to learn."""
     dataset = image_dataset(images, names, seed=seed)
@@ -75,8 +78,8 @@ def test_the_similarity_loss_holds_embeddings_with_its_cache_and_without(tmp_pat
         trainer.train()
         return trainer, (torch.as_tensor(trainer.predict(people()).predictions) - before).norm().item()
 
-    (_, free), (held, near) = moved(), moved(similarity_weight=20.0)
-    cached, _ = moved(similarity_weight=20.0, cache_reference_embeddings=True)
+    (_, free), (held, near) = moved(), moved(losses=HELD)
+    cached, _ = moved(losses=HELD, cache_reference_embeddings=True)
     assert near < 0.8 * free
     for name, tensor in weights(held).items():
         torch.testing.assert_close(tensor, weights(cached)[name], atol=1e-3, rtol=0)
