@@ -117,16 +117,13 @@ class OGENLoss(Term):
             DataError: there are too few classes, or a name is among the known ones.
         """
         if not isinstance(task, ZeroShotClassifier) or task.name != "class_names":
-            what = "OGEN is for one class an image, told by cross-entropy"
-            raise ConfigError(what, where="task", got=task.name, allowed="'class_names'")
+            what = "OGEN compares images with all classes"
+            raise ConfigError(what, where="losses, ogen", got=task.name, allowed="'class_names'")
         if task.head != "live":
             raise ConfigError("OGEN trains the text tower", where="head", got=task.head, allowed="'live'")
         if task.prompts.classes_per_step is not None:
-            what, got = "OGEN compares all classes in every step", task.prompts.classes_per_step
+            what, got = "OGEN compares images with all classes", task.prompts.classes_per_step
             raise ConfigError(what, where="classes_per_step", got=got, allowed="None")
-        if task.name != ZeroShotClassifier.name or task.prompts.classes_per_step is not None:
-            remedy = "Train with the cross-entropy, without classes_per_step."
-            raise ConfigError("OGEN compares images with all classes", where="losses, ogen", remedy=remedy)
         _check_classes(task.class_names, self.config)
         check_vision_is_pretrained(task.model, "OGEN generates image features")
         prompts = prompt_tokens(task.model, task.processor, list(self.config.new_class_names), task.templates)

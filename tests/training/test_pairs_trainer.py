@@ -12,7 +12,6 @@ from hf_robust import SAFTConfig, wise_ft
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.losses import SimilarityLoss
 from hf_robust.tasks.pairs import ImageTextPairs
-from hf_robust.training.saving import SavingTrainer
 from tests.programs import run_on_ranks
 from tests.tiny_models import image_dataset, synthetic_picture, tiny_model, tiny_processor
 from tests.trainers import NAMES, build, entries, same, weights
@@ -30,12 +29,6 @@ def captioned(n: int, seed: int = 0) -> Dataset:
 def pairs(folder, method="full", **settings):
     given = {"train_dataset": captioned(10), "eval_dataset": {"validation": captioned(6, seed=50)}}
     return build(folder, method, **{**given, "num_train_epochs": 1, **settings})
-
-
-@pytest.fixture(autouse=True)
-def without_cards(monkeypatch):
-    """Cards are of class names as yet."""
-    monkeypatch.setattr(SavingTrainer, "_write_card", lambda self, folder: None)
 
 
 @pytest.mark.parametrize("method", ["full", "saft", "aclip", "lora"])
