@@ -234,11 +234,37 @@ def test_bad_input_is_one_error_before_training(script, tmp_path, name):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-@pytest.mark.parametrize("config", [CONFIGS / "demo.yaml", CONFIGS / "own_images.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", ["demo", "own_images", "pairs", "several_labels", "identities"])
 def test_shipped_configs_are_understood(script, config, tmp_path):
-    flags = ["--config", str(config), "--output_dir", str(tmp_path)]
+    flags = ["--config", str(CONFIGS / f"{config}.yaml"), "--output_dir", str(tmp_path)]
     args, training_args = parse_arguments((script.ScriptArguments, RobustTrainingArguments), {}, flags)
     assert args.eval_data and training_args.learning_rate > 0
+
+
+TARGETS = {
+    "pairs": lambda rows: {"text": [f"a {NAMES[label]} thing, number {n}" for n, label in enumerate(rows["label"])]},
+    "several_labels": lambda rows: {
+        "labels": [[NAMES[label], "striped"][: 1 + n % 2] for n, label in enumerate(rows["label"])]
+    },
+    "identities": lambda rows: {"identity": [f"number {label}" for label in rows["label"]]},
+}
+
+
+@pytest.mark.parametrize("task", TARGETS)
+def test_the_columns_say_what_is_learned(script, tmp_path, task):
+    files = {}
+    for name, n, seed in (("train", 12, 0), ("validation", 6, 50)):
+        rows = image_dataset(n, NAMES, seed=seed)
+        rows = rows.map(TARGETS[task], batched=True, remove_columns="label")
+        rows.to_parquet(files.setdefault(name, tmp_path / f"{name}.parquet"))
+    data = ["--train_data", str(files["train"]), "--validation_data", str(files["validation"])]
+    results = script.run(
+        tmp_path / "out", *data, "--eval_data", json.dumps({"id": str(files["validation"])}), "--wise_ft"
+    )
+    assert results["metric"] == {"pairs": "recall@1", "several_labels": "mAP_macro", "identities": "recall@1"}[task]
+    assert 0 <= results["fine_tuned"]["id"] <= 1 and results["wise_ft"]["alpha"] in [n / 10 for n in range(11)]
+    assert json.loads((tmp_path / "out" / "classifier.json").read_text())["task"] == task
+    assert results["metric"].capitalize() in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path):
