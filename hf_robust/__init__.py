@@ -10,6 +10,8 @@ from .cards.results import results_from_sweep as results_from_sweep
 from .data.collator import ImageCollator as ImageCollator
 from .data.embeds_cache import with_image_embeds as with_image_embeds
 from .encoders.context import context_prompt as context_prompt
+from .encoders.dual_encoder import image_embeds as image_embeds
+from .encoders.dual_encoder import text_embeds as text_embeds
 from .encoders.image_size import with_image_size as with_image_size
 from .interpolation import AlphaSweep as AlphaSweep
 from .interpolation import WiSEFTCallback as WiSEFTCallback
@@ -27,6 +29,10 @@ from .ogen import OGENLoss as OGENLoss
 from .tasks.class_names import TEMPLATES as TEMPLATES
 from .tasks.class_names import ZeroShotClassifier as ZeroShotClassifier
 from .tasks.class_names import class_embeddings as class_embeddings
+from .tasks.flyp import FLYP as FLYP
+from .tasks.identities import Identities as Identities
+from .tasks.pairs import ImageTextPairs as ImageTextPairs
+from .tasks.several_labels import SeveralLabels as SeveralLabels
 from .training.arguments import RobustTrainingArguments as RobustTrainingArguments
 from .training.trainer import RobustTrainer as RobustTrainer
 from .tuners.aclip import ACLIPConfig as ACLIPConfig

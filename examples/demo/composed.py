@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composed drawings: two of the demo's drawings on one canvas, with both kinds as labels.
+"""Composed drawings: two of the demo's drawings on one canvas, with both kinds as labels, or in a caption.
 
 Example:
     ```python
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import data
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, Features, Image, List
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-DATA = data.HERE / "data" / "composed"
+DATA, CAPTIONED = data.HERE / "data" / "composed", data.HERE / "data" / "captioned"
 SETS = ("train", "validation", "id", "ood_hand", "ood_filled")
 SMALLEST, LARGEST = 34, 42  # pixels of a drawing on a canvas of `data.SIZE`
 PARTNERS = 2  # canvases that every training drawing is on, beside those of others
@@ -71,6 +71,38 @@ def compose(drawings: Dataset, seed: str, partners: int = 1) -> Dataset:
     )
 
 
+def caption(composed: Dataset) -> Dataset:
+    """Say in words what is on the canvases.
+
+    Args:
+        composed: What `compose` returned.
+
+    Returns:
+        Columns `image` and `text`, a list of two captions that name both kinds in either order.
+    """
+    names = composed.features["labels"].feature.names
+    pairs = [[names[kind] for kind in labels] for labels in composed["labels"]]
+    texts = [[f"an icon of a {a} and a {b}." for a, b in ((first, last), (last, first))] for first, last in pairs]
+    captioned = composed.remove_columns("labels")
+    return captioned.add_column("text", texts, feature=List(Value("string")))
+
+
+def load_captioned(folder: Path = CAPTIONED) -> dict[str, Dataset]:
+    """Load the composed sets with captions, making them first if they are not there yet.
+
+    Args:
+        folder: Where they are.
+
+    Returns:
+        As `load`, with columns `image` and `text`.
+    """
+    if not (folder / f"{SETS[-1]}.parquet").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, dataset in load().items():
+            caption(dataset).to_parquet(folder / f"{name}.parquet")
+    return {name: Dataset(pyarrow.parquet.read_table(folder / f"{name}.parquet")) for name in SETS}
+
+
 def load(folder: Path = DATA) -> dict[str, Dataset]:
     """Load the composed sets, making them of the demo's drawings first if they are not there yet (about 10 s).
 
@@ -90,4 +122,4 @@ def load(folder: Path = DATA) -> dict[str, Dataset]:
 
 
 if __name__ == "__main__":
-    print({name: len(dataset) for name, dataset in load().items()})
+    print({name: len(dataset) for name, dataset in load_captioned().items()})

@@ -18,7 +18,7 @@ from peft import PeftModel
 from ..encoders.dual_encoder import base_model, family, needs_interpolation
 from ..encoders.image_size import pixels_of
 from ..errors import ConfigError
-from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.task import Task
 from .markdown import code, escape, hub_id
 from .results import CardResults, eval_results, results_table
 
@@ -54,7 +54,7 @@ MOST_CLASSES = 50  # that a card lists
 
 
 def model_card(
-    classifier: ZeroShotClassifier,
+    task: Task,
     args: RobustTrainingArguments | None = None,
     results: CardResults | None = None,
     *,
@@ -65,14 +65,14 @@ def model_card(
     license: str | None = None,
     picture: str | None = None,
 ) -> ModelCard:
-    """Makes the card of a fine-tuned classifier.
+    """Makes the card of a fine-tuned task.
 
     It shows no path, token, user name or name of a run: settings are taken from an allow-list, and a base model that
     was loaded from a folder goes without a name unless `base_model_id` gives one. Names of classes and sets are
     escaped.
 
     Args:
-        classifier: as it is saved; the method is read off its adapters, `args` and `results`.
+        task: as it is saved; the method is read off its adapters, `args` and `results`.
         args: what it was trained with.
         results: what the evaluation found.
         base_model_id: the base model's id on the Hub, where it was loaded from somewhere else.
@@ -94,18 +94,21 @@ def model_card(
             raise ConfigError("not an id on the Hub", got=name, allowed="'name' or 'owner/name', no local folder")
     if picture is not None and re.fullmatch(r"\w[\w.-]*\.png", picture, re.ASCII) is None:
         raise ConfigError("not a plain name of a PNG file", where="picture", got=picture)
-    encoder, configs = base_model(classifier.model), _adapter_configs(classifier)
+    encoder, configs = base_model(task.model), _adapter_configs(task)
     base = base_model_id or hub_id(encoder.config.name_or_path)
-    methods = _methods(classifier, args, results)
+    methods = _methods(task, args, results)
+    metric = task.metrics[0] if results is None else results.metric
+    of_task = task.settings()
+    class_names, templates = of_task.get("class_names", []), of_task.get("templates", [])
     title = f"{' + '.join(methods)} on {base.split('/')[-1] if base else type(encoder).__name__}"
     metadata = ModelCardData(
         base_model=base,
         library_name="peft" if configs else "transformers",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=task.pipeline_tag,
         tags=_tags(methods, encoder.config.model_type, base if configs else None),
         datasets=list(datasets) or None,
         license=license,
-        metrics=["accuracy"],
+        metrics=[metric],
         model_name=title,
         eval_results=eval_results(results) or None,
     )
@@ -118,54 +121,55 @@ def model_card(
         base=base,
         architecture=type(encoder).__name__,
         repository=REPOSITORY,
-        plain_peft=_needs_peft_alone(classifier, configs),
-        interpolates=_interpolates(classifier),
-        head=classifier.head,
+        plain_peft=_needs_peft_alone(task, configs),
+        interpolates=_interpolates(task),
+        task=task.name,
+        purpose=task.purpose,
+        head=of_task.get("head"),
         alpha=None if results is None else results.chosen_alpha,
-        metric="accuracy" if results is None else results.metric,
+        metric=metric,
         table=results_table(results) if results is not None and results.sets else None,
         picture=picture,
-        settings=_settings(args, configs, classifier),
-        class_names=_listed(classifier.class_names, MOST_CLASSES),
-        n_classes=len(classifier.class_names),
-        new_class_names=_new_class_names(classifier),
-        prompts=[code(template) for template in classifier.templates],
+        settings=_settings(args, configs, task),
+        class_names=_listed(class_names, MOST_CLASSES),
+        n_classes=len(class_names),
+        new_class_names=_new_class_names(task),
+        prompts=[code(template) for template in templates],
         data=None if data is None else escape(data),
         data_ids=list(datasets),
         train_images=train_images,
-        preprocessing=_preprocessing(classifier),
+        preprocessing=_preprocessing(task),
         versions={package: version(package) for package in PACKAGES},
     )
 
 
-def _adapter_configs(classifier: ZeroShotClassifier) -> list[Any]:
-    model = classifier.model
+def _adapter_configs(task: Task) -> list[Any]:
+    model = task.model
     return [model.peft_config[name] for name in model.active_adapters] if isinstance(model, PeftModel) else []
 
 
-def _needs_peft_alone(classifier: ZeroShotClassifier, configs: list[Any]) -> bool:
+def _needs_peft_alone(task: Task, configs: list[Any]) -> bool:
     """Returns whether the model gives the same predictions without this package, by its processor's defaults."""
     stock = bool(configs) and not OURS & {_type(config) for config in configs}
-    plain = classifier.head != "trainable" and len(classifier.templates) == 1
-    two_towers = base_model(classifier.model).config.model_type == "vision-text-dual-encoder"
-    plain = plain and not (two_towers and _interpolates(classifier))  # its forward cannot be asked to
-    return stock and plain and family(classifier.model).padding == "longest"
+    of_task = task.settings()
+    plain = of_task.get("head") in ("live", "frozen") and len(of_task["templates"]) == 1 and task.target == "label"
+    two_towers = base_model(task.model).config.model_type == "vision-text-dual-encoder"
+    plain = plain and not (two_towers and _interpolates(task))  # its forward cannot be asked to
+    return stock and plain and family(task.model).padding == "longest"
 
 
-def _interpolates(classifier: ZeroShotClassifier) -> bool:
-    return needs_interpolation(classifier.model, pixels_of(classifier.processor))
+def _interpolates(task: Task) -> bool:
+    return needs_interpolation(task.model, pixels_of(task.processor))
 
 
 def _type(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _methods(
-    classifier: ZeroShotClassifier, args: RobustTrainingArguments | None, results: CardResults | None
-) -> list[str]:
-    configs = _adapter_configs(classifier)
+def _methods(task: Task, args: RobustTrainingArguments | None, results: CardResults | None) -> list[str]:
+    configs = _adapter_configs(task)
     methods = [METHODS.get(_type(config), _type(config)) for config in configs] or ["full fine-tuning"]
-    methods += [_title(name) for name in classifier.terms]
+    methods += [_title(name) for name in task.terms]
     return methods + (["WiSE-FT"] if results is not None and results.chosen_alpha is not None else [])
 
 
@@ -178,11 +182,9 @@ def _tags(methods: list[str], model_type: str, adapted_base: str | None) -> list
     return tags + ([f"base_model:adapter:{adapted_base}"] if adapted_base else [])
 
 
-def _settings(
-    args: RobustTrainingArguments | None, configs: list[Any], classifier: ZeroShotClassifier
-) -> dict[str, dict[str, str]]:
+def _settings(args: RobustTrainingArguments | None, configs: list[Any], task: Task) -> dict[str, dict[str, str]]:
     found = {_type(config): _changed(config, ADAPTER_SETTINGS) for config in configs}
-    for name, term in classifier.terms.items():
+    for name, term in task.terms.items():
         defaults = {n: argument.default for n, argument in term.arguments().items()}
         settings = {n: value for n, value in term.settings().items() if n in LOSS_SETTINGS}
         shown = {n: value for n, value in settings.items() if n == "weight" or value != defaults[n]}
@@ -209,13 +211,13 @@ def _simple(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _preprocessing(classifier: ZeroShotClassifier) -> dict[str, str]:
-    settings: dict[str, Any] = json.loads(classifier.processor.image_processor.to_json_string())
+def _preprocessing(task: Task) -> dict[str, str]:
+    settings: dict[str, Any] = json.loads(task.processor.image_processor.to_json_string())
     return {name: code(str(settings[name])) for name in IMAGE_SETTINGS if settings.get(name) is not None}
 
 
-def _new_class_names(classifier: ZeroShotClassifier) -> str | None:
-    names = [name for term in classifier.terms.values() for name in term.told().get("new_class_names", [])]
+def _new_class_names(task: Task) -> str | None:
+    names = [name for term in task.terms.values() for name in term.told().get("new_class_names", [])]
     return _listed(names, len(names)) if names else None
 
 

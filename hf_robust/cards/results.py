@@ -221,7 +221,7 @@ def _with_interval(share: float, images: int) -> Accuracy:
 
 
 def results_from_reports(reports: Mapping[Column, SuiteReport], chosen_alpha: float | None = None) -> CardResults:
-    """Returns the accuracies of several models on one suite, with bootstrap 95 % intervals.
+    """Returns the accuracies of several models on a suite's sets of classification, with bootstrap 95 % intervals.
 
     Args:
         reports: what `evaluate_suite` found, by column; all of the same suite.
@@ -235,8 +235,8 @@ def results_from_reports(reports: Mapping[Column, SuiteReport], chosen_alpha: fl
 
     first = next(iter(reports.values()))
     found = []
-    for name, one in first.sets.items():
-        correct = {column: report.sets[name].correct for column, report in reports.items()}
+    for name, one in first.classified.items():
+        correct = {column: report.classified[name].correct for column, report in reports.items()}
         accuracies = {column: Accuracy(float(of.mean()), bootstrap_interval(of)) for column, of in correct.items()}
         role: Any = one.role
         found.append(EvaluationSet(name, role, len(one.targets), accuracies))

@@ -206,11 +206,11 @@ class SuiteReport:
 
     def __str__(self) -> str:
         tasks = [task for task in SHOWN if any(one.task == task for one in self.sets.values())]
-        lines = "\n\n".join(map(self._table, tasks)).split("\n")
+        tables = "\n\n".join(map(self._table, tasks))
         left_out = [
             f"{one.name}: {len(one.skipped)} images were left out" for one in self.sets.values() if one.skipped
         ]
-        return "\n".join(lines + left_out)
+        return "\n".join([tables, *left_out])
 
     def _table(self, task: str) -> str:
         """The sets of a task, and their means by role."""

@@ -9,8 +9,6 @@ from typing import Any
 from ..errors import ConfigError, close_matches
 from .term import Term
 
-TASK_LOSS = "cross_entropy"
-
 
 def terms_of(given: Sequence[Term] | Mapping[str, Any] | None, known: Mapping[str, type[Term]]) -> dict[str, Term]:
     """Returns terms by name, in the order given.
@@ -50,8 +48,8 @@ def _no_terms(got: Any) -> ConfigError:
 
 def _checked_name(term: Term) -> str:
     name = getattr(term, "name", None)
-    if not isinstance(name, str) or not name.isidentifier() or name == TASK_LOSS:
-        allowed = f"a `name` of letters, digits and underscores, not {TASK_LOSS!r}, which is the task's own"
+    if not isinstance(name, str) or not name.isidentifier():
+        allowed = "a `name` of letters, digits and underscores"
         raise ConfigError("a loss has no name to log it by", where=type(term).__name__, got=name, allowed=allowed)
     return name
 

@@ -174,9 +174,14 @@ class Reference:
             inputs: the batch.
 
         Raises:
-            ConfigError: a layer whose hidden states are compared has not run, or without gradient.
+            ConfigError: a layer whose hidden states are compared has not run, or without gradient, or in chunks.
         """
-        return BatchReference(self, task, output, inputs, self.tuned.pop())
+        tuned = self.tuned.pop()
+        if any(len(states) != len(output.image_embeds) for states in tuned.values()):
+            what = "hidden states are compared of images that are embedded in chunks"
+            remedy = "Leave contrastive_chunk_size out, and set gradient_accumulation_steps=1."
+            raise ConfigError(what, where="losses, layers", got=sorted(tuned), remedy=remedy)
+        return BatchReference(self, task, output, inputs, tuned)
 
     @torch.no_grad()
     def text_embeds(self, texts: Texts) -> Tensor:
@@ -292,6 +297,9 @@ def add_terms(task: Task, terms: Mapping[str, Term], cached: bool = False, weigh
         >>> classifier.train()(**batch).terms
         {'similarity_vision': tensor(0., grad_fn=<MulBackward0>)}
     """
+    if task.loss_name in terms:
+        allowed = "any name but that of the task's own loss"
+        raise ConfigError("a loss has a name to log it by that is taken", got=task.loss_name, allowed=allowed)
     own = {name: copy.deepcopy(term) for name, term in terms.items()}
     for term in own.values():
         term.attach(task)

@@ -116,12 +116,14 @@ class OGENLoss(Term):
             ConfigError: it is no `ZeroShotClassifier` with a live head, or its vision tower is trained.
             DataError: there are too few classes, or a name is among the known ones.
         """
-        if not isinstance(task, ZeroShotClassifier) or task.head != "live":
-            got = task.head if isinstance(task, ZeroShotClassifier) else type(task).__name__
-            raise ConfigError("OGEN trains the text tower on class names", where="head", got=got, allowed="'live'")
-        if task.name != ZeroShotClassifier.name or task.prompts.classes_per_step is not None:
-            remedy = "Train with the cross-entropy, without classes_per_step."
-            raise ConfigError("OGEN compares images with all classes", where="losses, ogen", remedy=remedy)
+        if not isinstance(task, ZeroShotClassifier) or task.name != "class_names":
+            what = "OGEN compares images with all classes"
+            raise ConfigError(what, where="losses, ogen", got=task.name, allowed="'class_names'")
+        if task.head != "live":
+            raise ConfigError("OGEN trains the text tower", where="head", got=task.head, allowed="'live'")
+        if task.prompts.classes_per_step is not None:
+            what, got = "OGEN compares images with all classes", task.prompts.classes_per_step
+            raise ConfigError(what, where="classes_per_step", got=got, allowed="None")
         _check_classes(task.class_names, self.config)
         check_vision_is_pretrained(task.model, "OGEN generates image features")
         prompts = prompt_tokens(task.model, task.processor, list(self.config.new_class_names), task.templates)

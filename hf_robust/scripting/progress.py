@@ -105,7 +105,8 @@ class Progress(ProgressCallback):
         super().on_evaluate(args, state, control, **kwargs)
         if self.training_bar is not None:
             first = f"_{model.metrics[0]}"
-            found = {key: value for key, value in (metrics or {}).items() if key.endswith(first)}
+            others = tuple(f"_{name}" for name in model.metrics[1:])  # of which one may end as the first does
+            found = {k: v for k, v in (metrics or {}).items() if k.endswith(first) and not k.endswith(others)}
             names = {key: key.removeprefix("eval_").removesuffix(first) for key in found}
             self.accuracies |= {names[key]: value for key, value in found.items()}
 

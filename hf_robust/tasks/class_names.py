@@ -102,6 +102,8 @@ class ZeroShotClassifier(Task):
     """
 
     name = "class_names"
+    loss_name = "cross_entropy"
+    purpose = "classify images"
     target: ClassVar[Target] = "label"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     output_type = ZeroShotClassifierOutput

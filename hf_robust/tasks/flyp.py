@@ -57,6 +57,7 @@ class FLYP(ZeroShotClassifier):
     """
 
     name = "flyp"
+    loss_name = "contrastive"
     whole_batch = True
 
     def __init__(

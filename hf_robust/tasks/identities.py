@@ -114,6 +114,9 @@ class Identities(Task):
     """
 
     name = "identities"
+    loss_name = "identities"
+    purpose = "tell identities apart by their embeddings"
+    pipeline_tag = "image-feature-extraction"
     target = "identity"
     kept_outputs = ("image_embeds",)
     metrics = METRICS

@@ -83,6 +83,8 @@ class ImageTextPairs(Task):
     """
 
     name = "pairs"
+    loss_name = "contrastive"
+    purpose = "find the texts of an image, and the images of a text"
     target = "text"
     label_names = ("rows",)
     kept_outputs = ("image_embeds",)

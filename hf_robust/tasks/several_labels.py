@@ -77,6 +77,8 @@ class SeveralLabels(ZeroShotClassifier):
     """
 
     name = "several_labels"
+    loss_name = "labels"
+    purpose = "tell all labels of an image"
     target = "labels"
     metrics = ("mAP_macro", "mAP_micro", "f1_macro", "f1_micro", "loss")
     prepared: Tensor  # 1 where s and β have been fitted, else 0
@@ -145,8 +147,8 @@ class SeveralLabels(ZeroShotClassifier):
     # --- what a trainer asks ---
 
     def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
-        """Returns the collator of images and several labels."""
-        return LabelsCollator(images)
+        """Returns the collator of images and several labels; a user's own stays what it is."""
+        return LabelsCollator(images) if isinstance(images, ImageCollator) else images
 
     def check_rows(self, rows: Rows, targets: bool = True) -> None:
         """Refuses a set whose rows have labels for more or fewer classes than there are."""

@@ -94,9 +94,12 @@ class Task(nn.Module):
 
     main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
     name: ClassVar[str]  # in files, configs and on the command line
+    purpose: ClassVar[str]  # what a model is trained for, as a card says it: "to …"
+    pipeline_tag: ClassVar[str] = "zero-shot-image-classification"  # of the Hub
     target: ClassVar[Target]  # what rows have beside their image, see `labelled_images`
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # what of a batch says what is right
     kept_outputs: ClassVar[tuple[str, ...]] = ("logits",)  # what predictions are made of
+    loss_name: ClassVar[str]  # what its loss is logged as, `loss_<name>`
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first
     output_type: ClassVar[type[TaskOutput]] = TaskOutput
     whole_batch: ClassVar[bool] = False  # whether the loss is over a batch, so that micro-batches do not add up to it

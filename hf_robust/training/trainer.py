@@ -23,7 +23,6 @@ from ..data.embeds_cache import is_cacheable, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
-from ..losses.named import TASK_LOSS
 from ..losses.term import Term
 from ..tasks.choose import target_of
 from ..tasks.task import Progress
@@ -381,9 +380,9 @@ class RobustTrainer(ModelInitTrainer):
             inputs: what the data collator returned.
         """
         if not outputs.terms:
-            return {TASK_LOSS: outputs.loss}
+            return {self.model.loss_name: outputs.loss}
         weight = math.prod(term.task_weight(self.model.progress) for term in self.model.terms.values())
-        return {TASK_LOSS: weight * outputs.loss, **outputs.terms}
+        return {self.model.loss_name: weight * outputs.loss, **outputs.terms}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Returns the names of the parameters that get weight decay, as in `Trainer`, less those the task excepts."""

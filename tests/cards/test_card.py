@@ -274,7 +274,7 @@ def test_data_preprocessing_and_versions() -> None:
 
 def test_a_long_list_of_classes_is_cut() -> None:
     text = model_card(classifier(class_names=[f"c{index}" for index in range(60)])).text
-    assert "c48, c49 and 10 more" in text and "c50" not in text and "to classify 60 classes" in text
+    assert "c48, c49 and 10 more" in text and "c50" not in text and "to classify images of 60 classes" in text
 
 
 def test_picture() -> None:

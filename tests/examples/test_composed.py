@@ -35,3 +35,11 @@ def test_they_hang_on_the_seed_alone():
     first, again, other = (composed.compose(DRAWINGS, seed) for seed in ("a", "a", "b"))
     assert [row["image"].tobytes() for row in first] == [row["image"].tobytes() for row in again]
     assert [row["image"].tobytes() for row in first] != [row["image"].tobytes() for row in other]
+
+
+def test_captions_name_both_kinds_in_either_order():
+    drawings = composed.compose(DRAWINGS, "seed")
+    names = list(COLOURS)
+    for labels, texts in zip(drawings["labels"], composed.caption(drawings)["text"], strict=True):
+        a, b = (names[label] for label in labels)
+        assert texts == [f"an icon of a {a} and a {b}.", f"an icon of a {b} and a {a}."]

@@ -58,7 +58,6 @@ REFUSED = {
     "twice": ([SimilarityLoss(), SimilarityLoss(2.0)], "there twice.*'similarity'.*another `name`"),
     "without name": ([without_name()], "no name to log it by.*Nameless"),
     "a name with a point": ([type("Dotted", (Term,), {"name": "a.b"})()], "no name.*'a.b'"),
-    "the task's name": ([type("Taken", (Term,), {"name": "cross_entropy"})()], "the task's own"),
 }
 
 

@@ -282,3 +282,8 @@ def test_hidden_states_of_embedded_images_are_refused():
     embeds = image_embeds(tiny_model("clip"), batch()["pixel_values"]).detach()
     with pytest.raises(ConfigError, match="ran without gradient, or not at all.*images, not on embeddings"):
         task_with(HiddenStates())(image_embeds=embeds, labels=batch()["labels"])
+
+
+def test_the_name_of_the_tasks_own_loss_is_taken():
+    with pytest.raises(ConfigError, match="a name to log it by that is taken.*'cross_entropy'"):
+        task_with(type("Taken", (SimilarityLoss,), {"name": "cross_entropy"})())

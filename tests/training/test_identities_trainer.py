@@ -9,13 +9,15 @@ from peft import LoraConfig, get_peft_model
 
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.interpolation.adapters import wise_ft
-from hf_robust.training.saving import SavingTrainer
 from tests.programs import run_on_ranks
 from tests.tiny_models import image_dataset, tiny_model
 from tests.trainers import build, entries, same, weights
 
 NAMES = ["30", "7", "ann"]
 SETTINGS = {"task": {"identities": {"loss": "arcface", "scale": 4.0, "images_per_identity": 2}}}
+
+
+HELD = {"similarity": {"weight": 20.0}}
 
 
 def people(images=18, names=NAMES, seed=0):
@@ -28,12 +30,6 @@ def people(images=18, names=NAMES, seed=0):
 def of(folder, method="full", **settings):
     sets = {"train_dataset": people(), "eval_dataset": {"others": people(12, ["bob", "eve"], seed=5)}}
     return build(folder, method, **{**sets, **SETTINGS, **settings})
-
-
-@pytest.fixture(autouse=True)
-def without_cards(monkeypatch):
-    """Cards are of class names as yet."""
-    monkeypatch.setattr(SavingTrainer, "_write_card", lambda self, folder: None)
 
 
 @pytest.mark.parametrize("method", ["full", "saft", "aclip", "lora"])
@@ -75,8 +71,8 @@ def test_the_similarity_loss_holds_embeddings_with_its_cache_and_without(tmp_pat
         trainer.train()
         return trainer, (torch.as_tensor(trainer.predict(people()).predictions) - before).norm().item()
 
-    (_, free), (held, near) = moved(), moved(similarity_weight=20.0)
-    cached, _ = moved(similarity_weight=20.0, cache_reference_embeddings=True)
+    (_, free), (held, near) = moved(), moved(losses=HELD)
+    cached, _ = moved(losses=HELD, cache_reference_embeddings=True)
     assert near < 0.8 * free
     for name, tensor in weights(held).items():
         torch.testing.assert_close(tensor, weights(cached)[name], atol=1e-3, rtol=0)
@@ -102,7 +98,6 @@ from hf_robust.training.saving import SavingTrainer
 from tests.training.test_identities_trainer import of, people
 from tests.trainers import weights
 
-SavingTrainer._write_card = lambda self, folder: None
 
 def main(folder):
     how = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 3}  # 2 steps an epoch

@@ -10,8 +10,8 @@ from peft import get_peft_model
 
 from hf_robust import SAFTConfig, wise_ft
 from hf_robust.errors import ConfigError, DataError
+from hf_robust.losses import SimilarityLoss
 from hf_robust.tasks.pairs import ImageTextPairs
-from hf_robust.training.saving import SavingTrainer
 from tests.programs import run_on_ranks
 from tests.tiny_models import image_dataset, synthetic_picture, tiny_model, tiny_processor
 from tests.trainers import NAMES, build, entries, same, weights
@@ -29,12 +29,6 @@ def captioned(n: int, seed: int = 0) -> Dataset:
 def pairs(folder, method="full", **settings):
     given = {"train_dataset": captioned(10), "eval_dataset": {"validation": captioned(6, seed=50)}}
     return build(folder, method, **{**given, "num_train_epochs": 1, **settings})
-
-
-@pytest.fixture(autouse=True)
-def without_cards(monkeypatch):
-    """Cards are of class names as yet."""
-    monkeypatch.setattr(SavingTrainer, "_write_card", lambda self, folder: None)
 
 
 @pytest.mark.parametrize("method", ["full", "saft", "aclip", "lora"])
@@ -182,3 +176,15 @@ def test_two_ranks_train_as_one_process_does(tmp_path):
         assert not same(start, weights(one))
         for parameter, value in first[name]["weights"].items():
             torch.testing.assert_close(value, weights(one)[parameter], rtol=1e-4, atol=2e-6)
+
+
+def test_terms_of_the_loss_are_the_same_in_chunks(tmp_path):
+    logs = []
+    for size in (None, 2):
+        task = {"pairs": {"contrastive_chunk_size": size}}
+        settings = {"task": task, "losses": [SimilarityLoss(towers="both")], "max_steps": 2}
+        trainer = pairs(tmp_path, "saft", logging_strategy="steps", logging_steps=1, **settings)
+        trainer.train()
+        logs.append({key: value for key, value in trainer.state.log_history[1].items() if key.startswith("loss")})
+    assert logs[0]["loss_similarity_vision"] > 0 and logs[0]["loss_similarity_text"] > 0
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)

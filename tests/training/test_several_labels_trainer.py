@@ -128,7 +128,8 @@ def test_accumulated_micro_batches_with_unknown_labels_equal_one_batch(tmp_path)
 
 
 def test_the_similarity_loss_is_added_with_its_cache(tmp_path):
-    how = {"similarity_weight": 1.0, "cache_reference_embeddings": True, "logging_strategy": "steps"}
+    losses = {"similarity": {"weight": 1.0}}
+    how = {"losses": losses, "cache_reference_embeddings": True, "logging_strategy": "steps"}
     trainer = trained(tmp_path, **settings(eval_dataset=None, logging_steps=2, **how))
     logged = [entry["loss_similarity_vision"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert min(logged) > 0
@@ -143,6 +144,15 @@ def test_the_threshold_and_the_loss_are_saved_beside_the_model(tmp_path):
     trainer.save_model()
     saved = json.loads((tmp_path / "classifier.json").read_text())
     assert saved["threshold"] == trainer.model.threshold != 0 and saved["loss"] == "asymmetric"
+
+
+def test_a_collator_of_the_users_own_makes_the_labels(tmp_path):
+    def collate(rows):
+        images = tiny_processor("clip").image_processor([row["image"] for row in rows], return_tensors="pt")
+        return {**images, "labels": torch.tensor([row["labels"] for row in rows]).float()}
+
+    own, ours = (build(tmp_path, data_collator=one, **settings()) for one in (collate, None))
+    assert own.evaluate("validation")["eval_loss"] == pytest.approx(ours.evaluate("validation")["eval_loss"])
 
 
 def test_what_cannot_be_learned_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
