@@ -47,6 +47,8 @@ def make_prompts() -> torch.Tensor:
 class Classification(Task):
     """What `ZeroShotClassifier` does with a live head; it would need a tokenizer."""
 
+    loss_name = "cross_entropy"
+
     def forward(self, **batch: torch.Tensor) -> ZeroShotClassifierOutput:
         """Classifies random images, and adds the terms of the loss."""
         images, classes = image_embeds(self.model, batch["pixel_values"]), text_embeds(self.model, self.prompts)

@@ -10,7 +10,7 @@ from hf_robust.data import embeds_cache
 from hf_robust.data.collator import REFERENCE_EMBEDS
 from hf_robust.data.embeds_cache import pretrained_image_embeds
 from hf_robust.losses import reference
-from hf_robust.tasks.class_names import ZeroShotClassifier
+from hf_robust.tasks.prompts import Prompts
 from tests.tiny_models import image_dataset
 from tests.trainers import METHODS, NAMES, entries, same, weights
 from tests.training.test_trainer_similarity import losses, similar
@@ -60,11 +60,8 @@ def test_theta0_embeds_what_is_needed_and_nothing_in_evaluation(tmp_path, method
 
 
 def test_classes_are_embedded_once_by_theta0(tmp_path, monkeypatch):
-    encoded = []
-    encode = ZeroShotClassifier.encode_prompts
-    monkeypatch.setattr(
-        ZeroShotClassifier, "encode_prompts", lambda self: encoded.append(self.training) or encode(self)
-    )
+    encoded, embed = [], Prompts.embed
+    monkeypatch.setattr(Prompts, "embed", lambda *args: encoded.append(1) or embed(*args))
     similar(tmp_path, "lora", max_steps=3).train()
     assert len(encoded) == 1 + 3
 
