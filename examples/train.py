@@ -154,7 +154,7 @@ def show(results: dict[str, Any], sets: Sets) -> None:
     columns = {} if results["method"] == "zero_shot" else {results["method"]: results["fine_tuned"]}
     if results["wise_ft"]:
         columns[f"alpha {results['wise_ft']['alpha']:.1f}"] = results["wise_ft"]["accuracy"]
-    table = Table("set", title=f"{results['metric'].capitalize()} in %")
+    table = Table("set", title=f"{results['metric'].replace('accuracy', 'Accuracy')} in %")
     for title in ("images", "zero-shot", *(title for column in columns for title in (column, "change"))):
         table.add_column(title, justify="right")
     for name, dataset in sets.items():

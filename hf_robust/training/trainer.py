@@ -155,7 +155,7 @@ class RobustTrainer(ModelInitTrainer):
         check_accelerator(self.accelerator, args)
         check_sharding(self.accelerator, self.model, optimizers)
         check_optimizer(self.optimizer, self.model)
-        self.losses = losses
+        self.losses, self.target = losses, self.model.target  # a search takes the model away between its trials
         self.own_metrics = compute_metrics is not None
         self.label_names = list(self.model.label_names)
         self.can_return_loss = True
@@ -200,7 +200,7 @@ class RobustTrainer(ModelInitTrainer):
         """
         if self.train_dataset is None:
             raise ConfigError("no set to train on", where="train_dataset")
-        self.train_dataset = labelled_images(self.train_dataset, "train_dataset", target=self.model.target)
+        self.train_dataset = labelled_images(self.train_dataset, "train_dataset", target=self.target)
         with self.guarded(trial):
             resumes = resume_from_checkpoint is not None and resume_from_checkpoint is not False
             folder = self._checkpoint(resume_from_checkpoint, trial) if resumes else None
