@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`transformers.Trainer` for zero-shot classifiers: images and class names in, a fine-tuned dual encoder out."""
+"""`transformers.Trainer` for dual encoders: images with labels, texts or identities in, a fine-tuned model out."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,44 +11,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..data.collator import ImageCollator, OpeningCollator, batches_in_order, n_images
-from ..data.columns import REFERENCE_EMBEDS
-from ..data.draws import Draws
-from ..data.embeds_cache import is_cacheable, with_image_embeds
-from ..data.rows import LabelledStream, labelled_images
+from ..data.collator import ImageCollator, OpeningCollator, n_images
+from ..data.rows import labelled_images
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..losses.log import LossLog
 from ..losses.term import Term
 from ..tasks.choose import target_of
 from ..tasks.task import Progress
-from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.edits import show_values
-from ..tuners.saft.selection import scores_single_images
 from .after_step import AfterStep
 from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
-from .model_init import ClassNames, ModelInitTrainer, as_task, model_or_first
+from .model_init import ClassNames, as_task, model_or_first
 from .preflight import check_arguments, check_best_metric, check_metrics, check_targets, check_training
 from .ranks import raise_on_all
 from .replaced import replaced
+from .starting import StartingTrainer
 from .stopping import StopAtSignal
 from .unsupported import check_accelerator, check_optimizer, check_options, check_sharding
 
-logger = logging.getLogger(__name__)
 
+class RobustTrainer(StartingTrainer):
+    """Fine-tunes a dual encoder, whole or through any PEFT method, on the task that its training set is of.
 
-class RobustTrainer(ModelInitTrainer):
-    """Fine-tunes a dual encoder as a zero-shot classifier, whole or through any PEFT method.
-
-    Datasets are what `labelled_images` takes. An evaluation set with the classes of the training set, or some of them,
-    is answered by the same head, one with any other class by a zero-shot head from the current text tower, see
-    `ZeroShotClassifier.classes`. Every evaluation set gives `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction
-    and nats). A SAFT adapter without entries gets them, from the training set, when training starts.
+    Datasets are what `labelled_images` takes. What rows have beside their images says the task, see
+    `hf_robust.tasks.choose`, unless `args.task` does. Every evaluation set gives the metrics of the task, as
+    `eval_<name>_accuracy` and `eval_<name>_loss` (a fraction and nats) of class names. There a set with the classes of
+    the training set, or some of them, is answered by the same head, one with any other class by a zero-shot head from
+    the current text tower, see `ZeroShotClassifier.classes`. A SAFT adapter without entries gets them, from the
+    training set, when training starts.
 
     Terms are added to the loss by `losses`, here or in the arguments. What they compare with is the pre-trained model:
     the one given here, without its adapters. Each is logged as `loss_<term>`. For a term that needs the vision tower
@@ -57,24 +52,25 @@ class RobustTrainer(ModelInitTrainer):
 
     Of a model that is trained whole it keeps the zero-shot weights in CPU memory, for WiSE-FT.
 
-    A saved model is the adapter's folder (without adapter, the whole model's) with the class names, the classifier's
-    own weights and a card beside it, which shows the results of `wise_ft_sweep`. The processor lies beside a whole
+    A saved model is the adapter's folder (without adapter, the whole model's) with the task's settings, its
+    own tensors and a card beside it, which shows the results of `wise_ft_sweep`. The processor lies beside a whole
     model, and in an adapter's folder in the subfolder `processor`.
 
     Args:
-        model: a `ZeroShotClassifier`, or a dual encoder, plain or `PeftModel`, that one is then built around with
-            `args.templates` and `args.head`.
+        model: a `Task`, or a dual encoder, plain or `PeftModel`, that one is then built around with the settings of
+            `args`.
         args: the training arguments.
         data_collator: by default an `ImageCollator`; its `transform` is used in training alone. Another collator gets
             rows whose images are opened.
-        train_dataset: images with labels.
+        train_dataset: images with labels, texts or identities.
         eval_dataset: one evaluation set, or several by name.
         processing_class: the model's processor; with `args.image_size` a copy of it is used.
         model_init: in the place of `model`, a function that returns one, without argument or with the trial of a
             search. Every training then starts from a new model; for `hyperparameter_search`.
-        compute_loss_func: takes the place of the cross-entropy in training, see `TaskLoss`; the other terms are added.
-            Evaluation is by the plain cross-entropy.
-        compute_metrics: as in `Trainer`, gets logits and labels; by default accuracy and cross-entropy.
+        compute_loss_func: takes the place of the task's loss in training, see `TaskLoss`; the other terms are added.
+            Evaluation is by the task's own.
+        compute_metrics: as in `Trainer`, gets logits (for pairs and identities embeddings) and labels; by default what
+            the task measures.
         callbacks: as in `Trainer`.
         optimizers: as in `Trainer`.
         optimizer_cls_and_kwargs: as in `Trainer`.
@@ -217,11 +213,7 @@ class RobustTrainer(ModelInitTrainer):
         self._describe_run(checkpoint)
         self.model.progress, self.epoch_begun = Progress(seed=self.args.seed), -1
         self.model.check_training(self.train_dataset)  # before anything is computed of it
-        self._start_terms()
-        if checkpoint is None:
-            self.model.prepare(self._training_set_in_order, self.accelerator)
-            if saft_unselected(self.model):
-                self.select_entries()
+        self.start(resumed=checkpoint is not None)
         check_training(self.model, self.train_dataset)
         starts = self.args.eval_on_start and checkpoint is None
         try:
@@ -235,13 +227,6 @@ class RobustTrainer(ModelInitTrainer):
             self.drop_shards()
             show_values(self.model)
 
-    def _start_terms(self) -> None:
-        if any(term.frozen_vision for term in self.model.terms.values()):
-            self._embed_training_set()
-        with self.accelerator.autocast():
-            for term in self.model.terms.values():
-                term.start(self.model, self._training_set_in_order)
-
     @contextmanager
     def _whole_batches(self) -> Iterator[None]:
         """Where the loss is over a whole batch, that of an optimizer step is one; its task computes it in chunks."""
@@ -252,62 +237,6 @@ class RobustTrainer(ModelInitTrainer):
         with replaced(self.args, gradient_accumulation_steps=1), replaced(self, _train_batch_size=steps * rows):
             with replaced(self.model, rows_at_once=rows):
                 yield
-
-    def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:
-        yield from self._own_share(self.train_dataset, self.args.eval_batch_size, "Looking at the training set")
-
-    def _unprepare(self) -> None:
-        """Takes back what `evaluate` did to the model.
-
-        Accelerate takes a model that was prepared for evaluation for one prepared for training: it would not be
-        wrapped in DistributedDataParallel, and every rank would train its own. Entries are ranked without autocast.
-        """
-        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.model._is_accelerate_prepared = False
-
-    def select_entries(self) -> None:
-        """Selects the entries of the active SAFT adapter by the loss of the classification on the training set."""
-        self._unprepare()
-
-        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            images = n_images(batch)
-            return self.task_loss(model(**batch), batch.get(self.model.label_names[0]), images, images)
-
-        with self.model.as_in_training():
-            select_saft(self.model, self._selection_batches(), loss)
-        if self.is_world_process_zero():
-            logger.info(mask_summary(self.model))
-
-    def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
-        size = 1 if scores_single_images(self.model) else self.args.selection_batch_size
-        if size == 1 and self.model.whole_batch:
-            what = "an image by itself has nothing to be told apart from, so its gradient is zero"
-            remedy = "Use score='signed_mean' and a selection_batch_size above 1."
-            raise ConfigError(what, where=f"task={self.model.name!r}, selection", remedy=remedy)
-        for batch in self._own_share(self.train_dataset, size, "Selecting entries"):
-            yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
-
-    def _embed_training_set(self) -> None:
-        """Images that are the same every time are embedded once, as the vision tower is not trained."""
-        if is_cacheable(self.train_dataset, self.data_collator):
-            image_processor, size = self.data_collator.image_processor, self.args.eval_batch_size
-            how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
-            with self.args.main_process_first(desc="embedding the training set"), self.accelerator.autocast():
-                embedded = with_image_embeds(self.train_dataset, self.model.model, *how)
-            self._train_on_embedded(embedded)
-
-    def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
-        """Yields this rank's share of a set, in order and without the copies that even batches need."""
-        if isinstance(dataset, LabelledStream):
-            what, allowed = f"{title}: ranks cannot share a dataset without length", "a dataset with numbered rows"
-            raise ConfigError(what, where="train_dataset", got=type(dataset).__name__, allowed=allowed)
-        block = batch_size if self.model.whole_batch else 1  # the same batches on any number of ranks
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        share = [row for row in range(len(dataset)) if row // block % ranks == rank]
-        how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
-        title_or_none = None if self._is_silent() else title
-        rows, collator = self.drawing_by_row(dataset, self._plain_collator(), Draws(self.data_seed))
-        yield from batches_in_order(Subset(rows, share), collator, *how, title_or_none)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -334,16 +263,16 @@ class RobustTrainer(ModelInitTrainer):
         """Returns the sum of the loss terms, weighted so that accumulated micro-batches equal one big batch.
 
         Args:
-            model: the classifier, as Accelerate wrapped it.
+            model: the task, as Accelerate wrapped it.
             inputs: what the data collator returned.
-            return_outputs: also return the classifier's output.
+            return_outputs: also return the task's output.
             num_items_in_batch: images of all micro-batches of this optimizer step on this rank; unused in evaluation.
         """
         if self.model.training:
             self._note_progress()
         with self.accelerator.autocast():  # which Accelerate puts around the forward, but not with FSDP2
             outputs = model(**inputs)
-        if not self.model.training:  # evaluation is by the plain cross-entropy
+        if not self.model.training:  # evaluation is by the task's own loss
             num_items_in_batch = None  # `Trainer` counts them here, too, for a compute_loss_func
             if outputs.loss is None:  # of a task that has none for this set; its measure says how good it is
                 outputs.loss = torch.zeros((), device=self.args.device)
@@ -376,7 +305,7 @@ class RobustTrainer(ModelInitTrainer):
         """Returns the terms of the loss by name, each a mean over the images.
 
         Args:
-            outputs: what the classifier returned.
+            outputs: what the task returned.
             inputs: what the data collator returned.
         """
         if not outputs.terms:

@@ -26,7 +26,7 @@ import torch
 from transformers import TrainerCallback
 from hf_robust import SAFTConfig
 from hf_robust.errors import DataError, RankMismatchError
-from hf_robust.training import trainer as module
+from hf_robust.training import starting as module
 from peft import get_peft_model
 from tests.tiny_models import image_dataset, tiny_model
 from tests.trainers import NAMES, build, weights

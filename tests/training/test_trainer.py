@@ -12,7 +12,7 @@ from peft import get_peft_model
 from hf_robust import SAFTConfig, select_saft
 from hf_robust.data.collator import ImageCollator
 from hf_robust.tasks.class_names import ZeroShotClassifier
-from hf_robust.training import trainer
+from hf_robust.training import starting
 from hf_robust.training.arguments import RobustTrainingArguments
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import FAMILIES, image_dataset, tiny_model, tiny_processor
@@ -116,7 +116,7 @@ def test_selection_sees_every_image_once_in_order(tmp_path, monkeypatch, caplog)
         seen.extend(batch["pixel_values"] for batch in batches)
         select_saft(model, batches, loss_fn)
 
-    monkeypatch.setattr(trainer, "select_saft", spy)
+    monkeypatch.setattr(starting, "select_saft", spy)
     trained = build(tmp_path, "saft", selection_batch_size=4, train_dataset=image_dataset(13, NAMES))
     trained.train()
     rows = list(image_dataset(13, NAMES))

@@ -16,7 +16,7 @@ from hf_robust import SAFTConfig
 from hf_robust.data.collator import ImageCollator
 from hf_robust.errors import AdapterFileError, CheckpointError
 from hf_robust.tasks.class_names import ZeroShotClassifier
-from hf_robust.training import trainer
+from hf_robust.training import starting
 from hf_robust.training.manifest import MANIFEST, read_manifest, seal_checkpoint
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 from tests.trainers import METHODS, NAMES, build, entries, same, weights
@@ -34,7 +34,7 @@ def test_resumed_run_ends_bit_identical(tmp_path, method, head, monkeypatch):
     settings = {"head": head, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
     whole = build(tmp_path, method, **settings)
     whole.train()
-    monkeypatch.setattr(trainer, "select_saft", lambda *args: pytest.fail("selected again"))
+    monkeypatch.setattr(starting, "select_saft", lambda *args: pytest.fail("selected again"))
     resumed = build(tmp_path, method, **settings)
     before = weights(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer computes of its training set before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from ..data.collator import batches_in_order, n_images
+from ..data.columns import REFERENCE_EMBEDS
+from ..data.draws import Draws
+from ..data.embeds_cache import is_cacheable, with_image_embeds
+from ..data.rows import LabelledStream
+from ..errors import ConfigError
+from ..tuners.saft import mask_summary, saft_unselected, select_saft
+from ..tuners.saft.selection import scores_single_images
+from .model_init import ModelInitTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class StartingTrainer(ModelInitTrainer):
+    """What `RobustTrainer` computes before it trains: where terms and tasks start, and SAFT's entries."""
+
+    def start(self, resumed: bool) -> None:
+        """Starts the terms of the loss; where no checkpoint brings them, also the task's own tensors and the entries.
+
+        Args:
+            resumed: whether a checkpoint will be loaded.
+        """
+        self._start_terms()
+        if not resumed:
+            self.model.prepare(self._training_set_in_order, self.accelerator)
+            if saft_unselected(self.model):
+                self.select_entries()
+
+    def _start_terms(self) -> None:
+        if any(term.frozen_vision for term in self.model.terms.values()):
+            self._embed_training_set()
+        with self.accelerator.autocast():
+            for term in self.model.terms.values():
+                term.start(self.model, self._training_set_in_order)
+
+    def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:
+        yield from self._own_share(self.train_dataset, self.args.eval_batch_size, "Looking at the training set")
+
+    def _unprepare(self) -> None:
+        """Takes back what `evaluate` did to the model.
+
+        Accelerate takes a model that was prepared for evaluation for one prepared for training: it would not be
+        wrapped in DistributedDataParallel, and every rank would train its own. Entries are ranked without autocast.
+        """
+        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model._is_accelerate_prepared = False
+
+    def select_entries(self) -> None:
+        """Selects the entries of the active SAFT adapter by the loss of the classification on the training set."""
+        self._unprepare()
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            images = n_images(batch)
+            return self.task_loss(model(**batch), batch.get(self.model.label_names[0]), images, images)
+
+        with self.model.as_in_training():
+            select_saft(self.model, self._selection_batches(), loss)
+        if self.is_world_process_zero():
+            logger.info(mask_summary(self.model))
+
+    def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
+        size = 1 if scores_single_images(self.model) else self.args.selection_batch_size
+        if size == 1 and self.model.whole_batch:
+            what = "an image by itself has nothing to be told apart from, so its gradient is zero"
+            remedy = "Use score='signed_mean' and a selection_batch_size above 1."
+            raise ConfigError(what, where=f"task={self.model.name!r}, selection", remedy=remedy)
+        for batch in self._own_share(self.train_dataset, size, "Selecting entries"):
+            yield {name: tensor for name, tensor in batch.items() if name != REFERENCE_EMBEDS}
+
+    def _embed_training_set(self) -> None:
+        """Images that are the same every time are embedded once, as the vision tower is not trained."""
+        if is_cacheable(self.train_dataset, self.data_collator):
+            image_processor, size = self.data_collator.image_processor, self.args.eval_batch_size
+            how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
+            with self.args.main_process_first(desc="embedding the training set"), self.accelerator.autocast():
+                embedded = with_image_embeds(self.train_dataset, self.model.model, *how)
+            self._train_on_embedded(embedded)
+
+    def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
+        """Yields this rank's share of a set, in order and without the copies that even batches need."""
+        if isinstance(dataset, LabelledStream):
+            what, allowed = f"{title}: ranks cannot share a dataset without length", "a dataset with numbered rows"
+            raise ConfigError(what, where="train_dataset", got=type(dataset).__name__, allowed=allowed)
+        block = batch_size if self.model.whole_batch else 1  # the same batches on any number of ranks
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share = [row for row in range(len(dataset)) if row // block % ranks == rank]
+        how = batch_size, self.args.dataloader_num_workers, next(self.model.parameters()).device
+        title_or_none = None if self._is_silent() else title
+        rows, collator = self.drawing_by_row(dataset, self._plain_collator(), Draws(self.data_seed))
+        yield from batches_in_order(Subset(rows, share), collator, *how, title_or_none)
