@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 from hf_robust import SAFTConfig
 from hf_robust.data.collator import ImageCollator
@@ -61,7 +61,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path, method):
     assert same(weights(trained), weights(stopped))
 
 
-class StopAfter(trainer.TrainerCallback):
+class StopAfter(TrainerCallback):
     def __init__(self, step):
         self.step = step
 
