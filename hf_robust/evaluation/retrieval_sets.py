@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.columns import no_column
 from ..data.rows import LabelledImages
-from ..tasks.retrieval_metrics import retrieval_metrics
+from ..tasks.retrieval_metrics import distinct_texts, retrieval_metrics
 from .loaded import LoadedSet, check_finite
 from .report import TaskResult
 from .suite import SuiteSet
@@ -36,9 +36,9 @@ class RetrievalSet(LoadedSet):
     texts: list[list[str]]
 
     def prepare(self, side: TextSide) -> Tensor:
-        """Returns embeddings of all texts, `(texts, dim)`, L2-normalised."""
+        """Returns embeddings of the different texts, `(texts, dim)`, L2-normalised."""
         one = self.suite_set
-        texts = [text for row in np.flatnonzero(self.wanted) for text in self.texts[row]]
+        texts, _, _ = distinct_texts([self.texts[row] for row in np.flatnonzero(self.wanted)])
         embeds = side.texts(texts, one.truncate, one.name)
         check_finite(embeds, "embeddings of texts", one.name)
         return embeds
@@ -63,8 +63,8 @@ class RetrievalSet(LoadedSet):
         """Returns what `retrieval_metrics` does, without a loss, and `recall@1`, the mean of both directions."""
         one = self.suite_set
         images = torch.from_numpy(kept["embeds"]).to(prepared.device)  # (images, dim)
-        image_of_text = np.repeat(np.arange(len(rows)), [len(self.texts[row]) for row in rows])  # (texts,)
-        found = retrieval_metrics(images, prepared, image_of_text)
+        _, image_of_pair, text_of_pair = distinct_texts([self.texts[row] for row in rows])
+        found = retrieval_metrics(images, prepared, image_of_pair, text_of_pair=text_of_pair)
         both = sum(found[f"{direction}_recall@1"] for direction in DIRECTIONS) / len(DIRECTIONS)
         return TaskResult(one.name, one.role, one.task, rows, {"recall@1": both, **found}, fingerprint, skipped)
 

@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 from ..errors import DataError
 from .gather import gather_rows, n_ranks, rank
 from .measure import Measure
-from .retrieval_metrics import RECALL_AT, retrieval_metrics
+from .retrieval_metrics import RECALL_AT, distinct_texts, retrieval_metrics
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 RECALL = "recall@1"  # the mean of both directions
@@ -27,21 +27,23 @@ METRICS = (
 
 @dataclass(frozen=True)
 class SetTexts:
-    """The texts of a set.
+    """The different texts of a set.
 
     Args:
         embeds: `(texts, dim)`, L2-normalised.
-        image_of_text: `(texts,)`, the row of each text's image in the set.
+        image_of_pair: `(pairs,)`, the row in the set of each pair's image.
+        text_of_pair: `(pairs,)`, which of `embeds` its text is.
         images: how many there are.
     """
 
     embeds: Tensor
-    image_of_text: Tensor
+    image_of_pair: Sequence[int]
+    text_of_pair: Sequence[int]
     images: int
 
 
 def set_texts(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor], at_once: int) -> SetTexts:
-    """Embeds the texts of a set, each rank a part of them.
+    """Embeds the different texts of a set, each rank a part of them.
 
     Args:
         texts: those of every row.
@@ -49,17 +51,15 @@ def set_texts(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tenso
         at_once: how many texts it is given.
 
     Example:
-        >>> set_texts([["two dogs", "dogs at play"], ["a cat"]], embed, at_once=256).image_of_text
-        tensor([0, 0, 1])
+        >>> set_texts([["two dogs", "dogs at play"], ["two dogs"]], embed, at_once=256).text_of_pair
+        [0, 1, 0]
     """
-    flat = [text for of_row in texts for text in of_row]
+    flat, image_of_pair, text_of_pair = distinct_texts(texts)
     shared = len(flat) >= n_ranks()  # else a rank would have none
     share = [flat[i] for i in torch.arange(len(flat)).tensor_split(n_ranks())[rank()]] if shared else flat
     parts = [embed(share[start : start + at_once]) for start in range(0, len(share), at_once)]
     embeds = torch.cat(parts)  # (texts of this rank, dim)
-    counts = torch.tensor([len(of_row) for of_row in texts])
-    image_of_text = torch.arange(len(texts)).repeat_interleave(counts).to(embeds.device)
-    return SetTexts(gather_rows(embeds) if shared else embeds, image_of_text, len(texts))
+    return SetTexts(gather_rows(embeds) if shared else embeds, image_of_pair, text_of_pair, len(texts))
 
 
 class RetrievalMeasure(Measure):
@@ -70,7 +70,7 @@ class RetrievalMeasure(Measure):
         scale: exp(logit_scale).
 
     Example:
-        >>> measure = RetrievalMeasure(SetTexts(torch.eye(2), torch.tensor([0, 1]), 2), scale=100.0)
+        >>> measure = RetrievalMeasure(SetTexts(torch.eye(2), [0, 1], [0, 1], 2), scale=100.0)
         >>> measure(EvalPrediction(np.eye(2), np.array([0, 1])))["recall@1"]
         1.0
     """
@@ -102,6 +102,7 @@ class RetrievalMeasure(Measure):
             raise DataError("retrieval is among a whole set", got=got, allowed=allowed)
         texts = self.texts
         images = self.embeds.to(texts.embeds.device)
-        found = retrieval_metrics(images, texts.embeds, texts.image_of_text, scale=self.scale)
+        pairs = texts.image_of_pair, texts.text_of_pair
+        found = retrieval_metrics(images, texts.embeds, pairs[0], self.scale, text_of_pair=pairs[1])
         both = [found[f"{direction}_{RECALL}"] for direction in DIRECTIONS]
         return {RECALL: sum(both) / len(both), **found}

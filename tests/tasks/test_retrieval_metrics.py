@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_robust.errors import ConfigError, DataError, NonFiniteError
-from hf_robust.tasks.retrieval_metrics import retrieval_metrics
+from hf_robust.tasks.retrieval_metrics import distinct_texts, retrieval_metrics
 
 
 def by_brute_force(images, texts, owners, scale):
@@ -131,3 +132,27 @@ def test_what_cannot_be_compared_is_refused(changed, error, message):
     fitting = {"image_embeds": torch.eye(2), "text_embeds": torch.eye(2)[[0, 1, 1]], "image_of_text": [0, 1, 1]}
     with pytest.raises(error, match=message):
         retrieval_metrics(**fitting | changed)
+
+
+def test_texts_that_say_the_same_are_right_for_all_their_images():
+    generator = torch.Generator().manual_seed(3)
+    images, texts = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (9, 4))
+    captions = [[str(number % 4), str((number + 1) % 4)] if number < 3 else [str(number % 4)] for number in range(9)]
+    different, owners, labels = distinct_texts(captions)
+    assert different == ["0", "1", "2", "3"]
+    found = retrieval_metrics(images, texts, owners, 5.0, chunk_size=2, text_of_pair=labels)
+    similar = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T  # (images, texts)
+    right = torch.zeros(9, 4, dtype=torch.bool)
+    right[owners, labels] = True
+    for direction, scores, own in (("image_to_text", similar, right), ("text_to_image", similar.T, right.T)):
+        ranks = [1 + int((s[~o] >= s[o].max()).sum()) for s, o in zip(scores, own, strict=True)]
+        assert found[f"{direction}_recall@1"] == sum(rank == 1 for rank in ranks) / len(ranks)
+        assert found[f"{direction}_median_rank"] == torch.tensor(ranks).double().quantile(0.5)
+    parts = [-(5 * s).log_softmax(0)[o].mean() for s, o in zip([*similar], [*right], strict=True)]
+    others = [-(5 * s).log_softmax(0)[o].mean() for s, o in zip([*similar.T], [*right.T], strict=True)]
+    assert found["loss"] == pytest.approx(float(sum(parts) / 9 + sum(others) / 4) / 2, abs=1e-12)
+
+
+def test_a_text_without_an_image_is_refused():
+    with pytest.raises(DataError, match="texts without an image.*got 1"):
+        retrieval_metrics(torch.eye(2), torch.eye(2), [0, 1], text_of_pair=[0, 0])
