@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,9 @@ from .flyp import FLYP
 from .identities import Identities
 from .pairs import ImageTextPairs
 from .several_labels import SeveralLabels
-from .task import Rows, Task
+from .task import Rows, Task, task_settings
 
+FROM_ELSEWHERE = ("model", "processor", "class_names", "templates", "head", "data_names", "identities")
 ALL = (ZeroShotClassifier, FLYP, ImageTextPairs, SeveralLabels, Identities)
 TASKS: dict[str, type[Task]] = {task.name: task for task in ALL}
 
@@ -41,7 +43,7 @@ def task_class(given: str | Mapping[str, Any] | None, rows: Rows | None) -> type
         rows: the training set, whose columns say what is learned from it where `given` does not.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: there is no such task, or a setting that it does not have.
 
     Example:
         >>> task_class("class_names", None)
@@ -51,6 +53,11 @@ def task_class(given: str | Mapping[str, Any] | None, rows: Rows | None) -> type
         target = (None if rows is None else rows.target) or "label"
         return next(task for task in TASKS.values() if task.target == target)
     name = next(iter(given), "") if isinstance(given, Mapping) else given
-    if name not in TASKS or (isinstance(given, Mapping) and len(given) != 1):
+    if not isinstance(name, str) or name not in TASKS or (isinstance(given, Mapping) and len(given) != 1):
         raise ConfigError("unknown task", where="task", got=given, remedy=close_matches(str(name), list(TASKS)))
+    known = [one for one in signature(TASKS[name]).parameters if one not in FROM_ELSEWHERE]
+    for setting in task_settings(given):
+        if setting not in known:
+            where, remedy = f"task, {name}", close_matches(str(setting), known)
+            raise ConfigError("unknown setting of a task", where=where, got=setting, remedy=remedy)
     return TASKS[name]

@@ -245,6 +245,8 @@ class ZeroShotClassifier(Task):
         found["head"] = self.head
         if self.class_space.data_names not in (None, self.class_names):
             found["data_names"] = list(self.class_space.data_names or ())
+        if self.prompts.classes_per_step is not None:
+            found["classes_per_step"] = self.prompts.classes_per_step
         return found
 
     def check_settings(self, saved: Mapping[str, Any], where: str) -> None:

@@ -29,7 +29,7 @@ from .identity_head import identity_head, mean_directions
 from .identity_metrics import identity_metrics
 from .identity_sampler import IdentitySampler
 from .measure import Measure
-from .task import Batch, Rows, Task, TaskOutput, task_settings
+from .task import Batch, Rows, Task, TaskOutput, check_no_words, task_settings
 
 MOST_SHOWN = 3  # identities in a message
 METRICS = ("mAP@R", "recall@1", "roc_auc", "tar_at_far_1e-2", "tar_at_far_1e-3", "loss")
@@ -121,6 +121,8 @@ class Identities(Task):
     kept_outputs = ("image_embeds",)
     metrics = METRICS
     output_type = IdentitiesOutput
+    batch_loss = False
+    trains_encoder = True
 
     def __init__(
         self,
@@ -206,8 +208,7 @@ class Identities(Task):
         cls, model: nn.Module, processor: ProcessorMixin, rows: Rows | None, class_names: Any, args: Any
     ) -> Identities:
         """Builds the head of a training set's identities, with the settings of the task."""
-        if class_names is not None:
-            raise ConfigError("identities have no words", where="class_names", remedy="Leave it out.")
+        check_no_words(class_names, args, "identities")
         if rows is None:
             raise ConfigError("a head of identities is made of a training set", where="train_dataset")
         return cls(model, processor, _identities_of(rows), **task_settings(args.task))
@@ -215,6 +216,14 @@ class Identities(Task):
     def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
         """Returns what adds identities to a batch of images; a user's own collator stays what it is."""
         return IdentityCollator(images) if isinstance(images, ImageCollator) else images
+
+    def check_evaluation(self, rows: Rows) -> None:
+        """Refuses a set in which no image has another one of its identity, or all are of one."""
+        counts = np.unique(_labels_of(rows), return_counts=True)[1]  # (identities,)
+        if len(counts) < 2 or counts.max() < 2:
+            what = "there is nothing to tell apart, or to find again"
+            allowed = "2 identities or more, one with 2 images or more"
+            raise DataError(what, where=rows.name, got=counts[:MOST_SHOWN].tolist(), allowed=allowed)
 
     def check_training(self, rows: Rows) -> None:
         """Refuses a set of other identities, or with one that has a single image."""

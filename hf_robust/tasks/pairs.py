@@ -25,7 +25,7 @@ from ..encoders.dual_encoder import image_embeds as embed_images
 from ..errors import AdapterFileError, ConfigError, DataError
 from .contrastive import RepeatedTexts, check_loss_settings, gather_pairs, sigmoid_loss, softmax_loss
 from .retrieval import METRICS, RetrievalMeasure, SetTexts, set_texts
-from .task import Rows, Task, TaskOutput, chunk_size, task_settings
+from .task import Rows, Task, TaskOutput, check_no_words, chunk_size, task_settings
 
 LARGEST_SCALE = math.log(100)  # of logit_scale, as in CLIP's training
 NO_TOKEN = -1
@@ -90,6 +90,7 @@ class ImageTextPairs(Task):
     kept_outputs = ("image_embeds",)
     metrics = METRICS
     output_type = PairsOutput
+    batch_loss = False
     whole_batch = True
 
     def __init__(
@@ -188,8 +189,7 @@ class ImageTextPairs(Task):
         cls, model: nn.Module, processor: ProcessorMixin, rows: Rows | None, class_names: Any, args: Any
     ) -> ImageTextPairs:
         """Builds the task with the settings of the arguments."""
-        if class_names is not None:
-            raise ConfigError("images with texts have no classes", where="class_names", got=class_names)
+        check_no_words(class_names, args, "pairs of images and texts")
         return cls(model, processor, **task_settings(args.task))
 
     def collator(self, images: ImageCollator) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
@@ -202,11 +202,20 @@ class ImageTextPairs(Task):
         if texts is not None:
             self.tokenizer.check_lengths([text for of_row in texts for text in of_row], rows.name)
 
+    def check_evaluation(self, rows: Rows) -> None:
+        """Refuses a set whose texts show only when a row is read: retrieval is among all of them."""
+        if not isinstance(rows, LabelledImages) or rows.texts is None:
+            what, got = "retrieval is among all texts of a set, which are not known", type(rows.rows).__name__
+            raise DataError(what, where=rows.name, got=got, allowed="a datasets.Dataset with texts")
+
     def check_training(self, rows: Rows) -> None:
-        """Refuses a set in which all texts say the same."""
+        """Refuses a set of one image, or in which all texts say the same."""
         texts = rows.texts if isinstance(rows, LabelledImages) else None
         if texts is None:
             return
+        if len(texts) < 2:
+            what = "there is nothing to tell apart: one image"
+            raise DataError(what, where=rows.name, got=len(texts), allowed="2 images or more")
         different = {text for of_row in texts for text in of_row}
         if len(different) < 2:
             what = "there is nothing to tell apart: all texts are the same"

@@ -158,6 +158,13 @@ class SeveralLabels(ZeroShotClassifier):
             allowed = f"(rows, {classes})"
             raise DataError("labels do not fit the classes", where=rows.name, got=labels.shape, allowed=allowed)
 
+    def check_evaluation(self, rows: Rows) -> None:
+        """Refuses a set in which no image has a label."""
+        labels = rows.shown_labels if isinstance(rows, LabelledImages) else None
+        if labels is not None and not (labels == 1).any():
+            what, remedy = "no image has a label, so there is nothing to find", "Leave the set out."
+            raise DataError(what, where=rows.name, got=len(labels), remedy=remedy)
+
     def check_training(self, rows: Rows) -> None:
         """Refuses a set of other classes, or that tells no class from its absence; names classes that no image has."""
         labels = rows.shown_labels if isinstance(rows, LabelledImages) else None
@@ -203,7 +210,7 @@ class SeveralLabels(ZeroShotClassifier):
             labels: `(images, classes)`, 1, 0, or -1 or NaN where not known.
 
         Raises:
-            DataError: no image has a label, or what `best_threshold` raises.
+            DataError: no image has a label, labels are names, or what `best_threshold` raises.
 
         Example:
             >>> predictions, labels, _ = trainer.predict(validation)
@@ -220,6 +227,10 @@ class SeveralLabels(ZeroShotClassifier):
         if weights is not None:
             found["positive_weights"] = BALANCED if weights == BALANCED else list(weights)
         return found
+
+    def take_settings(self, saved: Mapping[str, Any]) -> None:
+        """Takes over the threshold, which is chosen after the training."""
+        self.threshold = saved.get("threshold", self.threshold)
 
     def without_decay(self) -> list[str]:
         """Returns the name of the scale, which has no business at 1."""

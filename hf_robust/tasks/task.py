@@ -7,7 +7,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +102,8 @@ class Task(nn.Module):
     loss_name: ClassVar[str]  # what its loss is logged as, `loss_<name>`
     metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what an evaluation gives, the one to choose by first
     output_type: ClassVar[type[TaskOutput]] = TaskOutput
+    batch_loss: ClassVar[bool] = True  # whether an evaluation has a loss of every batch, not of the set alone
+    trains_encoder: ClassVar[bool] = False  # whether nothing would come of training its own tensors alone
     whole_batch: ClassVar[bool] = False  # whether the loss is over a batch, so that micro-batches do not add up to it
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
@@ -146,6 +148,16 @@ class Task(nn.Module):
 
         Raises:
             DataError: it is none.
+        """
+
+    def check_evaluation(self, rows: Rows) -> None:
+        """Refuses a set that cannot be evaluated on, beside what `check_rows` refuses.
+
+        Args:
+            rows: the set.
+
+        Raises:
+            DataError: there is nothing to measure.
         """
 
     def check_training(self, rows: Rows) -> None:
@@ -228,6 +240,11 @@ class Task(nn.Module):
             ConfigError: the arguments have settings of another task's loss.
         """
         check_plain(args.class_weights, args.label_smoothing_factor, self.name)
+        images = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if self.whole_batch and images < 2:
+            what = "an image by itself has nothing to be told apart from, so its gradient is zero"
+            where, allowed = "per_device_train_batch_size", "2 images or more in an optimizer step"
+            raise ConfigError(what, where=where, got=images, allowed=allowed)
         return TaskLoss(function=function)
 
     @abstractmethod
@@ -247,6 +264,13 @@ class Task(nn.Module):
         """Returns its tokenised prompts, by name: what a resumed run must share."""
         buffers = {n: b for n, b in self.named_buffers() if not n.startswith(("model.", "terms."))}
         return {name: buffer for name, buffer in buffers.items() if not buffer.is_floating_point()}
+
+    def take_settings(self, saved: Mapping[str, Any]) -> None:
+        """Takes over those settings of a saved task that have been chosen since it was built.
+
+        Args:
+            saved: what `settings` returned.
+        """
 
     def check_settings(self, saved: Mapping[str, Any], where: str) -> None:
         """Refuses a checkpoint of another task.
@@ -338,3 +362,22 @@ def chunk_size(task: Task, given: int | None) -> int | None:
     """
     known = [size for size in (given, task.rows_at_once) if size is not None]
     return min(known, default=None) if task.training else None
+
+
+def check_no_words(class_names: Any, args: Any, task: str) -> None:
+    """Refuses settings of class names for a task without any.
+
+    Args:
+        class_names: what the user gave.
+        args: the `RobustTrainingArguments`.
+        task: its name.
+
+    Raises:
+        ConfigError: there are any.
+    """
+    defaults = {field.name: field.default for field in fields(args)}
+    given = {"class_names": class_names} if class_names is not None else {}
+    given |= {n: getattr(args, n) for n in ("templates", "head") if getattr(args, n) != defaults[n]}
+    if given:
+        what, remedy = f"{task} have no class names in words", "Leave it out."
+        raise ConfigError(what, where=", ".join(given), got=[*given.values()], remedy=remedy)

@@ -147,6 +147,7 @@ def load_head(task: Task, folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS_FILE) if expected else {}
     _require_all(sorted(set(expected) - set(tensors)), folder)
     task.load_state_dict(tensors, strict=False)
+    task.take_settings(saved)
 
 
 def checkpoint_to_resume(given: str | bool, output_dir: Path) -> str:

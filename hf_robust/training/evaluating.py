@@ -43,7 +43,6 @@ class EvaluatingTrainer(RepeatableTrainer):
     eval_dataset: Any
     zero_shot: dict[str, Tensor] | None
     sweep: AlphaSweep | None = None
-    own_metrics: bool  # whether the user gave `compute_metrics`
 
     def evaluate(
         self,
@@ -75,12 +74,12 @@ class EvaluatingTrainer(RepeatableTrainer):
             return super().evaluate(
                 None if eval_dataset is None else sets, ignore_keys, metric_key_prefix
             )  # calls this method for each
-        rows: Any = self._rows(self._named(given) if isinstance(given, str) else given, metric_key_prefix)
+        rows: Any = self._evaluated(self._named(given) if isinstance(given, str) else given, metric_key_prefix)
         with self.whole_model(), self._answering(rows, whole=False):
             metrics = super().evaluate(rows, ignore_keys, metric_key_prefix)
         if rows.skipped:
             metrics[f"{metric_key_prefix}_skipped_images"] = len(rows.skipped)
-        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+        if not math.isfinite(metrics.get(f"{metric_key_prefix}_loss", 0.0)):  # of which there may be none
             raise NonFiniteError("logits are not finite", where=metric_key_prefix)
         return metrics
 
@@ -221,7 +220,12 @@ class EvaluatingTrainer(RepeatableTrainer):
     def _sets(self, given: Mapping[str, Any]) -> dict[str, Rows]:
         if isinstance(given, datasets.DatasetDict | datasets.IterableDatasetDict):
             labelled_images(given, "eval_dataset")  # refuses it: the training images would be among the sets
-        return {name: self._rows(dataset, name) for name, dataset in given.items()}
+        return {name: self._evaluated(dataset, name) for name, dataset in given.items()}
+
+    def _evaluated(self, dataset: Any, name: str) -> Rows:
+        rows = self._rows(dataset, name)
+        self.model.check_evaluation(rows)
+        return rows
 
     def _named(self, name: str) -> Any:
         if not isinstance(self.eval_dataset, dict) or name not in self.eval_dataset:
@@ -234,6 +238,10 @@ class EvaluatingTrainer(RepeatableTrainer):
         with self.model.answering(rows):
             if self.own_metrics:
                 yield
+                return
+            if rows.columns is not None and rows.columns.label is None:  # to be predicted, without metrics
+                with replaced(self, compute_metrics=None, preprocess_logits_for_metrics=None):
+                    yield
                 return
             measure = self.model.measure(rows, whole)  # a new one: one that an error stopped has counted images
             with replaced(self, compute_metrics=measure, preprocess_logits_for_metrics=measure.of_batch):

@@ -24,6 +24,8 @@ class EvaluationLoopTrainer(SavingTrainer):
     weights stay what they are; it takes half of their memory beside them.
     """
 
+    own_metrics: bool  # whether the user gave `compute_metrics`
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -44,8 +46,10 @@ class EvaluationLoopTrainer(SavingTrainer):
         how = prediction_loss_only, ignore_keys, metric_key_prefix
         with self._kept_random_state(), self._evaluation_precision():
             output = super().evaluation_loop(dataloader, description, *how)
-        unwanted = f"{metric_key_prefix}_model_preparation_time"  # says nothing of the model
-        return output._replace(metrics={name: v for name, v in (output.metrics or {}).items() if name != unwanted})
+        unwanted = [f"{metric_key_prefix}_model_preparation_time"]  # says nothing of the model
+        if self.own_metrics and not self.model.batch_loss:  # which only the task's own measure gives
+            unwanted.append(f"{metric_key_prefix}_loss")
+        return output._replace(metrics={n: v for n, v in (output.metrics or {}).items() if n not in unwanted})
 
     @contextmanager
     def _kept_random_state(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from ..interpolation.callback import WiSEFTCallback
 from ..losses.reference import add_terms
 from ..losses.term import Term
 from ..tasks.choose import task_class
-from ..tasks.task import Rows, Task
+from ..tasks.task import Rows, Task, task_settings
 from .arguments import RobustTrainingArguments
 from .evaluating import EvaluatingTrainer
 from .losses import StartingPoint, check_sharded, losses_of
@@ -50,7 +50,12 @@ def as_task(
         _check_brings_its_own(model, rows, {"class_names": class_names, "task": args.task})
         model.processor = processor  # its card shows how images are prepared
         return model
-    return task_class(args.task, rows).build(model, processor, rows, class_names, args)
+    try:
+        return task_class(args.task, rows).build(model, processor, rows, class_names, args)
+    except TypeError as error:  # a number that is text, say, in a config file
+        if task_settings(args.task):
+            raise ConfigError(f"a setting has another type ({error})", where="task", got=args.task) from error
+        raise
 
 
 def _check_brings_its_own(task: Task, rows: Rows | None, settings: dict[str, Any]) -> None:
@@ -230,6 +235,9 @@ class ModelInitTrainer(EvaluatingTrainer):
             what, got = "settings are chosen on validation data", sorted(self.eval_dataset or {})
             remedy = "Name an evaluation set 'validation', or pass compute_objective."
             raise ConfigError(what, where="eval_dataset", got=got, remedy=remedy)
+        if self.own_metrics and not self.model.batch_loss:
+            what, remedy = "with compute_metrics the task has no loss of a set", "Pass compute_objective."
+            raise ConfigError(what, where="compute_metrics", remedy=remedy)
         name = "eval_validation_loss" if several else "eval_loss"
         return lambda metrics: metrics[name]
 

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, TrainingArguments
 
 from ..data.columns import IMAGE_EMBEDS, KINDS, no_column
+from ..data.rows import LabelledStream
 from ..encoders.pretrained import ADAPTERS, check_vision_is_pretrained
 from ..errors import ConfigError
 from ..tasks.task import Rows, Task
@@ -61,6 +62,21 @@ def check_targets(rows: Rows) -> None:
         raise no_column(KINDS[rows.target or "label"], columns_of(rows), rows.name)
 
 
+def check_length(rows: Rows, args: TrainingArguments) -> None:
+    """Refuses a training set without length for a training that is as long as it.
+
+    Args:
+        rows: what `labelled_images` returned.
+        args: the training arguments.
+
+    Raises:
+        ConfigError: there is no number of steps.
+    """
+    if isinstance(rows, LabelledStream) and args.max_steps <= 0:
+        what, remedy = "a dataset without length has no epochs to count", "Set max_steps."
+        raise ConfigError(what, where="max_steps", got=args.max_steps, allowed="a number of steps", remedy=remedy)
+
+
 def check_rows(rows: Rows, task: Task, targets: bool = True) -> None:
     """Refuses a set that cannot be trained or evaluated on; what a foreign dataset holds, the collator checks.
 
@@ -105,6 +121,9 @@ def check_training(task: Task, rows: Rows) -> None:
     _check_adapter(task.model, trained)
     if isinstance(task.model, PeftModel):
         _check_beside(task.model)
+    if task.trains_encoder and not any(name.startswith("model.") for name in trained):
+        what, remedy = "only the head would be trained, which no evaluation uses", "Train the vision tower."
+        raise ConfigError(what, where=f"task={task.name!r}", got=[*trained][:MOST_SHOWN], remedy=remedy)
     small = [name for name, parameter in trained.items() if parameter.dtype in SIXTEEN_BITS]
     if small:
         what = f"weights of 16 bits are trained, which lose most updates: {', '.join(small[:MOST_SHOWN])}"
@@ -156,15 +175,13 @@ def check_metrics(
         raise ConfigError(what, where="preprocess_logits_for_metrics", remedy=remedy)
 
 
-def check_best_metric(
-    args: RobustTrainingArguments, eval_dataset: Any, metrics: Sequence[str], own_metrics: bool
-) -> None:
+def check_best_metric(args: RobustTrainingArguments, eval_dataset: Any, task: Task, own_metrics: bool) -> None:
     """Refuses a metric for the best checkpoint, or for a schedule, that no evaluation will give.
 
     Args:
         args: the training arguments.
         eval_dataset: the evaluation set, or several by name.
-        metrics: names of what an evaluation gives.
+        task: says what an evaluation gives.
         own_metrics: whether `compute_metrics` is the user's, whose names are not known.
 
     Raises:
@@ -174,8 +191,15 @@ def check_best_metric(
         return
     metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     prefixes = [f"eval_{name}_" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else ["eval_"]
-    known = [prefix + name for prefix in prefixes for name in metrics]
-    if metric not in known and not (own_metrics and metric.startswith(tuple(prefixes))):
+    known = [prefix + name for prefix in prefixes for name in task.metrics]
+    no_loss = own_metrics and not task.batch_loss
+    is_own = own_metrics and metric.startswith(tuple(prefixes))
+    if no_loss and metric in [f"{prefix}loss" for prefix in prefixes]:
+        remedy = "Let compute_metrics return it, or do without compute_metrics."
+        raise ConfigError(
+            "with compute_metrics the task has no loss of a set", where="metric_for_best_model", remedy=remedy
+        )
+    if metric not in known and not is_own:
         allowed, got = ", ".join(known), args.metric_for_best_model
         raise ConfigError("no evaluation gives the metric", where="metric_for_best_model", got=got, allowed=allowed)
 

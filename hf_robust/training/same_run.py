@@ -26,7 +26,6 @@ from ..errors import CheckpointError, ConfigError, close_matches
 from ..evaluation.run import VERSIONS_OF
 from ..interpolation.callback import WiSEFTCallback
 from ..shown import shown
-from ..tasks.task import task_settings
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     if isinstance(rows, LabelledStream):  # workers share it by its parts
         found["dataloader_num_workers"] = args.dataloader_num_workers
     settings_of_task = {name: v for name, v in task.settings().items() if name != "data_names"}  # "data" has them
-    found |= {"task": task.name, "task_settings": task_settings(args.task), **settings_of_task}
+    found |= {"task": task.name, **settings_of_task}
     found |= {
         "ranks": args.world_size,
         "device": args.device.type,
@@ -127,6 +126,9 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], allow_chang
         CheckpointError: something else differs.
         ConfigError: a name in `allow_changed` is none, or one of what the optimizer's state brings along.
     """
+    if saved["run"] is None:
+        what, remedy = "it does not say of which run it is", "Set save_strategy to other than 'no' in the training."
+        raise CheckpointError(what, where=where, remedy=remedy)
     fixed = sorted({*allow_changed} & {*KEPT_BY_THE_OPTIMIZER})
     if fixed:
         what, remedy = "the optimizer's saved state has it, so it cannot change", "Load the model, and train it anew."

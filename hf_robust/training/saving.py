@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from ..cards.push import push, write_card
 from ..cards.results import CardResults, draw_curve
 from ..data.publish import TEMPORARY
 from ..data.rows import LabelledStream
-from ..errors import CheckpointError, HfRobustError
+from ..errors import CheckpointError, HfRobustError, NonFiniteError
 from ..losses.state import load_terms, save_terms
 from .arguments import RobustTrainingArguments
 from .checkpoint import checkpoint_to_resume, load_encoder, load_head, processor_folder, save_encoder, save_head
@@ -205,7 +206,12 @@ class SavingTrainer(ShardingTrainer):
         return manifest["run"] == self.run and not manifest["extra"]
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """`save_strategy="best"` would take a signal's checkpoint back."""
+        """`save_strategy="best"` would take a signal's checkpoint back, and NaN is better or worse than nothing."""
+        metrics: Any = args[0] if args else kwargs["metrics"]
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if math.isnan(metrics.get(name, 0.0)):
+            remedy = "Choose by another metric, or on a larger set."
+            raise NonFiniteError("the metric to choose by is NaN", where=name, remedy=remedy)
         return super()._determine_best_metric(*args, **kwargs) or self.stop.is_due
 
     def _together(self, temporary: Path, parts: Sequence[Callable[[], object]]) -> None:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class StartingTrainer(ModelInitTrainer):
     """What `RobustTrainer` computes before it trains: where terms and tasks start, and SAFT's entries."""
 
-    def start(self, resumed: bool) -> None:
+    def begin(self, resumed: bool) -> None:
         """Starts the terms of the loss; where no checkpoint brings them, also the task's own tensors and the entries.
 
         Args:

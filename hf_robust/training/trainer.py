@@ -28,7 +28,7 @@ from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
 from .model_init import ClassNames, as_task, model_or_first
-from .preflight import check_arguments, check_best_metric, check_metrics, check_targets, check_training
+from .preflight import check_arguments, check_best_metric, check_length, check_metrics, check_targets, check_training
 from .ranks import raise_on_all
 from .replaced import replaced
 from .starting import StartingTrainer
@@ -131,6 +131,7 @@ class RobustTrainer(StartingTrainer):
         if train_dataset is not None:
             train_rows = labelled_images(train_dataset, "train_dataset", order=order, target=target)
             check_targets(train_rows)
+            check_length(train_rows, args)
         self.as_task = partial(as_task, processing_class, train_rows, class_names, args)
         with replaced(args, label_smoothing_factor=0.0):  # `Trainer` would look for the config of a language model
             super().__init__(
@@ -161,7 +162,7 @@ class RobustTrainer(StartingTrainer):
         self.add_callback(self.stop)
         self.add_callback(AfterStep())
         self._take_datasets()
-        check_best_metric(args, self.eval_dataset, self.model.metrics, self.own_metrics)
+        check_best_metric(args, self.eval_dataset, self.model, self.own_metrics)
         self.keep_start()
 
     def _take_datasets(self) -> None:
@@ -170,7 +171,7 @@ class RobustTrainer(StartingTrainer):
         if isinstance(self.eval_dataset, Mapping):
             self.eval_dataset = self._sets(self.eval_dataset)
         elif self.eval_dataset is not None:
-            self.eval_dataset = self._rows(self.eval_dataset, "eval_dataset")
+            self.eval_dataset = self._evaluated(self.eval_dataset, "eval_dataset")
 
     # --- training ---
 
@@ -213,7 +214,7 @@ class RobustTrainer(StartingTrainer):
         self._describe_run(checkpoint)
         self.model.progress, self.epoch_begun = Progress(seed=self.args.seed), -1
         self.model.check_training(self.train_dataset)  # before anything is computed of it
-        self.start(resumed=checkpoint is not None)
+        self.begin(resumed=checkpoint is not None)
         check_training(self.model, self.train_dataset)
         starts = self.args.eval_on_start and checkpoint is None
         try:

@@ -83,7 +83,7 @@ def test_what_cannot_be_learned_from_is_refused_before_any_step(tmp_path):
     rows = [row for row, one in enumerate(identities) if one != "7"] + [identities.index("7")]
     with pytest.raises(DataError, match=r"1 of 3 identities have fewer than two images.*'7'"):
         of(tmp_path, train_dataset=people().select(rows)).train()
-    with pytest.raises(ConfigError, match="identities have no words"):
+    with pytest.raises(ConfigError, match="identities have no class names in words"):
         of(tmp_path, class_names=NAMES)
     with pytest.raises(ConfigError, match="does not hold whole identities"):
         of(tmp_path, task={"identities": {"images_per_identity": 3}}).train()

@@ -48,8 +48,9 @@ def test_resumed_run_of_pairs_ends_bit_identical(tmp_path, method):
 
 @pytest.mark.parametrize("task", ["pairs", "flyp"])
 def test_micro_batches_are_one_batch(tmp_path, task):
-    settings = {"task": task, "optim": "sgd", "learning_rate": 1e-3, "templates": ["a {}", "the {}"]}
-    settings |= {} if task == "pairs" else {"train_dataset": image_dataset(10, NAMES), "eval_dataset": None}
+    settings = {"task": task, "optim": "sgd", "learning_rate": 1e-3}
+    labelled = {"train_dataset": image_dataset(10, NAMES), "eval_dataset": None, "templates": ["a {}", "the {}"]}
+    settings |= {} if task == "pairs" else labelled
     big = pairs(tmp_path, per_device_train_batch_size=4, **settings)
     start = weights(big)
     big.train()
@@ -116,6 +117,13 @@ def test_sweep_chooses_alpha_and_gives_the_zero_shot_model_back(tmp_path, task):
 
 
 def test_what_teaches_nothing_is_refused(tmp_path):
+    for task, sets in (("pairs", {}), ("flyp", {"train_dataset": image_dataset(6, NAMES), "eval_dataset": None})):
+        with pytest.raises(ConfigError, match="an image by itself.*got 1; allowed 2 images"):
+            pairs(tmp_path, task=task, per_device_train_batch_size=1, **sets)
+    with pytest.raises(DataError, match="one image"):
+        pairs(tmp_path, train_dataset=captioned(4).select([0]), eval_dataset=None).train()
+    with pytest.raises(ConfigError, match="no class names in words .at templates, head.: got .*'frozen'"):
+        pairs(tmp_path, templates="a {}", head="frozen")
     same_texts = captioned(4).map(lambda row: {"text": ["an ox"]})
     with pytest.raises(DataError, match="all texts are the same"):
         pairs(tmp_path, train_dataset=same_texts, eval_dataset=None).train()
