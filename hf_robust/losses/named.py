@@ -33,7 +33,7 @@ def terms_of(given: Sequence[Term] | Mapping[str, Any] | None, known: Mapping[st
     for term in given or ():
         if not isinstance(term, Term):
             raise _no_terms(term)
-        name = getattr(term, "name", None)
+        name: Any = getattr(term, "name", None)
         check_term(name, term)
         if name in found:
             remedy = "Give one of them another `name`."
