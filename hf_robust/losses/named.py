@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, close_matches
-from .term import Term
+from .term import Term, check_term
 
 
 def terms_of(given: Sequence[Term] | Mapping[str, Any] | None, known: Mapping[str, type[Term]]) -> dict[str, Term]:
@@ -33,7 +33,8 @@ def terms_of(given: Sequence[Term] | Mapping[str, Any] | None, known: Mapping[st
     for term in given or ():
         if not isinstance(term, Term):
             raise _no_terms(term)
-        name = _checked_name(term)
+        name: Any = getattr(term, "name", None)
+        check_term(name, term)
         if name in found:
             remedy = "Give one of them another `name`."
             raise ConfigError("a loss is there twice", where="losses", got=name, remedy=remedy)
@@ -44,14 +45,6 @@ def terms_of(given: Sequence[Term] | Mapping[str, Any] | None, known: Mapping[st
 def _no_terms(got: Any) -> ConfigError:
     allowed = "a list of `Term`s, or settings by name: {'similarity': {'weight': 10.0}}"
     return ConfigError("these are no losses", where="losses", got=got, allowed=allowed)
-
-
-def _checked_name(term: Term) -> str:
-    name = getattr(term, "name", None)
-    if not isinstance(name, str) or not name.isidentifier():
-        allowed = "a `name` of letters, digits and underscores"
-        raise ConfigError("a loss has no name to log it by", where=type(term).__name__, got=name, allowed=allowed)
-    return name
 
 
 def _made(name: str, settings: Any, known: Mapping[str, type[Term]]) -> Term:

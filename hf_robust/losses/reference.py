@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import Batch, Task
 from .layers import HiddenStates, check_layers, showing
-from .term import Term, check_known
+from .term import Term, check_known, check_term
 
 NEEDS = ("image_embeds", "class_embeds", "text_embeds", "weights")
 OTHER: dict[str, Literal["vision", "text"]] = {"vision": "text", "text": "vision"}
@@ -138,6 +138,8 @@ class Reference:
                 weights of the base are trained beside an adapter.
         """
         needs = {need for name, term in terms.items() for need in _checked_needs(name, term, task)}
+        for name, term in terms.items():
+            _check_tuple(f"{name}, layers", term.layers)
         layers = list(dict.fromkeys(layer for term in terms.values() for layer in term.layers))
         check_layers(task.model, layers)
         _check_use(needs, layers, cached)
@@ -290,7 +292,7 @@ def add_terms(task: Task, terms: Mapping[str, Term], cached: bool = False, weigh
         weights: returns the trained tensors of a task and where they started, by name.
 
     Raises:
-        ConfigError: a term cannot be computed for the task.
+        ConfigError: a term cannot be computed for the task, or has a name that is taken or cannot be logged.
 
     Example:
         >>> add_terms(classifier, {"similarity": SimilarityLoss(weight=10.0)})
@@ -300,6 +302,8 @@ def add_terms(task: Task, terms: Mapping[str, Term], cached: bool = False, weigh
     if task.loss_name in terms:
         allowed = "any name but that of the task's own loss"
         raise ConfigError("a loss has a name to log it by that is taken", got=task.loss_name, allowed=allowed)
+    for name, term in terms.items():
+        check_term(name, term)
     own = {name: copy.deepcopy(term) for name, term in terms.items()}
     for term in own.values():
         term.attach(task)
@@ -311,9 +315,17 @@ def add_terms(task: Task, terms: Mapping[str, Term], cached: bool = False, weigh
 
 
 def _checked_needs(name: str, term: Term, task: Task) -> tuple[str, ...]:
-    for need in term.needs_for(task):
+    needs = term.needs_for(task)
+    _check_tuple(f"{name}, needs", needs)
+    for need in needs:
         check_known(f"need of {name}", need, NEEDS)
-    return term.needs_for(task)
+    return needs
+
+
+def _check_tuple(where: str, got: Any) -> None:
+    if isinstance(got, str) or not isinstance(got, Collection):
+        allowed = f"a tuple of names, as ({got!r},)" if isinstance(got, str) else "a tuple of names"
+        raise ConfigError("this is no tuple of names", where=f"losses, {where}", got=got, allowed=allowed)
 
 
 def _check_use(needs: set[str], layers: Sequence[str], cached: bool) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,9 +45,10 @@ def load_terms(terms: nn.ModuleDict, folder: Path) -> None:
     saved = load_file(file) if file.is_file() else {}
     own = {name: tensor.shape for name, tensor in terms.state_dict().items() if isinstance(tensor, Tensor)}
     extras = {f"{path}.{EXTRA}.": module for path, module in stateful(terms)}
-    rest = {name: tensor for name, tensor in saved.items() if not name.startswith(tuple(extras))}
+    beside = {name for name in saved if f"{name}.".startswith(tuple(extras))}
+    rest = {name: tensor for name, tensor in saved.items() if name not in beside}
     wrong = [name for name in {**own, **rest} if name not in own or name not in rest or own[name] != rest[name].shape]
-    lacking = [path for path in extras if not any(name.startswith(path) for name in saved)]
+    lacking = [path for path in extras if not any(f"{name}.".startswith(path) for name in beside)]
     if wrong or lacking:
         remedy = "Resume with the losses it was trained with."
         what, got = "checkpoint has the state of other losses", sorted(wrong + lacking)[:3]
@@ -82,5 +84,6 @@ def terms_state(terms: nn.ModuleDict) -> dict[str, Tensor]:
         if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             what, allowed = "the extra state of a loss cannot be saved", "a dictionary of tensors by name"
             raise ConfigError(what, where=path, got=type(state).__name__, allowed=allowed)
-        found |= {f"{path}.{EXTRA}.{name}": tensor for name, tensor in state.items()}
+        by_name = {f"{path}.{EXTRA}.{name}": tensor for name, tensor in state.items()}
+        found |= by_name or {f"{path}.{EXTRA}": torch.zeros(0)}  # an empty state is not the lack of one
     return found

@@ -169,8 +169,12 @@ class Term(nn.Module):
         Args:
             outputs: what the task returned, a `TaskOutput`.
             reference: θ₀'s answers for the batch.
+
+        Raises:
+            ConfigError: a subclass has no `forward`.
         """
-        raise NotImplementedError
+        remedy = "Define forward(self, outputs, reference)."
+        raise ConfigError("a loss has no `forward`", where=type(self).__name__, remedy=remedy)
 
     def weighted(self, name: str, outputs: Any, reference: BatchReference, progress: Progress) -> dict[str, Tensor]:
         """Returns what is added to the loss, 0-dim, by the names it is logged under.
@@ -182,13 +186,14 @@ class Term(nn.Module):
             progress: where the training is.
 
         Raises:
-            ConfigError: `forward` returned something else than 0-dim tensors.
+            ConfigError: `forward` returned something else than 0-dim tensors, or parts whose names are no strings.
         """
         weight, found = self.weight_at(progress), self(outputs, reference)
         parts = found if isinstance(found, Mapping) else {"": found}
-        for part in parts.values():
-            if not isinstance(part, Tensor) or part.ndim > 0:
-                got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        for key, part in parts.items():
+            if not isinstance(part, Tensor) or part.ndim > 0 or not isinstance(key, str):
+                got = tuple(part.shape) if isinstance(part, Tensor) and part.ndim > 0 else type(part).__name__
+                got = got if isinstance(key, str) else f"a part called {key!r}"
                 allowed = "a 0-dim tensor, the mean over the images, or several by name"
                 raise ConfigError("a term returned no loss", where=f"losses, {name}", got=got, allowed=allowed)
         return {f"{name}_{part}" if part else name: weight * value for part, value in parts.items()}
@@ -196,6 +201,28 @@ class Term(nn.Module):
     def extra_repr(self) -> str:
         """Shows the settings in the module's `repr`."""
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+def check_term(name: Any, term: Term) -> None:
+    """Refuses a term that no task can hold.
+
+    Args:
+        name: what it is called.
+        term: the term.
+
+    Raises:
+        ConfigError: the name is no identifier or one that PyTorch takes, or `Term.__init__` was not called.
+    """
+    where = type(term).__name__
+    if not isinstance(name, str) or not name.isidentifier():
+        allowed = "a `name` of letters, digits and underscores"
+        raise ConfigError("a loss has no name to log it by", where=where, got=name, allowed=allowed)
+    if name in dir(nn.ModuleDict()):
+        remedy = "Give it another `name`."
+        raise ConfigError("a loss has the name of an attribute of nn.ModuleDict", where=where, got=name, remedy=remedy)
+    if "_parameters" not in vars(term):
+        remedy = "Call super().__init__(...) first in its __init__."
+        raise ConfigError("a loss was made without Term.__init__", where=where, remedy=remedy)
 
 
 def check_names(settings: Mapping[str, Any], known: Mapping[str, inspect.Parameter], name: str) -> None:

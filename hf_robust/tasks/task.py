@@ -295,13 +295,22 @@ class Task(nn.Module):
         Args:
             output: the `TaskOutput`.
             inputs: the batch.
+
+        Raises:
+            ConfigError: two of them would be logged under one name.
         """
         if not self.training or not self.terms or output.loss is None:
             return output
         reference = self.reference.of_batch(self, output, inputs)
         found: dict[str, Tensor] = {}
+        owners = {self.loss_name: "the task's own loss"}
         for name, term in self.terms.items():
-            found |= term.weighted(name, output, reference, self.progress)
+            for logged, part in term.weighted(name, output, reference, self.progress).items():
+                if logged in owners:
+                    what, remedy = "two losses have one name to log them by", "Give one of them another `name`."
+                    where = f"{owners[logged]}, and the loss {name!r}"
+                    raise ConfigError(what, where=where, got=logged, remedy=remedy)
+                owners[logged], found[logged] = f"the loss {name!r}", part
         output.terms = found
         return output
 

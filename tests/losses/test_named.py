@@ -45,6 +45,13 @@ def without_name():
     return type("Nameless", (Term,), {})()
 
 
+class Unmade(Term):
+    name = "unmade"
+
+    def __init__(self):
+        self.margin = 0.1
+
+
 REFUSED = {
     "unknown name": ({"similarty": {}}, "no such loss.*'similarty'.*Did you mean 'similarity'"),
     "unknown setting": ({"similarity": {"wieght": 1.0}}, "losses, similarity.*'wieght'.*Did you mean 'weight'"),
@@ -58,6 +65,11 @@ REFUSED = {
     "twice": ([SimilarityLoss(), SimilarityLoss(2.0)], "there twice.*'similarity'.*another `name`"),
     "without name": ([without_name()], "no name to log it by.*Nameless"),
     "a name with a point": ([type("Dotted", (Term,), {"name": "a.b"})()], "no name.*'a.b'"),
+    "a name that PyTorch takes": (
+        [type("Taken", (Term,), {"name": "items"})()],
+        "attribute of nn.ModuleDict.*'items'",
+    ),
+    "without super().__init__": ([Unmade()], "without Term.__init__.*Unmade.*super"),
 }
 
 

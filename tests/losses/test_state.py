@@ -55,6 +55,13 @@ def test_terms_without_state_need_no_file(tmp_path):
     assert not (tmp_path / FILE).exists()
 
 
+def test_an_empty_state_comes_back(tmp_path):
+    loaded = queues(other=99)
+    save_terms(queues(), tmp_path)
+    load_terms(loaded, tmp_path)
+    assert loaded["queue"].rows == []
+
+
 def test_the_state_of_other_terms_is_refused(tmp_path):
     with pytest.raises(AdapterFileError, match="state of other losses.*queue.scale.*Resume with the losses"):
         load_terms(queues(), tmp_path)

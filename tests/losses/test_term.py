@@ -255,6 +255,10 @@ REFUSED = {
     "text layer": (lambda: a_drift(layers=("text_model.encoder.layers.1",)), "no such layer in the vision tower"),
     "not named": (lambda: a_drift(needs=()), "did not say it needs.*'image_embeds'"),
     "not 0-dim": (lambda: a_drift(lambda outputs, reference: outputs.image_embeds), "no loss.*losses, drift.*4, 24"),
+    "needs in a string": (lambda: a_drift(needs="weights"), r"no tuple.*drift, needs.*got 'weights'.*\('weights',\)"),
+    "layers in a string": (lambda: a_drift(layers="vision_model"), "no tuple.*drift, layers.*got 'vision_model'"),
+    "no forward": (lambda: type("Idle", (Term,), {"name": "idle"})(), "no `forward`.*Idle"),
+    "a part without name": (lambda: a_drift(lambda outputs, _: {0: outputs.loss}), "no loss.*a part called 0"),
     "no tensor": (lambda: a_drift(lambda outputs, reference: 1.5), "no loss.*losses, drift.*float"),
 }
 
@@ -287,3 +291,28 @@ def test_hidden_states_of_embedded_images_are_refused():
 def test_the_name_of_the_tasks_own_loss_is_taken():
     with pytest.raises(ConfigError, match="a name to log it by that is taken.*'cross_entropy'"):
         task_with(type("Taken", (SimilarityLoss,), {"name": "cross_entropy"})())
+
+
+def parts(name, *keys):
+    """A term of several parts."""
+    return type(
+        "Parts", (Term,), {"name": name, "forward": lambda self, outputs, _: dict.fromkeys(keys, outputs.loss)}
+    )()
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ([parts("cross", "entropy")], "the task's own loss, and the loss 'cross'.*'cross_entropy'"),
+        ([SimilarityLoss(), a_drift(name="similarity_vision")], "'similarity', and the loss 'similarity_vision'"),
+        ([parts("a", "b_c"), parts("a_b", "c")], "the loss 'a', and the loss 'a_b'.*'a_b_c'"),
+    ],
+)
+def test_no_loss_is_dropped_for_another_of_its_name(terms, message):
+    with pytest.raises(ConfigError, match=message):
+        task_with(*terms)(**batch())
+
+
+def test_a_name_that_pytorch_takes_is_refused():
+    with pytest.raises(ConfigError, match="attribute of nn.ModuleDict.*'training'"):
+        task_with(parts("training", "one"))

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The term of one's own in the README runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel, AutoProcessor
+
+from hf_robust.losses import SimilarityLoss
+from tests.tiny_models import tiny_model, tiny_processor
+from tests.trainers import build
+
+ROOT = Path(__file__).parents[2]
+DRAWINGS = ROOT / "examples/demo/clip-tiny-drawings"
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "vision-text-dual-encoder", "drawings"])
+def test_lipsum_trains(tmp_path, family):
+    (block,) = re.findall(r"```python\n([^`]*^class Lipsum[^`]*)```", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names: dict = {}
+    exec(block, names)
+    if family == "drawings":
+        model, processor = AutoModel.from_pretrained(DRAWINGS), AutoProcessor.from_pretrained(DRAWINGS)
+    else:
+        model, processor = tiny_model(family), tiny_processor(family)
+    losses = [SimilarityLoss(weight=10.0), names["Lipsum"](schedule="linear")]
+    settings = {"max_steps": 2, "learning_rate": 1e-4, "logging_strategy": "steps", "logging_steps": 1}
+    trainer = build(tmp_path, model=model, processing_class=processor, losses=losses, eval_dataset=None, **settings)
+    trainer.train()
+    first, second, *_ = (log["loss_lipsum"] for log in trainer.state.log_history if "loss_lipsum" in log)
+    assert abs(first) < 1e-6 < second
