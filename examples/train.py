@@ -153,7 +153,7 @@ def show(results: dict[str, Any], sets: Sets) -> None:
     """Prints what the sets are measured by side by side, and what they changed by, in percent."""
     columns = {} if results["method"] == "zero_shot" else {results["method"]: results["fine_tuned"]}
     if results["wise_ft"]:
-        columns[f"alpha {results['wise_ft']['alpha']:.1f}"] = results["wise_ft"]["accuracy"]
+        columns[f"alpha {results['wise_ft']['alpha']:.1f}"] = results["wise_ft"][results["metric"]]
     table = Table("set", title=f"{results['metric'].replace('accuracy', 'Accuracy')} in %")
     for title in ("images", "zero-shot", *(title for column in columns for title in (column, "change"))):
         table.add_column(title, justify="right")
@@ -161,7 +161,7 @@ def show(results: dict[str, Any], sets: Sets) -> None:
         before = results["zero_shot"][name]
         cells = [percent(before)]
         for accuracy in columns.values():
-            cells += [percent(accuracy[name]), f"{100 * (accuracy[name] - before):+.1f}"]
+            cells += [percent(accuracy[name]), f"{round(100 * (accuracy[name] - before), 1) + 0.0:+.1f}"]
         table.add_row(name, str(len(dataset)), *cells)
     Console().print(table)
     if results["wise_ft"] and results["wise_ft"]["alpha"] == 0:
@@ -210,7 +210,7 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
         sweep = trainer.wise_ft_sweep(sets["validation"])
         alpha = sweep.best_alpha
         columns["chosen alpha"] = evaluated(trainer, sets)
-        found = {"alpha": alpha, "accuracy": columns["chosen alpha"], "sweep": sweep.rows}
+        found = {"alpha": alpha, trainer.model.metrics[0]: columns["chosen alpha"], "sweep": sweep.rows}
     save_with_card(trainer, sets, columns, alpha)
     return {
         "zero_shot": zero_shot,

@@ -12,6 +12,7 @@ from .data.embeds_cache import with_image_embeds as with_image_embeds
 from .encoders.context import context_prompt as context_prompt
 from .encoders.dual_encoder import image_embeds as image_embeds
 from .encoders.dual_encoder import text_embeds as text_embeds
+from .encoders.dual_encoder import tokenize as tokenize
 from .encoders.image_size import with_image_size as with_image_size
 from .interpolation import AlphaSweep as AlphaSweep
 from .interpolation import WiSEFTCallback as WiSEFTCallback

@@ -212,7 +212,8 @@ class RobustnessSuite:
             allowed = "a mapping with 'sets' and, if you like, 'defaults'"
             raise ConfigError("no suite", where=str(path), got=content, allowed=allowed)
         defaults = content.get("defaults") or {}
-        return cls([_set_from_settings(name, {**defaults, **own}, str(path)) for name, own in content["sets"].items()])
+        sets = {name: {**_meant(defaults, own), **own} for name, own in content["sets"].items()}
+        return cls([_set_from_settings(name, settings, str(path)) for name, settings in sets.items()])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings of all sets as JSON can hold them."""
@@ -222,6 +223,13 @@ class RobustnessSuite:
 def shipped_suites() -> list[str]:
     """Returns the names of the suites that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _meant(defaults: Mapping[str, Any], own: Any) -> dict[str, Any]:
+    """Those defaults that mean something for the task of a set."""
+    task = {**defaults, **own}.get("task", "classification") if isinstance(own, Mapping) else "classification"
+    without = WITHOUT_MEANING[task] if task in WITHOUT_MEANING else ()
+    return {name: value for name, value in defaults.items() if name not in without}
 
 
 def _check_meaning(one: SuiteSet) -> None:

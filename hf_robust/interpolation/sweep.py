@@ -13,12 +13,13 @@ from ..errors import ConfigError, NonFiniteError
 from .adapters import wise_ft, zero_shot_heads
 from .arithmetic import check_alpha
 
+MOST_COLUMNS = 9  # of a table on a terminal
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
 class AlphaSweep:
-    """What `alpha_sweep` found; printed as a table.
+    """What `alpha_sweep` found; printed as a table, of many metrics with the metric α was chosen by and the losses.
 
     Args:
         rows: for every α, in the order given, `alpha` and the metrics there.
@@ -37,6 +38,12 @@ class AlphaSweep:
 
     def __str__(self) -> str:
         names = list(self.rows[0])
+        if len(names) > MOST_COLUMNS:
+            sets = [name.removesuffix("_loss") for name in names if name.endswith("_loss")]
+            own = max((one for one in sets if self.metric.startswith(f"{one}_")), key=len, default="")
+            metrics = self.metric.removeprefix(f"{own}_"), "loss"
+            shown = {"alpha", self.metric, *(f"{one}_{metric}" for one in sets for metric in metrics)}
+            names = [name for name in names if name in shown]
         table = [names] + [[_text(name, row[name]) for name in names] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         marks = [" ", *("*" if row["alpha"] == self.best_alpha else " " for row in self.rows)]

@@ -15,8 +15,9 @@ from .class_names import ZeroShotClassifier
 from .flyp import FLYP
 from .identities import Identities
 from .pairs import ImageTextPairs
+from .settings import task_settings
 from .several_labels import SeveralLabels
-from .task import Rows, Task, task_settings
+from .task import Rows, Task
 
 FROM_ELSEWHERE = ("model", "processor", "class_names", "templates", "head", "data_names", "identities")
 ALL = (ZeroShotClassifier, FLYP, ImageTextPairs, SeveralLabels, Identities)

@@ -27,7 +27,8 @@ from .gather import n_ranks
 from .measure import Measure
 from .prompts import Prompts
 from .sampled_classes import SampledClasses, check_sampled_loss
-from .task import Rows, Task, TaskOutput, task_settings
+from .settings import task_settings
+from .task import Rows, Task, TaskOutput
 from .task_loss import TaskLoss, class_weights
 
 __all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]

@@ -29,7 +29,8 @@ from .identity_head import identity_head, mean_directions
 from .identity_metrics import identity_metrics
 from .identity_sampler import IdentitySampler
 from .measure import Measure
-from .task import Batch, Rows, Task, TaskOutput, check_no_words, task_settings
+from .settings import check_no_words, task_settings
+from .task import Batch, Rows, Task, TaskOutput
 
 MOST_SHOWN = 3  # identities in a message
 METRICS = ("mAP@R", "recall@1", "roc_auc", "tar_at_far_1e-2", "tar_at_far_1e-3", "loss")

@@ -25,7 +25,8 @@ from ..encoders.dual_encoder import image_embeds as embed_images
 from ..errors import AdapterFileError, ConfigError, DataError
 from .contrastive import RepeatedTexts, check_loss_settings, gather_pairs, sigmoid_loss, softmax_loss
 from .retrieval import METRICS, RetrievalMeasure, SetTexts, set_texts
-from .task import Rows, Task, TaskOutput, check_no_words, chunk_size, task_settings
+from .settings import check_no_words, task_settings
+from .task import Rows, Task, TaskOutput, chunk_size
 
 LARGEST_SCALE = math.log(100)  # of logit_scale, as in CLIP's training
 NO_TOKEN = -1

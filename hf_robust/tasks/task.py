@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -24,6 +22,7 @@ from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.dual_encoder import base_model
 from ..errors import ConfigError
 from .measure import Measure
+from .progress import Progress
 from .task_loss import TaskLoss, check_plain
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where a task's own part is saved
@@ -44,41 +43,6 @@ class TaskOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a training is.
-
-    Args:
-        step: optimizer steps done.
-        steps: of the whole training.
-        epoch: passes over the training set that have begun, less one.
-        epochs: of the whole training.
-        seed: of the training; what is drawn for a step hangs on it and on `step`.
-    """
-
-    step: int = 0
-    steps: int = 1
-    epoch: int = 0
-    epochs: int = 1
-    seed: int = 0
-
-    @property
-    def fraction(self) -> float:
-        """What has been done of the training, in [0, 1]."""
-        return self.step / self.steps
-
-    def generator(self, what: str) -> torch.Generator:
-        """Returns a generator (CPU) that draws the same for a seed and a step, on every rank and after a resume.
-
-        Args:
-            what: what the numbers are for; for something else it draws others.
-        """
-        key = f"{self.seed} {self.step} {what}".encode()
-        return torch.Generator().manual_seed(
-            int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-        )
 
 
 class Task(nn.Module):
@@ -337,26 +301,6 @@ class Task(nn.Module):
         )
 
 
-def task_settings(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the settings of the task that is meant.
-
-    Args:
-        given: a name, or a mapping from it to the settings, see `RobustTrainingArguments`.
-
-    Raises:
-        ConfigError: they are no mapping.
-
-    Example:
-        >>> task_settings({"class_names": {"text_chunk_size": 64}})
-        {'text_chunk_size': 64}
-    """
-    settings = next(iter(given.values()), None) if isinstance(given, Mapping) else {}
-    if not isinstance(settings, Mapping):
-        allowed = "{name: {setting: value, …}}"
-        raise ConfigError("settings of a task are no mapping", where="task", got=given, allowed=allowed)
-    return dict(settings)
-
-
 def chunk_size(task: Task, given: int | None) -> int | None:
     """Returns how many rows a task with `whole_batch` embeds at once; None for all of them.
 
@@ -371,22 +315,3 @@ def chunk_size(task: Task, given: int | None) -> int | None:
     """
     known = [size for size in (given, task.rows_at_once) if size is not None]
     return min(known, default=None) if task.training else None
-
-
-def check_no_words(class_names: Any, args: Any, task: str) -> None:
-    """Refuses settings of class names for a task without any.
-
-    Args:
-        class_names: what the user gave.
-        args: the `RobustTrainingArguments`.
-        task: its name.
-
-    Raises:
-        ConfigError: there are any.
-    """
-    defaults = {field.name: field.default for field in fields(args)}
-    given = {"class_names": class_names} if class_names is not None else {}
-    given |= {n: getattr(args, n) for n in ("templates", "head") if getattr(args, n) != defaults[n]}
-    if given:
-        what, remedy = f"{task} have no class names in words", "Leave it out."
-        raise ConfigError(what, where=", ".join(given), got=[*given.values()], remedy=remedy)

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from ..data.text_files import parse_json
 from ..errors import ConfigError
 from ..tasks.choose import task_class
-from ..tasks.task import task_settings
+from ..tasks.settings import task_settings
 from ..tasks.task_loss import check_loss_settings
 from .losses import settings_of
 from .unsupported import check_options

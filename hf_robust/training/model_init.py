@@ -18,7 +18,8 @@ from ..interpolation.callback import WiSEFTCallback
 from ..losses.reference import add_terms
 from ..losses.term import Term
 from ..tasks.choose import task_class
-from ..tasks.task import Rows, Task, task_settings
+from ..tasks.settings import task_settings
+from ..tasks.task import Rows, Task
 from .arguments import RobustTrainingArguments
 from .evaluating import EvaluatingTrainer
 from .losses import StartingPoint, check_sharded, losses_of

@@ -67,14 +67,16 @@ def embeds_of(model, photos):
 
 
 def test_recalls_are_those_of_all_texts_and_all_images_of_the_set(photos, report):
-    """A wrong answer as similar as the right one comes before it: equal texts find no image alone."""
+    """A wrong answer as similar as the right one comes before it; equal texts are one, of several images."""
     images, texts, _ = embeds_of(tiny_model("clip"), photos)
-    owners = np.repeat(np.arange(N), [len(row) for row in TEXTS])
-    similar = images @ texts.T
-    own = owners[None] == np.arange(N)[:, None]
-    best = np.where(own, similar, -np.inf).max(axis=1, keepdims=True)
-    image_ranks = 1 + ((similar > best - 1e-6) & ~own).sum(axis=1)
-    text_ranks = 1 + ((similar > similar[own.argmax(axis=0), np.arange(len(texts))] - 1e-6) & ~own).sum(axis=0)
+    different = list(dict.fromkeys(text for row in TEXTS for text in row))
+    flat = [text for row in TEXTS for text in row]
+    similar = images @ texts[[flat.index(text) for text in different]].T  # (images, different texts)
+    own = np.array([[text in row for text in different] for row in TEXTS])
+    best_of_images = np.where(own, similar, -np.inf).max(axis=1, keepdims=True)
+    best_of_texts = np.where(own, similar, -np.inf).max(axis=0)
+    image_ranks = 1 + ((similar > best_of_images - 1e-6) & ~own).sum(axis=1)
+    text_ranks = 1 + ((similar > best_of_texts - 1e-6) & ~own).sum(axis=0)
     found = report.sets["captions"].metrics
     for k in (1, 5, 10):
         assert found[f"image_to_text_recall@{k}"] == pytest.approx((image_ranks <= k).mean())
@@ -188,12 +190,12 @@ def test_a_set_without_texts_or_labels_is_refused(photos):
 def test_texts_that_are_too_long_are_refused_unless_they_are_to_be_cut(photos, monkeypatch):
     model = tiny_model("clip")
     counts = counted(model, monkeypatch)
-    long = photos.remove_columns("caption").add_column("text", [*("red " * 90,) * 2, *("blue",) * (N - 2)])
-    with pytest.raises(DataError, match=f"2 of {N} texts are longer than the text tower .at long.*truncate=True"):
+    long = photos.remove_columns("caption").add_column("text", ["red " * 90, "red " * 91, *("blue",) * (N - 2)])
+    with pytest.raises(DataError, match="2 of 3 texts are longer than the text tower .at long.*truncate=True"):
         evaluate(SuiteSet("long", "id", long, task="retrieval"), model=model)
     assert not counts
     found = evaluate(SuiteSet("long", "id", long, task="retrieval", truncate=True), model=model)
-    assert counts["prompts"] == 2 and found.sets["long"].metrics["text_to_image_recall@1"] == 0  # all have a rival
+    assert counts["prompts"] == 3 and found.sets["long"].metrics["text_to_image_recall@1"] < 1
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,15 @@ def test_a_task_is_read_from_yaml(photos, tmp_path):
     (tmp_path / "suite.yaml").write_text(f"sets:\n  a: {{{settings}}}\n")
     one = RobustnessSuite.from_yaml(tmp_path / "suite.yaml").sets[0]
     assert (one.task, one.label_column, one.truncate) == ("retrieval", "caption", True)
-    (tmp_path / "suite.yaml").write_text("defaults: {templates: photo}\nsets:\n  a: {" + settings + "}\n")
+    (tmp_path / "suite.yaml").write_text("sets:\n  a: {templates: photo, " + settings + "}\n")
     with pytest.raises(ConfigError, match="templates means nothing for retrieval .at a."):
         RobustnessSuite.from_yaml(tmp_path / "suite.yaml")
+
+
+def test_defaults_of_a_file_are_for_the_sets_they_mean_something_for(tmp_path):
+    (tmp_path / "suite.yaml").write_text(
+        "defaults: {templates: 'an icon of a {}.'}\nsets:\n  photos: {role: id, source: photos}\n"
+        "  captions: {role: other, source: captions, task: retrieval}\n"
+    )
+    photos, captions = RobustnessSuite.from_yaml(tmp_path / "suite.yaml").sets
+    assert (photos.templates, captions.templates) == ("an icon of a {}.", "single")

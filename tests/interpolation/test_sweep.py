@@ -183,3 +183,12 @@ def test_the_zero_shot_head_is_not_built_for_every_alpha(monkeypatch):
     found = alpha_sweep(model, [0, 0.25, 0.5, 0.75, 1], lambda m: {METRIC: 0.5}, METRIC)
     assert found.best_alpha == 0 and same_bits(model.class_head.weight.detach(), start)
     assert len(calls) == 2 and sweep.wise_ft is adapters.wise_ft
+
+
+def test_a_table_of_many_metrics_shows_the_chosen_one_and_the_losses():
+    names = [
+        f"{one}_{metric}" for one in ("validation", "id") for metric in ("recall@1", "a_recall@1", "b", "c", "loss")
+    ]
+    shown = str(AlphaSweep([{"alpha": 0.5, **dict.fromkeys(names, 0.25)}], "validation_recall@1", 0.5))
+    expected = ["alpha", "validation_recall@1", "validation_loss", "id_recall@1", "id_loss"]
+    assert shown.splitlines()[0].split() == expected
