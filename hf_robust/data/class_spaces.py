@@ -96,9 +96,7 @@ def class_space(
     if class_names is None:
         if data_names is None:
             remedy = "Pass class_names (class_names_file in a script), one per class in the order of the labels; or a "
-            remedy += (
-                "training set whose labels are text or a ClassLabel. Where none are learned, name the task."
-            )
+            remedy += "training set whose labels are text or a ClassLabel. Where none are learned, name the task."
             raise DataError("class names are missing", where=where, remedy=remedy)
         return ClassSpace(check_class_names([readable(name) for name in data_names]), list(data_names))
     if isinstance(class_names, Mapping):
