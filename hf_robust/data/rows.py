@@ -197,7 +197,8 @@ def labelled_images(
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset` with columns of these, also with a `set_transform` that
             returns images; or a torch dataset whose rows are mappings of `image` and the target, or pairs of both,
-            with or without `.classes`, as torchvision's `ImageFolder`; its labels and identities are integers from 0.
+            with or without `.classes`, as torchvision's `ImageFolder`; its labels are integers from 0, its identities
+            integers or strings of `.targets`, else integers from 0, and several labels names or 0/1 vectors.
         name: the dataset's, for messages.
         image_column: the column of images; None for the one with a usual spelling.
         label_column: the column of the target, likewise. A dataset without labels can be predicted.
@@ -254,7 +255,7 @@ def _from_table(
     columns, found = table_columns(dataset.features, name, image_column, label_column, target, transform)
     labels, names = table_labels(dataset, columns, order) if len(dataset) else (None, None)
     rows = _undecoded(dataset, columns)
-    if labels is not None and (labels == NO_LABEL).all():  # how test sets of the Hub hide them
+    if labels is not None and found != LABELS and (labels == NO_LABEL).all():  # how test sets of the Hub hide them
         rows, columns, labels = rows.remove_columns(str(columns.label)), replace(columns, label=None), None
     return _checked(LabelledImages(rows, name, columns, np.arange(len(rows)), labels, names, target=found))
 
@@ -284,7 +285,10 @@ def _names_of_lists(order: Sequence[str] | None, target: Target | None) -> list[
 def _with_labels(row: dict[str, Any], number: int, rows: LabelledImages | LabelledStream) -> dict[str, Any]:
     if rows.target != LABELS or LABELS not in row:
         return row
-    return {**row, LABELS: row_labels(row[LABELS], number, rows.name, rows.class_names)}
+    columns = rows.columns if isinstance(rows.rows, datasets.IterableDataset) else None
+    feature: Any = None if columns is None else rows.rows.features[columns.label]
+    are_indices = is_list(feature) and isinstance(feature.feature, ClassLabel) and bool(feature.feature.names)
+    return {**row, LABELS: row_labels(row[LABELS], number, rows.name, rows.class_names, are_indices)}
 
 
 def _check_same_labels(of_rows: list[Any], labels: list[int], name: str) -> None:

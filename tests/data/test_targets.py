@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from hf_robust.data.collator import ImageCollator
-from hf_robust.data.columns import ROW
+from hf_robust.data.columns import KINDS, ROW, no_column
 from hf_robust.data.digest import rows_digest
 from hf_robust.data.embeds_cache import with_reference_embeds
 from hf_robust.data.rows import labelled_images
@@ -126,7 +126,7 @@ FORMS = {
     "vectors of one length": (lambda: beside(List(Value("int8"), length=3), labels=VECTORS), None, None),
     "vectors of numbers": (lambda: beside(List(Value("float32")), labels=VECTORS), CLASSES, CLASSES),
     "torch vectors": (lambda: torch_rows("labels", [torch.tensor(one) for one in VECTORS]), None, None),
-    "torch indices": (lambda: torch_rows("labels", [np.array([1, 0]), [], [2]]), CLASSES, CLASSES),
+    "torch vectors with names": (lambda: torch_rows("labels", [np.array(VECTORS[0]), *VECTORS[1:]]), CLASSES, CLASSES),
     "torch names": (lambda: torch_rows("labels", LISTS), CLASSES, CLASSES),
     "stream": (
         lambda: beside(List(ClassLabel(names=CLASSES)), label=[[1, 0], [], [2]]).to_iterable_dataset(),
@@ -191,6 +191,38 @@ def test_what_a_list_of_labels_means_is_not_guessed():
         labelled_images(beside(label=[0, 1]), "photos", target="labels")
     with pytest.raises(DataError, match="labels are neither integers nor text"):
         list(labelled_images(torch_rows("labels", [["cat", 1]]), "photos", target="labels", order=CLASSES))
+
+
+INDICES = {  # in none of which a row by itself is wrong
+    "short": [[1, 0, 1], [1, 0]],
+    "large": [[1, 0, 1], [1, 0, 2]],
+    "one": [[0, 0, 1], torch.tensor([1])],
+    "unsorted": [[1, 1, 0], np.array([2, 0])],
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_indices_that_show_only_in_a_row_are_refused_and_not_taken_for_vectors(name):
+    message = "0/1 vector has another .*photos, row 1.*names of classes; or use a datasets.Dataset"
+    rows = labelled_images(torch_rows("labels", INDICES[name]), "photos", order=CLASSES, target="labels")
+    assert sum(rows[0]["labels"]) == sum(INDICES[name][0])
+    with pytest.raises(DataError, match=message):
+        rows[1]
+
+
+def test_two_classes_are_vectors_in_a_row_and_indices_where_a_stream_says_so():
+    pairs = [[1, 0], [0, 1], [0, -1], [0, 0]]
+    rows = labelled_images(torch_rows("labels", pairs), "photos", order=["cat", "dog"], target="labels")
+    assert [row["labels"] for row in labelled_images(ConcatDataset([rows, rows]), "photos")] == pairs * 2
+    stream = beside(List(ClassLabel(names=["cat", "dog"])), labels=[[1, 0], [1]]).to_iterable_dataset()
+    assert [row["labels"] for row in labelled_images(stream, "photos", target="labels")] == [[1, 1], [0, 1]]
+
+
+def test_several_labels_that_are_all_unknown_stay_and_others_have_their_name_in_messages():
+    unknown = [[-1, -1, -1], [-1, -1, -1]]
+    rows = labelled_images(beside(labels=unknown), "photos", order=CLASSES, target="labels")
+    assert rows.columns.label == "labels" and [row["labels"] for row in rows] == unknown
+    assert "no column 'labels'" in str(no_column(KINDS["labels"], ["image"], "photos"))
 
 
 # --- identities ---
