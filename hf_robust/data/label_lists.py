@@ -109,8 +109,8 @@ def row_labels(
 class _Lists:
     """Lists in Arrow: `flat` has all entries, `(entries,)`, `lengths` how many each row has, `(rows,)`.
 
-    `number` is that of the row, where there is one that was read by itself; integers are `vectors` there, and where all
-    lists are of one length by their type.
+    `number` is that of the row, where there is one that was read by itself; there integers are `vectors`, as they are
+    where all lists are of one length by their type.
     """
 
     flat: Any

@@ -19,7 +19,7 @@ from .columns import IMAGE, LABELS, ROW, TEXT, Target
 from .draws import DRAW, Draws, with_draws
 from .label_lists import is_list, replace_lists, row_labels
 from .labels import NO_LABEL, check_labels, replace_labels
-from .reading import Columns, read_row, table_columns, table_labels
+from .reading import Columns, find_image, read_row, table_columns, table_labels
 from .texts import read_texts
 
 
@@ -243,6 +243,25 @@ def labelled_images(
     return _from_torch(dataset, name, order, target or "label")
 
 
+def images_alone(dataset: datasets.Dataset, name: str) -> LabelledImages:
+    """Reads which column of a dataset holds images, and leaves all others as they are.
+
+    Args:
+        dataset: a `datasets.Dataset`; its columns may be those of several targets, or of none.
+        name: the dataset's, for messages.
+
+    Raises:
+        DataError: it is empty, or has no column of images.
+
+    Example:
+        >>> images_alone(captioned, "train").to_dataset().column_names
+        ['image', 'caption', 'photographer']
+    """
+    columns = Columns(name, find_image(dataset.features, name), None, _transform_of(dataset))
+    rows = _undecoded(dataset, columns)
+    return _checked(LabelledImages(rows, name, columns, np.arange(len(rows)), None, None, target=None))
+
+
 def _from_table(
     dataset: datasets.Dataset,
     name: str,
@@ -251,8 +270,8 @@ def _from_table(
     order: Sequence[str] | None,
     target: Target | None,
 ) -> LabelledImages:
-    transform = dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
-    columns, found = table_columns(dataset.features, name, image_column, label_column, target, transform)
+    how = image_column, label_column, target, _transform_of(dataset)
+    columns, found = table_columns(dataset.features, name, *how)
     labels, names = table_labels(dataset, columns, order) if len(dataset) else (None, None)
     rows = _undecoded(dataset, columns)
     if labels is not None and found != LABELS and (labels == NO_LABEL).all():  # how test sets of the Hub hide them
@@ -328,6 +347,10 @@ def _checked(rows: LabelledImages) -> LabelledImages:
     if rows.labels is not None and rows.class_names is not None and rows.target != LABELS:
         check_labels(rows.labels, len(rows.class_names), rows.name)
     return rows
+
+
+def _transform_of(dataset: datasets.Dataset) -> Any:
+    return dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
 
 
 def _undecoded(dataset: Any, columns: Columns) -> Any:
