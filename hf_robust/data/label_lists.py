@@ -33,6 +33,15 @@ def is_list(feature: Any) -> bool:
     return isinstance(feature, List | LargeList)
 
 
+def is_of_indices(feature: Any) -> bool:
+    """Whether a column says that it holds lists of class indices, and of which classes.
+
+    Args:
+        feature: of the column in `dataset.features`.
+    """
+    return is_list(feature) and isinstance(feature.feature, ClassLabel) and bool(feature.feature.names)
+
+
 def class_lists(
     dataset: datasets.Dataset, column: str, where: str, order: Sequence[str] | None = None
 ) -> tuple[np.ndarray, list[str] | None]:
@@ -62,7 +71,7 @@ def class_lists(
         allowed = "lists of class indices, lists of class names, or 0/1 vectors"
         raise DataError("labels are no lists", where=f"{where}, {column}", got=str(feature), allowed=allowed)
     lists = _Lists.of(dataset.select_columns(column).with_format("arrow")[:][column].combine_chunks(), where)
-    if isinstance(feature.feature, ClassLabel) and feature.feature.names:
+    if is_of_indices(feature):
         names = list(feature.feature.names)
         return _of_indices(lists, names), names
     return _many_hot(lists, list(order) if order else None)
@@ -199,8 +208,8 @@ def _of_vectors(lists: _Lists, names: list[str] | None) -> np.ndarray:
     if len(wrong):
         row, column = wrong[0].tolist()
         what, allowed = "0/1 vector has another entry", "0, 1, or -1 for what is not known"
-        got = float(values[row, column])
-        raise DataError(what, where=lists.place(row), got=got, allowed=allowed, remedy=remedy)
+        entry = float(values[row, column])
+        raise DataError(what, where=lists.place(row), got=entry, allowed=allowed, remedy=remedy)
     return values.astype(np.int8)
 
 

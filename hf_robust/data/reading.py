@@ -177,6 +177,15 @@ def read_row(row: Any, number: int, where: str, columns: Columns | None, target:
     return columns.read(row, number)
 
 
+def transform_of(dataset: datasets.Dataset) -> Transform | None:
+    """Returns what the user gave `set_transform`; None where there is none.
+
+    Args:
+        dataset: any dataset.
+    """
+    return dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
+
+
 def find_image(names: Iterable[str], where: str, named: str | None = None) -> str | None:
     """Returns the name of the column of images; None where there are embeddings in their place.
 

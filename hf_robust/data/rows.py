@@ -15,12 +15,13 @@ import torch
 from datasets import ClassLabel, Image
 
 from ..errors import DataError
-from .columns import IMAGE, LABELS, ROW, TEXT, Target
+from .columns import IDENTITY, IMAGE, LABELS, ROW, TEXT, Target
 from .draws import DRAW, Draws, with_draws
-from .label_lists import is_list, replace_lists, row_labels
+from .label_lists import is_list, is_of_indices, replace_lists, row_labels
 from .labels import NO_LABEL, check_labels, replace_labels
-from .reading import Columns, find_image, read_row, table_columns, table_labels
+from .reading import Columns, find_image, read_row, table_columns, table_labels, transform_of
 from .texts import read_texts
+from .torch_labels import check_same_labels, joined_identities, stated_labels, torch_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,8 @@ class LabelledImages(torch.utils.data.Dataset):
             return [_with_labels(row, number, self) for row, number in zip(found, numbers, strict=True)]
         labels = self.labels[numbers].tolist()
         if self.columns is None:  # a torch dataset has labels in its rows, too
-            _check_same_labels([row.get(target) for row in found], labels, self.name)
+            stated = stated_labels(self.rows, numbers, labels, target)
+            check_same_labels([row.get(target) for row in found], stated, self.name)
         return [{**row, target: label} for row, label in zip(found, labels, strict=True)]
 
     def _row(self, index: int, number: int) -> Any:
@@ -257,7 +259,7 @@ def images_alone(dataset: datasets.Dataset, name: str) -> LabelledImages:
         >>> images_alone(captioned, "train").to_dataset().column_names
         ['image', 'caption', 'photographer']
     """
-    columns = Columns(name, find_image(dataset.features, name), None, _transform_of(dataset))
+    columns = Columns(name, find_image(dataset.features, name), None, transform_of(dataset))
     rows = _undecoded(dataset, columns)
     return _checked(LabelledImages(rows, name, columns, np.arange(len(rows)), None, None, target=None))
 
@@ -270,7 +272,7 @@ def _from_table(
     order: Sequence[str] | None,
     target: Target | None,
 ) -> LabelledImages:
-    how = image_column, label_column, target, _transform_of(dataset)
+    how = image_column, label_column, target, transform_of(dataset)
     columns, found = table_columns(dataset.features, name, *how)
     labels, names = table_labels(dataset, columns, order) if len(dataset) else (None, None)
     rows = _undecoded(dataset, columns)
@@ -304,17 +306,8 @@ def _names_of_lists(order: Sequence[str] | None, target: Target | None) -> list[
 def _with_labels(row: dict[str, Any], number: int, rows: LabelledImages | LabelledStream) -> dict[str, Any]:
     if rows.target != LABELS or LABELS not in row:
         return row
-    columns = rows.columns if isinstance(rows.rows, datasets.IterableDataset) else None
-    feature: Any = None if columns is None else rows.rows.features[columns.label]
-    are_indices = is_list(feature) and isinstance(feature.feature, ClassLabel) and bool(feature.feature.names)
+    are_indices = rows.columns is not None and is_of_indices(rows.rows.features[rows.columns.label])
     return {**row, LABELS: row_labels(row[LABELS], number, rows.name, rows.class_names, are_indices)}
-
-
-def _check_same_labels(of_rows: list[Any], labels: list[int], name: str) -> None:
-    for found, label in zip(of_rows, labels, strict=True):
-        if found is not None and found != label:
-            what, remedy = "labels of rows are not those of `targets`", "Leave `targets` out, or make them the same."
-            raise DataError(what, where=name, got=(found, label), remedy=remedy)
 
 
 def _joined(parts: Sequence[Any]) -> LabelledImages:
@@ -323,18 +316,21 @@ def _joined(parts: Sequence[Any]) -> LabelledImages:
     if any(part.target != target for part in parts):
         got = [part.target for part in parts]
         raise DataError("joined datasets have other targets", where=parts[0].name, got=got, remedy="Name the task.")
+    labels = [part.shown_labels for part in parts if part.shown_labels is not None]
+    if target == IDENTITY and len(labels) == len(parts):
+        labels, everyone = joined_identities(labels, [of_part or [] for of_part in names])
+        names = [everyone]
     other = next((one for one in names if one != names[0]), names[0])
     if other != names[0]:
         remedy = "Give all of them the same class names in the same order."
         raise DataError("joined datasets have other classes", where=parts[0].name, got=other, remedy=remedy)
-    labels = [part.shown_labels for part in parts]
-    known = None if any(one is None for one in labels) else np.concatenate(labels)
+    known = np.concatenate(labels) if len(labels) == len(parts) else None
     rows: Any = torch.utils.data.ConcatDataset(parts)
     return _checked(LabelledImages(rows, parts[0].name, None, np.arange(len(rows)), known, names[0], target=target))
 
 
 def _from_torch(dataset: Any, name: str, order: Sequence[str] | None, target: Target) -> LabelledImages:
-    labels, class_names = (None, None) if target == TEXT else _torch_labels(dataset)
+    labels, class_names = torch_labels(dataset, target, name)
     if target == LABELS:
         labels, class_names = None, class_names or _names_of_lists(order, target)
     numbers = np.arange(len(dataset))
@@ -349,20 +345,8 @@ def _checked(rows: LabelledImages) -> LabelledImages:
     return rows
 
 
-def _transform_of(dataset: datasets.Dataset) -> Any:
-    return dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
-
-
 def _undecoded(dataset: Any, columns: Columns) -> Any:
     plain = dataset.with_format(None)
     if columns.image is not None and isinstance(dataset.features[columns.image], Image):
         return plain.cast_column(columns.image, Image(decode=False))
     return plain
-
-
-def _torch_labels(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and class names as torchvision's datasets hold them."""
-    if getattr(dataset, "target_transform", None) is not None:  # then its names are those of other labels, too
-        return None, None
-    names, targets = getattr(dataset, "classes", None), getattr(dataset, "targets", None)
-    return None if targets is None else np.asarray(targets), None if names is None else list(names)

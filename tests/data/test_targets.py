@@ -245,6 +245,33 @@ def test_identities_are_numbered_and_keep_their_names_as_text():
         labelled_images(beside(identity=[0.5]), "people", target="identity")
 
 
+class Targets(Listed):
+    """As torchvision's: all labels are known before a row is read."""
+
+    def __init__(self, targets, rows=None):
+        super().__init__([(Image.new("RGB", (4, 4)), one) for one in (targets if rows is None else rows)])
+        self.targets = targets
+
+
+@pytest.mark.parametrize("values", [["b", "a", "b"], [7, -17, 7], torch.tensor([27, 7, 27]), np.array([3, 1, 3])])
+def test_identities_of_targets_are_numbered_as_those_of_a_table(values):
+    rows = labelled_images(Targets(values), "people", target="identity")
+    table = labelled_images(beside(identity=values), "people", target="identity")
+    assert rows.labels.tolist() == table.labels.tolist() == [row["identity"] for row in rows] == [1, 0, 1]
+    assert rows.class_names == table.class_names
+
+
+def test_identities_of_joined_sets_are_numbered_together_and_those_of_rows_are_looked_at():
+    parts = [labelled_images(Targets(values), "people", target="identity") for values in ([7, 9, 7], [8, 9])]
+    rows = labelled_images(ConcatDataset(parts), "people", target="identity")
+    assert rows.class_names == ["7", "9", "8"]
+    assert [row["identity"] for row in rows] == rows.labels.tolist() == [0, 1, 0, 2, 1]
+    with pytest.raises(DataError, match="labels of rows are not those of `targets`"):
+        labelled_images(Targets([7, 9], rows=[7, 8]), "people", target="identity")[1]
+    with pytest.raises(DataError, match="neither integers nor text.*people, row 0.*0.5"):
+        labelled_images(Targets([0.5, 1]), "people", target="identity")
+
+
 # --- which of them ---
 
 
