@@ -76,8 +76,7 @@ class LabelledImages(torch.utils.data.Dataset):
             return [_with_labels(row, number, self) for row, number in zip(found, numbers, strict=True)]
         labels = self.labels[numbers].tolist()
         if self.columns is None:  # a torch dataset has labels in its rows, too
-            stated = stated_labels(self.rows, numbers, labels, target)
-            check_same_labels([row.get(target) for row in found], stated, self.name)
+            check_same_labels(found, stated_labels(self.rows, numbers, labels, target), target, self.name)
         return [{**row, target: label} for row, label in zip(found, labels, strict=True)]
 
     def _row(self, index: int, number: int) -> Any:
@@ -272,8 +271,8 @@ def _from_table(
     order: Sequence[str] | None,
     target: Target | None,
 ) -> LabelledImages:
-    how = image_column, label_column, target, transform_of(dataset)
-    columns, found = table_columns(dataset.features, name, *how)
+    how = name, image_column, label_column, target, transform_of(dataset)
+    columns, found = table_columns(dataset.features, *how)
     labels, names = table_labels(dataset, columns, order) if len(dataset) else (None, None)
     rows = _undecoded(dataset, columns)
     if labels is not None and found != LABELS and (labels == NO_LABEL).all():  # how test sets of the Hub hide them
@@ -330,11 +329,10 @@ def _joined(parts: Sequence[Any]) -> LabelledImages:
 
 
 def _from_torch(dataset: Any, name: str, order: Sequence[str] | None, target: Target) -> LabelledImages:
-    labels, class_names = torch_labels(dataset, target, name)
+    labels, names = torch_labels(dataset, target, name)
     if target == LABELS:
-        labels, class_names = None, class_names or _names_of_lists(order, target)
-    numbers = np.arange(len(dataset))
-    return _checked(LabelledImages(dataset, name, None, numbers, labels, class_names, target=target))
+        labels, names = None, names or _names_of_lists(order, target)
+    return _checked(LabelledImages(dataset, name, None, np.arange(len(dataset)), labels, names, target=target))
 
 
 def _checked(rows: LabelledImages) -> LabelledImages:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,18 +53,19 @@ def stated_labels(rows: Any, numbers: Sequence[int], labels: list[int], target: 
     return [rows.targets[number] for number in numbers]
 
 
-def check_same_labels(of_rows: Sequence[Any], labels: Sequence[Any], name: str) -> None:
+def check_same_labels(rows: Sequence[Mapping[str, Any]], labels: Sequence[Any], target: Target, name: str) -> None:
     """Refuses rows with other labels than the dataset states.
 
     Args:
-        of_rows: what rows have; None for nothing.
-        labels: what the dataset states, likewise.
+        rows: with a label, or without.
+        labels: what the dataset states; None for nothing.
+        target: under which name rows have theirs.
         name: the dataset's, for the message.
 
     Raises:
         DataError: they differ.
     """
-    for found, label in zip(of_rows, labels, strict=True):
+    for found, label in zip((row.get(target) for row in rows), labels, strict=True):
         if found is not None and label is not None and found != label:
             what, remedy = "labels of rows are not those of `targets`", "Leave `targets` out, or make them the same."
             raise DataError(what, where=name, got=(found, label), remedy=remedy)
