@@ -185,6 +185,17 @@ def value_of(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
+def row_place(row: Mapping[str, Any], number: int) -> str:
+    """Returns where a row is, for messages: dataset and row, as far as the row knows.
+
+    Args:
+        row: of a dataset.
+        number: of the row in its batch.
+    """
+    image = row.get(IMAGE)
+    return image.where if isinstance(image, UnopenedImage) else f"row {number} of a batch"
+
+
 def index_of(row: Mapping[str, Any], name: str) -> int:
     """Returns the index of a class, or of an identity, that a row has in a column.
 

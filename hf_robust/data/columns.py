@@ -9,7 +9,7 @@ from typing import Literal
 from ..errors import DataError
 
 Target = Literal["label", "text", "labels", "identity"]  # what a row has beside its image, under this name
-Kind = Literal["image", "label", "text", "identity"]  # of columns: several labels are in one of labels
+Kind = Literal["image", "label", "text", "labels", "identity"]  # of columns
 
 IMAGE, LABEL, TEXT, LABELS, IDENTITY = "image", "label", "text", "labels", "identity"
 # columns of cached embeddings, see `hf_robust.data.embeds_cache`: beside the images, and in their place
@@ -19,9 +19,10 @@ SPELLINGS = {
     IMAGE: ("image", "img", "jpg", "jpeg", "png", "webp"),
     LABEL: ("label", "labels", "cls"),
     TEXT: ("text", "texts", "caption", "captions", "txt"),
+    LABELS: ("label", "labels", "cls"),
     IDENTITY: ("identity", "identities"),
 }
-KINDS: dict[Target, Kind] = {"label": "label", "text": "text", "labels": "label", "identity": "identity"}
+KINDS: dict[Target, Kind] = {"label": "label", "text": "text", "labels": "labels", "identity": "identity"}
 
 
 def find_column(kind: Kind, columns: Iterable[str], where: str, named: str | None = None) -> str | None:

@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError, NonFiniteError
 from .collator import ImageCollator, batches_in_order
 from .columns import IMAGE, IMAGE_EMBEDS, REFERENCE_EMBEDS
 from .publish import stream_sha256
-from .rows import LabelledImages, labelled_images
+from .rows import LabelledImages, images_alone, labelled_images
 from .text_files import check_regular
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ def with_reference_embeds(
         silent: without a progress bar.
 
     Returns:
-        The dataset, with the same rows in the same order; its columns are called `image` and `label`.
+        The dataset, with the same rows in the same order; its images are called `image`, and other columns stay as
+        they are, or as `labelled_images` read them.
 
     Raises:
         ConfigError: images may not look the same every time, so that what is cached would be that of other images.
@@ -105,7 +106,8 @@ def with_image_embeds(
         silent: without a progress bar.
 
     Returns:
-        The dataset with a column `image_embeds`, float32, and without `image`.
+        The dataset with a column `image_embeds`, float32, in the place of its images; other columns, of labels, texts
+        or whatever there is, stay as they are.
 
     Raises:
         ConfigError: images may not look the same every time.
@@ -158,7 +160,8 @@ def is_cacheable(dataset: Any, collator: Any) -> bool:
 
 def _check_cacheable(dataset: Any, collator: Any) -> LabelledImages:
     where, remedy = "cache_reference_embeddings", "Set cache_reference_embeddings=False."
-    rows = labelled_images(dataset, "dataset")
+    alone = isinstance(dataset, datasets.Dataset)  # whatever it has beside its images
+    rows = images_alone(dataset, "dataset") if alone else labelled_images(dataset, "dataset")
     if not isinstance(rows, LabelledImages) or not isinstance(rows.rows, datasets.Dataset) or rows.columns is None:
         what, got = "dataset has no fingerprint", type(dataset).__name__
         raise ConfigError(what, where=where, got=got, allowed="datasets.Dataset", remedy=remedy)

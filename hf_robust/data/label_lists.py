@@ -20,6 +20,7 @@ from .labels import NO_LABEL, replace_column, shown_rows
 
 REMEDY = "Cast indices to List(ClassLabel(names=...)), and vectors to List(Value('bool'))."
 UNKNOWN = "it is not known which classes there are"
+OF_ROWS = "Give 0/1 vectors with an entry for every class, or names of classes; or use a datasets.Dataset."
 NO_NAMES = "Cast the column to List(ClassLabel(names=...)), or pass class_names as a list."
 
 
@@ -30,6 +31,15 @@ def is_list(feature: Any) -> bool:
         feature: of the column in `dataset.features`.
     """
     return isinstance(feature, List | LargeList)
+
+
+def is_of_indices(feature: Any) -> bool:
+    """Whether a column says that it holds lists of class indices, and of which classes.
+
+    Args:
+        feature: of the column in `dataset.features`.
+    """
+    return is_list(feature) and isinstance(feature.feature, ClassLabel) and bool(feature.feature.names)
 
 
 def class_lists(
@@ -61,23 +71,33 @@ def class_lists(
         allowed = "lists of class indices, lists of class names, or 0/1 vectors"
         raise DataError("labels are no lists", where=f"{where}, {column}", got=str(feature), allowed=allowed)
     lists = _Lists.of(dataset.select_columns(column).with_format("arrow")[:][column].combine_chunks(), where)
-    if isinstance(feature.feature, ClassLabel) and feature.feature.names:
+    if is_of_indices(feature):
         names = list(feature.feature.names)
         return _of_indices(lists, names), names
     return _many_hot(lists, list(order) if order else None)
 
 
-def row_labels(value: Any, number: int, where: str, names: Sequence[str] | None) -> list[int]:
+def row_labels(
+    value: Any, number: int, where: str, names: Sequence[str] | None, are_indices: bool = False
+) -> list[int]:
     """Returns which classes a row has, as a row of what `class_lists` returns.
 
+    A row by itself does not show whether integers are a vector or indices, so that they are taken for a vector.
+
     Args:
-        value: what the row has.
+        value: what the row has: class names, or a 0/1 vector with an entry for every class.
         number: of the row.
         where: the dataset's name, for messages.
         names: of all classes; None for 0/1 vectors.
+        are_indices: whether the data say that it is a list of class indices.
 
     Raises:
-        DataError: as of `class_lists`; or there are names in the place of a vector, of which not all are known.
+        DataError: as of `class_lists`; there are indices where the data do not say so; or there are names in the place
+            of a vector, of which not all are known.
+
+    Example:
+        >>> row_labels(["owl", "cat"], 0, "train", ["cat", "dog", "owl"])
+        [1, 0, 1]
     """
     place = f"{where}, row {number}"
     plain = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
@@ -85,10 +105,12 @@ def row_labels(value: Any, number: int, where: str, names: Sequence[str] | None)
         raise DataError("labels are no lists", where=place, got=value, allowed="a list")
     try:
         lists = _Lists.of(pa.array([plain]), where, number)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise DataError("labels are neither integers nor text", where=place, got=value) from error
-    if names is None and pa.types.is_string(lists.flat.type):
+    if names is None and (pa.types.is_string(lists.flat.type) or not plain):
         raise DataError(UNKNOWN, where=place, got=value, remedy=NO_NAMES)
+    if names is not None and (are_indices or not plain):
+        return _of_indices(lists, list(names))[0].tolist()
     return _many_hot(lists, None if names is None else list(names))[0][0].tolist()
 
 
@@ -96,12 +118,13 @@ def row_labels(value: Any, number: int, where: str, names: Sequence[str] | None)
 class _Lists:
     """Lists in Arrow: `flat` has all entries, `(entries,)`, `lengths` how many each row has, `(rows,)`.
 
-    `number` is that of the row, where there is one that was read by itself.
+    `number` is that of the row, where there is one that was read by itself; there integers are `vectors`, as they are
+    where all lists are of one length by their type.
     """
 
     flat: Any
     lengths: np.ndarray
-    fixed: bool
+    vectors: bool
     where: str
     number: int | None
 
@@ -113,7 +136,8 @@ class _Lists:
             remedy = "An empty list says that an image has none of the classes."
             raise DataError("row without labels", where=f"{where}, row {row}", remedy=remedy)
         lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)  # (rows,)
-        return cls(pc.list_flatten(lists), lengths, pa.types.is_fixed_size_list(lists.type), where, number)
+        vectors = number is not None or pa.types.is_fixed_size_list(lists.type)
+        return cls(pc.list_flatten(lists), lengths, vectors, where, number)
 
     @property
     def rows(self) -> np.ndarray:
@@ -149,7 +173,7 @@ def _many_hot(lists: _Lists, names: list[str] | None) -> tuple[np.ndarray, list[
         return _of_vectors(lists, names), names
     if not pa.types.is_integer(kind) and not pa.types.is_null(kind):  # empty lists alone have no type
         raise DataError("labels are neither integers nor text", where=lists.everywhere, got=str(kind))
-    if lists.fixed or _are_vectors(lists, names):
+    if lists.vectors or _are_vectors(lists, names):
         return _of_vectors(lists, names), names
     if names is None:
         raise DataError(UNKNOWN, where=lists.everywhere, remedy=NO_NAMES)
@@ -174,16 +198,18 @@ def _are_vectors(lists: _Lists, names: list[str] | None) -> bool:
 
 def _of_vectors(lists: _Lists, names: list[str] | None) -> np.ndarray:
     classes = int(lists.lengths[0]) if names is None else len(names)
-    other = np.flatnonzero(lists.lengths != classes)
+    other, remedy = np.flatnonzero(lists.lengths != classes), None if lists.number is None else OF_ROWS
     if len(other):
         what, row = "0/1 vector has another length than there are classes", int(other[0])
-        raise DataError(what, where=lists.place(row), got=int(lists.lengths[row]), allowed=str(classes))
+        got = int(lists.lengths[row])
+        raise DataError(what, where=lists.place(row), got=got, allowed=str(classes), remedy=remedy)
     values = lists.numbers().reshape(-1, classes)  # (rows, classes)
     wrong = np.argwhere(~np.isin(values, (0, 1, NO_LABEL)))
     if len(wrong):
         row, column = wrong[0].tolist()
         what, allowed = "0/1 vector has another entry", "0, 1, or -1 for what is not known"
-        raise DataError(what, where=lists.place(row), got=float(values[row, column]), allowed=allowed)
+        entry = float(values[row, column])
+        raise DataError(what, where=lists.place(row), got=entry, allowed=allowed, remedy=remedy)
     return values.astype(np.int8)
 
 

@@ -78,9 +78,36 @@ def identity_indices(dataset: datasets.Dataset, column: str, where: str) -> tupl
     missing = [row for row, value in enumerate(values) if value is None]
     if missing:
         raise DataError("row without identity", where=f"{where}, row {missing[0]}")
+    names = list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
+    return number_identities(values, names, where)
+
+
+def number_identities(values: Sequence[Any], names: Sequence[str] | None, where: str) -> tuple[np.ndarray, list[str]]:
+    """Numbers the identities of rows, as `identity_indices` does.
+
+    Args:
+        values: `(rows,)`, integers alone or strings alone.
+        names: what integers are called; None where they are names themselves.
+        where: the dataset's name, for the message.
+
+    Raises:
+        DataError: a value is something else, or an integer without name.
+
+    Example:
+        >>> number_identities(["b", "a", "b"], None, "train")
+        (array([1, 0, 1]), ['a', 'b'])
+    """
+    texts = len(values) > 0 and isinstance(values[0], str)
+    for row, value in enumerate(values):
+        if type(value) is not (str if texts else int):
+            what, allowed = "identities are neither integers nor text", "integers alone, or text alone"
+            raise DataError(what, where=f"{where}, row {row}", got=value, allowed=allowed)
+        if names and not texts and value not in range(len(names)):
+            what, allowed = "identity is none of those with a name", f"0 to {len(names) - 1}"
+            raise DataError(what, where=f"{where}, row {row}", got=value, allowed=allowed)
     found, indices = np.unique(np.array(values, dtype=object), return_inverse=True)  # (identities,), (rows,)
-    named = isinstance(feature, ClassLabel) and feature.names
-    return indices.astype(np.int64), [feature.int2str(one) if named else str(one) for one in found.tolist()]
+    called = [names[one] if names and not texts else str(one) for one in found.tolist()]
+    return indices.astype(np.int64), called
 
 
 def is_text(feature: Any) -> bool:

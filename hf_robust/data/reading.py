@@ -116,7 +116,7 @@ def table_columns(
     Raises:
         DataError: a column is missing, or is one of several; or there are columns of several targets to choose from.
     """
-    image = _image_column(features, where, image_column)
+    image = find_image(features, where, image_column)
     if target is None and label_column is None:
         target, label = find_target(features, where) or (None, None)
         target = "labels" if target == LABEL and is_list(features[str(label)]) else target
@@ -173,11 +173,30 @@ def read_row(row: Any, number: int, where: str, columns: Columns | None, target:
         raise DataError("row is of an unknown type", where=where, got=type(row).__name__, allowed=allowed)
     if columns is None:
         label = find_column(KINDS[target], row, where)
-        columns = Columns(where, _image_column(row, where), label, target=target)
+        columns = Columns(where, find_image(row, where), label, target=target)
     return columns.read(row, number)
 
 
-def _image_column(names: Iterable[str], where: str, named: str | None = None) -> str | None:
+def transform_of(dataset: datasets.Dataset) -> Transform | None:
+    """Returns what the user gave `set_transform`; None where there is none.
+
+    Args:
+        dataset: any dataset.
+    """
+    return dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
+
+
+def find_image(names: Iterable[str], where: str, named: str | None = None) -> str | None:
+    """Returns the name of the column of images; None where there are embeddings in their place.
+
+    Args:
+        names: of the columns.
+        where: the dataset's name, for messages.
+        named: the column that the user names.
+
+    Raises:
+        DataError: there is neither of both, or several could be the images.
+    """
     names = list(names)
     image = find_column("image", names, where, named)
     if image is None and IMAGE_EMBEDS not in names:

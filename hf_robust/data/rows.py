@@ -15,12 +15,13 @@ import torch
 from datasets import ClassLabel, Image
 
 from ..errors import DataError
-from .columns import IMAGE, LABELS, ROW, TEXT, Target
+from .columns import IDENTITY, IMAGE, LABELS, ROW, TEXT, Target
 from .draws import DRAW, Draws, with_draws
-from .label_lists import is_list, replace_lists, row_labels
+from .label_lists import is_list, is_of_indices, replace_lists, row_labels
 from .labels import NO_LABEL, check_labels, replace_labels
-from .reading import Columns, read_row, table_columns, table_labels
+from .reading import Columns, find_image, read_row, table_columns, table_labels, transform_of
 from .texts import read_texts
+from .torch_labels import check_same_labels, joined_identities, stated_labels, torch_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class LabelledImages(torch.utils.data.Dataset):
             return [_with_labels(row, number, self) for row, number in zip(found, numbers, strict=True)]
         labels = self.labels[numbers].tolist()
         if self.columns is None:  # a torch dataset has labels in its rows, too
-            _check_same_labels([row.get(target) for row in found], labels, self.name)
+            check_same_labels(found, stated_labels(self.rows, numbers, labels, target), target, self.name)
         return [{**row, target: label} for row, label in zip(found, labels, strict=True)]
 
     def _row(self, index: int, number: int) -> Any:
@@ -197,7 +198,8 @@ def labelled_images(
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset` with columns of these, also with a `set_transform` that
             returns images; or a torch dataset whose rows are mappings of `image` and the target, or pairs of both,
-            with or without `.classes`, as torchvision's `ImageFolder`; its labels and identities are integers from 0.
+            with or without `.classes`, as torchvision's `ImageFolder`; its labels are integers from 0, its identities
+            integers or strings of `.targets`, else integers from 0, and several labels names or 0/1 vectors.
         name: the dataset's, for messages.
         image_column: the column of images; None for the one with a usual spelling.
         label_column: the column of the target, likewise. A dataset without labels can be predicted.
@@ -242,6 +244,25 @@ def labelled_images(
     return _from_torch(dataset, name, order, target or "label")
 
 
+def images_alone(dataset: datasets.Dataset, name: str) -> LabelledImages:
+    """Reads which column of a dataset holds images, and leaves all others as they are.
+
+    Args:
+        dataset: a `datasets.Dataset`; its columns may be those of several targets, or of none.
+        name: the dataset's, for messages.
+
+    Raises:
+        DataError: it is empty, or has no column of images.
+
+    Example:
+        >>> images_alone(captioned, "train").to_dataset().column_names
+        ['image', 'caption', 'photographer']
+    """
+    columns = Columns(name, find_image(dataset.features, name), None, transform_of(dataset))
+    rows = _undecoded(dataset, columns)
+    return _checked(LabelledImages(rows, name, columns, np.arange(len(rows)), None, None, target=None))
+
+
 def _from_table(
     dataset: datasets.Dataset,
     name: str,
@@ -250,11 +271,11 @@ def _from_table(
     order: Sequence[str] | None,
     target: Target | None,
 ) -> LabelledImages:
-    transform = dataset.format["format_kwargs"]["transform"] if dataset.format["type"] == "custom" else None
-    columns, found = table_columns(dataset.features, name, image_column, label_column, target, transform)
+    how = name, image_column, label_column, target, transform_of(dataset)
+    columns, found = table_columns(dataset.features, *how)
     labels, names = table_labels(dataset, columns, order) if len(dataset) else (None, None)
     rows = _undecoded(dataset, columns)
-    if labels is not None and (labels == NO_LABEL).all():  # how test sets of the Hub hide them
+    if labels is not None and found != LABELS and (labels == NO_LABEL).all():  # how test sets of the Hub hide them
         rows, columns, labels = rows.remove_columns(str(columns.label)), replace(columns, label=None), None
     return _checked(LabelledImages(rows, name, columns, np.arange(len(rows)), labels, names, target=found))
 
@@ -284,14 +305,8 @@ def _names_of_lists(order: Sequence[str] | None, target: Target | None) -> list[
 def _with_labels(row: dict[str, Any], number: int, rows: LabelledImages | LabelledStream) -> dict[str, Any]:
     if rows.target != LABELS or LABELS not in row:
         return row
-    return {**row, LABELS: row_labels(row[LABELS], number, rows.name, rows.class_names)}
-
-
-def _check_same_labels(of_rows: list[Any], labels: list[int], name: str) -> None:
-    for found, label in zip(of_rows, labels, strict=True):
-        if found is not None and found != label:
-            what, remedy = "labels of rows are not those of `targets`", "Leave `targets` out, or make them the same."
-            raise DataError(what, where=name, got=(found, label), remedy=remedy)
+    are_indices = rows.columns is not None and is_of_indices(rows.rows.features[rows.columns.label])
+    return {**row, LABELS: row_labels(row[LABELS], number, rows.name, rows.class_names, are_indices)}
 
 
 def _joined(parts: Sequence[Any]) -> LabelledImages:
@@ -300,22 +315,24 @@ def _joined(parts: Sequence[Any]) -> LabelledImages:
     if any(part.target != target for part in parts):
         got = [part.target for part in parts]
         raise DataError("joined datasets have other targets", where=parts[0].name, got=got, remedy="Name the task.")
+    labels = [part.shown_labels for part in parts if part.shown_labels is not None]
+    if target == IDENTITY and len(labels) == len(parts):
+        labels, everyone = joined_identities(labels, [of_part or [] for of_part in names])
+        names = [everyone]
     other = next((one for one in names if one != names[0]), names[0])
     if other != names[0]:
         remedy = "Give all of them the same class names in the same order."
         raise DataError("joined datasets have other classes", where=parts[0].name, got=other, remedy=remedy)
-    labels = [part.shown_labels for part in parts]
-    known = None if any(one is None for one in labels) else np.concatenate(labels)
+    known = np.concatenate(labels) if len(labels) == len(parts) else None
     rows: Any = torch.utils.data.ConcatDataset(parts)
     return _checked(LabelledImages(rows, parts[0].name, None, np.arange(len(rows)), known, names[0], target=target))
 
 
 def _from_torch(dataset: Any, name: str, order: Sequence[str] | None, target: Target) -> LabelledImages:
-    labels, class_names = (None, None) if target == TEXT else _torch_labels(dataset)
+    labels, names = torch_labels(dataset, target, name)
     if target == LABELS:
-        labels, class_names = None, class_names or _names_of_lists(order, target)
-    numbers = np.arange(len(dataset))
-    return _checked(LabelledImages(dataset, name, None, numbers, labels, class_names, target=target))
+        labels, names = None, names or _names_of_lists(order, target)
+    return _checked(LabelledImages(dataset, name, None, np.arange(len(dataset)), labels, names, target=target))
 
 
 def _checked(rows: LabelledImages) -> LabelledImages:
@@ -331,11 +348,3 @@ def _undecoded(dataset: Any, columns: Columns) -> Any:
     if columns.image is not None and isinstance(dataset.features[columns.image], Image):
         return plain.cast_column(columns.image, Image(decode=False))
     return plain
-
-
-def _torch_labels(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and class names as torchvision's datasets hold them."""
-    if getattr(dataset, "target_transform", None) is not None:  # then its names are those of other labels, too
-        return None, None
-    names, targets = getattr(dataset, "classes", None), getattr(dataset, "targets", None)
-    return None if targets is None else np.asarray(targets), None if names is None else list(names)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..encoders.tokens import Tokenizer
 from ..errors import DataError
-from .collator import ImageCollator, index_of, value_of
+from .collator import ImageCollator, index_of, row_place, value_of
 from .columns import IDENTITY, LABELS, ROW, TEXT
 from .draws import DRAW, drawing
 from .labels import NO_LABEL
@@ -69,7 +69,8 @@ class TextCollator(TargetCollator):
         """
         batch = self.images.inputs(rows)
         texts = [self._texts(row) for row in rows]
-        batch |= self.tokenizer([text for of_row in texts for text in of_row])
+        places = [row_place(rows[number], number) for number, of_row in enumerate(texts) for _ in of_row]
+        batch |= self.tokenizer([text for of_row in texts for text in of_row], places)
         counts = torch.tensor([len(of_row) for of_row in texts])  # (batch,)
         batch["image_of_text"] = torch.arange(len(rows)).repeat_interleave(counts)  # (texts,)
         if all(ROW in row for row in rows):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError, DataError
 
 AT_ONCE = 1024  # texts whose lengths are looked at together
+REMEDY = 'Shorten it, or have long texts cut: truncate=True, for a task {"pairs": {"truncate": True}}.'
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class Tokenizer:
     end_is_largest: bool
     truncate: bool = False
 
-    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+    def __call__(self, texts: list[str], places: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Tokenises a batch of texts.
 
         Args:
             texts: one or more.
+            places: data set and row of each, for the message; None for texts that are of no data set.
 
         Returns:
             `input_ids` and, where the tower uses one, `attention_mask`, each `(texts, tokens)`, on the CPU.
@@ -62,38 +65,41 @@ class Tokenizer:
             max_length=self.max_length,
             truncation=self.truncate,
             return_attention_mask=True,
+            verbose=False,  # of a length that is looked at here
         )
-        too_long = [text for text, mask in zip(texts, tokens["attention_mask"], strict=True) if self._exceeds(mask)]
+        too_long = [place for place, mask in enumerate(tokens["attention_mask"]) if self._exceeds(mask)]
         if too_long:
-            what = "prompt is longer than the text tower"
-            raise DataError(what, got=too_long[0], allowed=f"{self.max_length} tokens")
+            where, remedy = (None, None) if places is None else (places[too_long[0]], REMEDY)
+            what, allowed = "text is longer than the text tower", f"{self.max_length} tokens"
+            raise DataError(what, where=where, got=texts[too_long[0]], allowed=allowed, remedy=remedy)
         input_ids = torch.tensor(tokens["input_ids"])  # (texts, tokens)
         self._check_fit(input_ids)
         if self.padding == "max_length":
             return {"input_ids": input_ids}
         return {"input_ids": input_ids, "attention_mask": torch.tensor(tokens["attention_mask"])}
 
-    def check_lengths(self, texts: Sequence[str], where: str) -> None:
+    def check_lengths(self, texts: Sequence[str], where: str, rows: Sequence[int] | np.ndarray | None = None) -> None:
         """Refuses texts that are too long, unless they are to be cut.
 
         Args:
             texts: all of a data set.
             where: its name, for the message.
+            rows: `(texts,)`, the row of each; None where texts are of no rows.
 
         Raises:
             DataError: it names the first, and says how many there are.
         """
         if self.truncate:
             return
-        too_long: list[str] = []
+        too_long: list[int] = []  # places in `texts`
         for start in range(0, len(texts), AT_ONCE):
             some = list(texts[start : start + AT_ONCE])
-            lists = self.tokenizer(some, return_attention_mask=False)["input_ids"]
-            too_long += [text for text, ids in zip(some, lists, strict=True) if len(ids) > self.max_length]
+            lists = self.tokenizer(some, return_attention_mask=False, verbose=False)["input_ids"]
+            too_long += [start + place for place, ids in enumerate(lists) if len(ids) > self.max_length]
         if too_long:
             what = f"{len(too_long)} of {len(texts)} texts are longer than the text tower"
-            allowed, remedy = f"{self.max_length} tokens", "Shorten them, or set truncate=True."
-            raise DataError(what, where=where, got=too_long[0], allowed=allowed, remedy=remedy)
+            first, place = texts[too_long[0]], where if rows is None else f"{where}, first in row {rows[too_long[0]]}"
+            raise DataError(what, where=place, got=first, allowed=f"{self.max_length} tokens", remedy=REMEDY)
 
     def _exceeds(self, mask: list[int]) -> bool:
         return len(mask) > self.max_length and sum(mask) > self.max_length

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from hf_robust import ACLIPConfig, OGENConfig, OGENLoss, SAFTConfig, ZeroShotClassifier, with_image_embeds
 from hf_robust.data.collator import ImageCollator
+from hf_robust.data.rows import labelled_images
 from hf_robust.encoders.dual_encoder import image_embeds
 from hf_robust.errors import ConfigError
 from tests.tiny_models import FAMILIES, image_dataset, tiny_model, tiny_processor
@@ -38,6 +40,17 @@ def test_column_holds_the_embeddings_of_the_images(family):
     assert set(collated) == {"image_embeds", "labels"}
     assert torch.equal(collated["labels"], labels[[4, 1]])
     torch.testing.assert_close(collated["image_embeds"], expected[[4, 1]], rtol=0, atol=1e-6)
+
+
+def test_only_the_image_counts_and_what_is_beside_it_serves_any_task():
+    beside = {"labels": [["cat"], []], "score": [0.5, 2.0], "caption": ["a cat", "a dog"], "identity": [7, -7]}
+    images = Dataset.from_dict({"img": image_dataset(2, NAMES)["image"], **beside})
+    found = embedded(images.add_column("label", [0.25, 0.75]))
+    assert found.column_names == [*beside, "label", "image_embeds"]
+    assert found.select_columns(list(beside))[:] == images.remove_columns("img")[:]
+    assert labelled_images(found, "photos", target="text").texts == [["a cat"], ["a dog"]]
+    assert labelled_images(found, "photos", target="identity").class_names == ["-7", "7"]
+    assert labelled_images(found, "photos", label_column="labels", target="labels").class_names == ["cat"]
 
 
 def test_second_call_reads_the_file(monkeypatch):

@@ -88,8 +88,13 @@ def test_collators_for_evaluation_show_rows_as_they_are():
 
 
 def test_a_text_that_is_too_long_or_not_there_is_a_data_error():
-    with pytest.raises(DataError, match="longer than the text tower.*77 tokens"):
-        text_collator()(captioned(["very " * 40]).__getitems__([0]))
+    rows = captioned(["a cat", "a dog", "very " * 40]).__getitems__([0, 2])
+    message = r"^text is longer than the text tower \(at {}\).*77 tokens.*{{.pairs.: {{.truncate.: True}}}}"
+    with pytest.raises(DataError, match=message.format("photos, row 2")):
+        text_collator()(rows)
+    opened = [{"image": Image.new("RGB", (9, 9)), "text": row["text"]} for row in rows]
+    with pytest.raises(DataError, match=message.format("row 1 of a batch")):
+        text_collator()(opened)
     with pytest.raises(DataError, match="row without `text`"):
         text_collator()([{"image": Image.new("RGB", (9, 9)), "caption": "a cat"}])
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from hf_robust.data.collator import ImageCollator
-from hf_robust.data.columns import ROW
+from hf_robust.data.columns import KINDS, ROW, no_column
 from hf_robust.data.digest import rows_digest
 from hf_robust.data.embeds_cache import with_reference_embeds
 from hf_robust.data.rows import labelled_images
@@ -126,7 +126,7 @@ FORMS = {
     "vectors of one length": (lambda: beside(List(Value("int8"), length=3), labels=VECTORS), None, None),
     "vectors of numbers": (lambda: beside(List(Value("float32")), labels=VECTORS), CLASSES, CLASSES),
     "torch vectors": (lambda: torch_rows("labels", [torch.tensor(one) for one in VECTORS]), None, None),
-    "torch indices": (lambda: torch_rows("labels", [np.array([1, 0]), [], [2]]), CLASSES, CLASSES),
+    "torch vectors with names": (lambda: torch_rows("labels", [np.array(VECTORS[0]), *VECTORS[1:]]), CLASSES, CLASSES),
     "torch names": (lambda: torch_rows("labels", LISTS), CLASSES, CLASSES),
     "stream": (
         lambda: beside(List(ClassLabel(names=CLASSES)), label=[[1, 0], [], [2]]).to_iterable_dataset(),
@@ -193,6 +193,38 @@ def test_what_a_list_of_labels_means_is_not_guessed():
         list(labelled_images(torch_rows("labels", [["cat", 1]]), "photos", target="labels", order=CLASSES))
 
 
+INDICES = {  # in none of which a row by itself is wrong
+    "short": [[1, 0, 1], [1, 0]],
+    "large": [[1, 0, 1], [1, 0, 2]],
+    "one": [[0, 0, 1], torch.tensor([1])],
+    "unsorted": [[1, 1, 0], np.array([2, 0])],
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_indices_that_show_only_in_a_row_are_refused_and_not_taken_for_vectors(name):
+    message = "0/1 vector has another .*photos, row 1.*names of classes; or use a datasets.Dataset"
+    rows = labelled_images(torch_rows("labels", INDICES[name]), "photos", order=CLASSES, target="labels")
+    assert sum(rows[0]["labels"]) == sum(INDICES[name][0])
+    with pytest.raises(DataError, match=message):
+        rows[1]
+
+
+def test_two_classes_are_vectors_in_a_row_and_indices_where_a_stream_says_so():
+    pairs = [[1, 0], [0, 1], [0, -1], [0, 0]]
+    rows = labelled_images(torch_rows("labels", pairs), "photos", order=["cat", "dog"], target="labels")
+    assert [row["labels"] for row in labelled_images(ConcatDataset([rows, rows]), "photos")] == pairs * 2
+    stream = beside(List(ClassLabel(names=["cat", "dog"])), labels=[[1, 0], [1]]).to_iterable_dataset()
+    assert [row["labels"] for row in labelled_images(stream, "photos", target="labels")] == [[1, 1], [0, 1]]
+
+
+def test_several_labels_that_are_all_unknown_stay_and_others_have_their_name_in_messages():
+    unknown = [[-1, -1, -1], [-1, -1, -1]]
+    rows = labelled_images(beside(labels=unknown), "photos", order=CLASSES, target="labels")
+    assert rows.columns.label == "labels" and [row["labels"] for row in rows] == unknown
+    assert "no column 'labels'" in str(no_column(KINDS["labels"], ["image"], "photos"))
+
+
 # --- identities ---
 
 
@@ -211,6 +243,33 @@ def test_identities_are_numbered_and_keep_their_names_as_text():
         labelled_images(beside(identity=["a", None]), "people", target="identity")
     with pytest.raises(DataError, match="neither integers nor text.*people, identity"):
         labelled_images(beside(identity=[0.5]), "people", target="identity")
+
+
+class Targets(Listed):
+    """As torchvision's: all labels are known before a row is read."""
+
+    def __init__(self, targets, rows=None):
+        super().__init__([(Image.new("RGB", (4, 4)), one) for one in (targets if rows is None else rows)])
+        self.targets = targets
+
+
+@pytest.mark.parametrize("values", [["b", "a", "b"], [7, -17, 7], torch.tensor([27, 7, 27]), np.array([3, 1, 3])])
+def test_identities_of_targets_are_numbered_as_those_of_a_table(values):
+    rows = labelled_images(Targets(values), "people", target="identity")
+    table = labelled_images(beside(identity=values), "people", target="identity")
+    assert rows.labels.tolist() == table.labels.tolist() == [row["identity"] for row in rows] == [1, 0, 1]
+    assert rows.class_names == table.class_names
+
+
+def test_identities_of_joined_sets_are_numbered_together_and_those_of_rows_are_looked_at():
+    parts = [labelled_images(Targets(values), "people", target="identity") for values in ([7, 9, 7], [8, 9])]
+    rows = labelled_images(ConcatDataset(parts), "people", target="identity")
+    assert rows.class_names == ["7", "9", "8"]
+    assert [row["identity"] for row in rows] == rows.labels.tolist() == [0, 1, 0, 2, 1]
+    with pytest.raises(DataError, match="labels of rows are not those of `targets`"):
+        labelled_images(Targets([7, 9], rows=[7, 8]), "people", target="identity")[1]
+    with pytest.raises(DataError, match="neither integers nor text.*people, row 0.*0.5"):
+        labelled_images(Targets([0.5, 1]), "people", target="identity")
 
 
 # --- which of them ---

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 
 import pytest
@@ -41,13 +42,18 @@ def test_a_text_that_is_cut_keeps_the_end_at_which_the_tower_pools(family, legac
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_all_texts_of_a_set_are_looked_at_before_anything_is_trained(family, monkeypatch):
+def test_all_texts_of_a_set_are_looked_at_before_anything_is_trained(family, monkeypatch, caplog):
     monkeypatch.setattr("hf_robust.encoders.tokens.AT_ONCE", 4)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model, processor = tiny_model(family), tiny_processor(family)
+    processor.tokenizer.deprecation_warnings.clear()  # it warns once
     texts = ["a cat"] * 9 + [f"{LONG} one", "a dog", f"{LONG} two"]
     with pytest.raises(DataError, match=r"2 of 12 texts are longer.*photos.*very.*allowed \d+ tokens.*truncate=True"):
         text_tokenizer(processor, model).check_lengths(texts, "photos")
+    with pytest.raises(DataError, match="2 of 12 texts.*photos, first in row 4"):
+        text_tokenizer(processor, model).check_lengths(texts, "photos", [0] * 9 + [4, 5, 7])
     text_tokenizer(processor, model).check_lengths(texts[:9], "photos")
+    assert not caplog.records  # of transformers, about the length
     text_tokenizer(processor, model, truncate=True).check_lengths(texts, "photos")
 
 
