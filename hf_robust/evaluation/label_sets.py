@@ -83,7 +83,7 @@ def load_label_lists(suite_set: SuiteSet, images: LabelledImages, dataset: Datas
     """
     where = suite_set.name
     if find_column("label", dataset.column_names, where, suite_set.label_column) is None:
-        raise no_column("label", dataset.column_names, where)
+        raise no_column("labels", dataset.column_names, where)
     if images.labels is None or not (images.labels == 1).any():
         raise DataError("no image has a label", where=where, allowed="at least one image with one")
     words = class_space(images.class_names, suite_set.class_names, where).words

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,8 +201,9 @@ class ImageTextPairs(Task):
     def check_rows(self, rows: Rows, targets: bool = True) -> None:
         """Refuses a set with a text that the text tower would not read to its end."""
         texts = rows.texts if isinstance(rows, LabelledImages) else None
-        if texts is not None:
-            self.tokenizer.check_lengths([text for of_row in texts for text in of_row], rows.name)
+        if isinstance(rows, LabelledImages) and texts is not None:
+            places = np.repeat(rows.numbers, [len(of_row) for of_row in texts])  # (texts,)
+            self.tokenizer.check_lengths([text for of_row in texts for text in of_row], rows.name, places)
 
     def check_evaluation(self, rows: Rows) -> None:
         """Refuses a set whose texts show only when a row is read: retrieval is among all of them."""

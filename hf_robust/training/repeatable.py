@@ -79,7 +79,8 @@ class RepeatableTrainer(EvaluationLoopTrainer):
             collator: an `ImageCollator`, one around it, or any other.
             draws: what to draw from.
         """
-        whole = self.model.collator(collator)
+        is_bare = rows.columns is not None and rows.columns.label is None  # images to be predicted
+        whole = collator if is_bare else self.model.collator(collator)
         if _shows_the_same(rows, whole):
             return rows, whole
         return replace(rows, draws=draws), DrawingCollator(whole)

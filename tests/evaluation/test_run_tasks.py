@@ -180,7 +180,7 @@ def test_a_set_without_texts_or_labels_is_refused(photos):
     bare = photos.select_columns("image")
     with pytest.raises(DataError, match="no column 'text' .at a.*label_column"):
         evaluate(SuiteSet("a", "id", bare, task="retrieval"))
-    with pytest.raises(DataError, match="no column 'label' .at a."):
+    with pytest.raises(DataError, match="no column 'labels' .at a."):
         evaluate(SuiteSet("a", "id", bare, task="several_labels"))
     nothing = bare.add_column("labels", [[]] * N, feature=List(ClassLabel(names=NAMES)))
     with pytest.raises(DataError, match="no image has a label .at a."):

@@ -56,7 +56,7 @@ SETS = {
     "texts that are not known": ("text", Plain(), "retrieval is among all texts.*at id.*'?Plain"),
     "one identity": ("identity", of("identity").select([0, 3]), "nothing to tell apart.*at id"),
     "single images": ("identity", of("identity").select([0, 1, 2]), "at id.*one with 2 images"),
-    "no label": ("labels", of("labels").map(lambda row: {"labels": []}), "no image has a label.*at id"),
+    "no label": ("labels", of("labels").map(lambda row: {"labels": [0] * 4}), "no image has a label.*at id"),
 }
 
 
