@@ -24,7 +24,7 @@ from transformers import PrinterCallback, ProcessorMixin
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, SimilarityLoss, with_image_size
 from hf_robust.encoders.templates import TEMPLATES, readable
-from hf_robust.evaluation import RobustnessSuite, SuiteSet, evaluate_suite
+from hf_robust.evaluation import RobustnessSuite, SuiteSet, bootstrap_over_runs, evaluate_suite
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.loading import load_model, load_processor
 from hf_robust.scripting.run import run
@@ -80,13 +80,32 @@ def load_suite(args: ScriptArguments, test: datasets.Dataset) -> RobustnessSuite
     return RobustnessSuite([*sets, SuiteSet("other", "other", other.select(range(args.other_images)))])
 
 
-def measured(model: nn.Module, processor: ProcessorMixin, suite: RobustnessSuite) -> dict[str, float]:
-    """Mean recalls over the sets of captions, and the accuracy on the other task, in %."""
+def measured(model: nn.Module, processor: ProcessorMixin, suite: RobustnessSuite) -> dict[str, Any]:
+    """Mean recalls over the sets of captions, and the accuracy on the other task, in %; and both by set and image."""
     report = evaluate_suite(model, processor, suite, silent=True)
     sets = [one.metrics for name, one in report.sets.items() if name.startswith("captions")]
     names = ("image_to_text_recall@1", "image_to_text_recall@5", "text_to_image_recall@1", "text_to_image_recall@5")
-    found = {name: round(100 * mean(metrics[name] for metrics in sets), 1) for name in names}
-    return found | {"other_accuracy": round(100 * report.classified["other"].accuracy, 1)}
+    found: dict[str, Any] = {name: round(100 * mean(metrics[name] for metrics in sets), 1) for name in names}
+    found |= {"other_accuracy": round(100 * report.classified["other"].accuracy, 1)}
+    recalls = [metrics["recall@1"] for metrics in sets]
+    return found | {"recalls": recalls, "correct": report.classified["other"].correct.astype(int).tolist()}
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Prints the last result, without what it has by set and image."""
+    print({name: value for name, value in results[-1].items() if name not in ("recalls", "correct")}, flush=True)
+
+
+def show_difference(results: list[dict[str, Any]], method: str, weight: float) -> None:
+    """Prints what the similarity loss has changed, in points, with 95 % intervals over seeds, and sets or images."""
+    for name in ("recalls", "correct"):
+        of_weight = {
+            w: np.array([one[name] for one in results if one["method"] == method and one["weight"] == w])
+            for w in (0.0, weight)
+        }  # (seeds, sets or images) each
+        change = of_weight[weight] - of_weight[0.0]
+        low, high = (100 * end for end in bootstrap_over_runs(change))
+        print(f"{method}, weight {weight:g}, {name}: {100 * change.mean():+.1f} ({low:+.1f} to {high:+.1f})")
 
 
 def trained(
@@ -124,8 +143,8 @@ def main(args: ScriptArguments) -> None:
     pairs, suite = captioned(train, rows, TEMPLATES["photo"]), load_suite(args, test)
     base = load_model(args.model_name_or_path, "float32")
     processor = with_image_size(load_processor(args.model_name_or_path), args.image_size, base)
-    results = [{"method": "zero-shot", **measured(base, processor, suite)}]
-    print(results[0], flush=True)
+    results = [{"method": "zero-shot", "weight": None, **measured(base, processor, suite)}]
+    show(results)
     for method, rate in zip(args.methods, args.rates, strict=True):
         for weight in args.weights:
             for seed in args.seeds:
@@ -135,8 +154,11 @@ def main(args: ScriptArguments) -> None:
                 seconds = round(time.perf_counter() - start)
                 found = {"method": method, **how, "seconds": seconds}
                 results.append(found | measured(trainer.model.model, processor, suite))
-                print(results[-1], flush=True)
+                show(results)
                 write_json({"runs": results}, Path(args.output_dir) / "results.json")
+        for weight in args.weights:
+            if weight > 0 and 0.0 in args.weights:
+                show_difference(results, method, weight)
 
 
 if __name__ == "__main__":

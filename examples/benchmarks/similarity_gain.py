@@ -19,11 +19,10 @@ import torch
 from transformers import PrinterCallback
 
 from hf_robust import RobustTrainer, RobustTrainingArguments, SimilarityLoss
-from hf_robust.evaluation import RobustnessSuite, evaluate_suite
+from hf_robust.evaluation import RobustnessSuite, bootstrap_over_runs, evaluate_suite
 from hf_robust.scripting.loading import load_model, load_processor
 from hf_robust.scripting.run import run
 
-RESAMPLES = 10_000
 Correct = dict[str, np.ndarray]  # by set, (images,)
 
 
@@ -71,23 +70,11 @@ def tuned(args: ScriptArguments, suite: RobustnessSuite, weight: float, seed: in
     return {name: one.correct for name, one in report.classified.items()}
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a mean over seeds and images, `(seeds, images)`, both drawn anew."""
-    rng = np.random.default_rng(0)
-    seeds, images = differences.shape
-    means = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        drawn = differences[rng.integers(seeds, size=seeds)].mean(axis=0)  # (images,)
-        means[index] = drawn[rng.integers(images, size=images)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def show(without: Sequence[Correct], held: Sequence[Correct]) -> None:
     """Prints, of every set, both accuracies and their difference."""
     for name in without[0]:
         first, second = (np.stack([one[name] for one in runs]).astype(float) for runs in (without, held))
-        low, high = interval(second - first)
+        low, high = bootstrap_over_runs(second - first)
         means = f"{100 * first.mean():5.1f} without, {100 * second.mean():5.1f} with it"
         print(f"{name:<22} {means}: {100 * (second - first).mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
 

@@ -30,6 +30,7 @@ from .run import evaluate_suite as evaluate_suite
 from .statistics import PairedTest as PairedTest
 from .statistics import bootstrap_difference as bootstrap_difference
 from .statistics import bootstrap_interval as bootstrap_interval
+from .statistics import bootstrap_over_runs as bootstrap_over_runs
 from .statistics import effective_robustness as effective_robustness
 from .statistics import forgetting as forgetting
 from .statistics import ood_average as ood_average

@@ -207,6 +207,36 @@ def bootstrap_difference(
     return _interval(one.astype(np.int64) - other.astype(np.int64), resamples, seed)
 
 
+def bootstrap_over_runs(values: ArrayLike, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """Returns the 95 % percentile bootstrap interval of a mean over runs and images, both drawn anew.
+
+    Args:
+        values: `(runs, images)`, finite numbers: how much better a method answers each image than another, say.
+        resamples: how often runs and images are drawn.
+        seed: of the draws; the global random state has no part in them.
+
+    Returns:
+        The lower and the upper end.
+
+    Raises:
+        DataError: they are no such numbers, or none.
+
+    Example:
+        >>> bootstrap_over_runs([[0, 1, 1], [0, 1, 1]])
+        (0.0, 1.0)
+    """
+    of_runs = np.asarray(values, dtype=np.float64)
+    if of_runs.ndim != 2 or of_runs.size == 0 or not np.isfinite(of_runs).all():
+        raise DataError("no numbers by run and image", got=of_runs.shape, allowed="(runs, images), finite")
+    rng, (runs, images) = np.random.default_rng(seed), of_runs.shape
+    means = np.empty(resamples)
+    for index in range(resamples):
+        of_images = of_runs[rng.integers(runs, size=runs)].mean(axis=0)  # (images,)
+        means[index] = of_images[rng.integers(images, size=images)].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def paired_test(first: ArrayLike, second: ArrayLike) -> PairedTest:
     """Tests whether two runs differ on the same images: McNemar's test, exact (McNemar 1947).
 

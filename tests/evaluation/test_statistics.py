@@ -13,6 +13,7 @@ from hf_robust.evaluation.statistics import (
     baseline_line,
     bootstrap_difference,
     bootstrap_interval,
+    bootstrap_over_runs,
     effective_robustness,
     forgetting,
     ood_average,
@@ -265,3 +266,16 @@ def test_runs_on_different_images_are_refused(function):
 def test_standard_error_by_hand():
     assert standard_error(0.5, images=100) == 0.05 and standard_error(1.0, images=3) == 0
     assert standard_error(0.2, images=400) == pytest.approx(0.02)
+
+
+def test_an_interval_over_runs_is_as_wide_as_runs_and_images_differ():
+    rng = np.random.default_rng(0)
+    images, runs = rng.normal(size=400), rng.normal(size=8)[:, None]
+    low, high = bootstrap_over_runs(images + np.zeros((8, 1)))
+    assert high - low == pytest.approx(2 * 1.96 * images.std() / 20, rel=0.1)  # runs are alike: as of images alone
+    of_runs = bootstrap_over_runs(runs + np.zeros((8, 400)))
+    assert of_runs[1] - of_runs[0] == pytest.approx(2 * 1.96 * runs.std() / 8**0.5, rel=0.15)
+    assert bootstrap_over_runs(np.full((2, 3), 0.5)) == (0.5, 0.5)
+    for wrong in ([0.5, 0.5], [[]], [[np.nan]]):
+        with pytest.raises(DataError, match="no numbers by run and image"):
+            bootstrap_over_runs(wrong)
