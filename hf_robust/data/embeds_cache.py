@@ -67,10 +67,11 @@ def with_reference_embeds(
         >>> with_reference_embeds(train, clip, ImageCollator(processor), batch_size=64).column_names
         ['image', 'label', 'reference_embeds']
     """
-    dataset = _check_cacheable(dataset, collator).to_dataset()
+    given = _check_cacheable(dataset, collator)
+    dataset = given.to_dataset()
     table = dataset._data  # the rows in the order of the file, of which `dataset` may show some, in its own order
     indices = None if dataset._indices is None else dataset._indices["indices"].to_numpy().astype(np.int64)
-    file = _file(dataset, model, collator)
+    file = _file(_fingerprint(given), dataset, model, collator)
     if not _is_whole(file):
         rows = np.arange(len(table)) if indices is None else np.unique(indices)
         images = datasets.Dataset(table, info=dataset.info, fingerprint=dataset._fingerprint).select_columns(IMAGE)
@@ -184,9 +185,15 @@ def _check_cacheable(dataset: Any, collator: Any) -> LabelledImages:
 # --- the file ---
 
 
-def _file(dataset: datasets.Dataset, model: nn.Module, collator: ImageCollator) -> Path:
+def _fingerprint(given: LabelledImages) -> str:
+    """Of images and their order, whatever is beside them."""
+    shown = hashlib.sha256(given.numbers.astype("<i8").tobytes()).hexdigest()
+    return f"{given.rows._fingerprint} {given.columns and given.columns.image} {shown}"
+
+
+def _file(fingerprint: str, dataset: datasets.Dataset, model: nn.Module, collator: ImageCollator) -> Path:
     digest = hashlib.sha256(_named_files(dataset).encode())
-    for part in (dataset._fingerprint, collator.image_processor.to_json_string(), _precision(model)):
+    for part in (fingerprint, collator.image_processor.to_json_string(), _precision(model)):
         digest.update(part.encode() + b"\0")
     digest.update(base_model(model).config.to_json_string().encode())  # the activation function, for one
     for name, tensor in pretrained_tensors(model, "vision"):
