@@ -5,20 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from ..data.columns import Target
-from ..encoders.class_embeds import PROMPTS_AT_ONCE, class_embeddings
-from ..encoders.dual_encoder import base_model, logit_scale, text_embeds, text_tokenizer
+from ..encoders.class_embeds import class_embeddings
+from ..encoders.dual_encoder import logit_scale, text_tokenizer
 from ..encoders.preprocessing import warn_of_other_images
 from ..encoders.templates import check_templates
-from ..encoders.tokens import Tokenizer
 from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.retrieval import embed_texts
 from ..tasks.task import Task
 
 Head = Callable[[Tensor], Tensor]  # from embeddings of images `(batch, dim)` to logits `(batch, classes)`
@@ -65,38 +62,26 @@ class TextSide:
         """Returns embeddings of texts, `(texts, dim)`, L2-normalised; each rank encodes its share.
 
         Args:
-            texts: of a set. Equal ones are encoded once.
+            texts: of a set, each once.
             truncate: whether those that are too long are cut.
             where: the set's name, for messages.
 
         Raises:
             DataError: a text is too long.
         """
-        different = tuple(dict.fromkeys(texts))
-        key = different, truncate
+        key = tuple(texts), truncate
         if key not in self._texts:
             warn_of_other_images(self.encoder, self.processor)
             tokenizer = text_tokenizer(self.processor, self.encoder, truncate)
             tokenizer.check_lengths(texts, where)
-            self._texts[key] = self._encode(different, tokenizer)
-        place = {text: index for index, text in enumerate(different)}
-        return self._texts[key][[place[text] for text in texts]]
+            self._texts[key] = embed_texts(self.encoder, tokenizer, texts)
+        return self._texts[key]
 
     def _rows_of_trained_head(self, class_names: Sequence[str], target: Target) -> list[int] | None:
         model = self.model
         if not isinstance(model, ZeroShotClassifier) or model.head != "trainable" or model.target != target:
             return None
         return model.class_space.relate(class_names).order
-
-    def _encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
-        state, device = PartialState(), base_model(self.encoder).device
-        mine = np.array_split(np.arange(len(texts)), state.num_processes)[state.process_index]
-        parts = []
-        for start in range(0, len(mine), PROMPTS_AT_ONCE):
-            tokens = tokenizer([texts[index] for index in mine[start : start + PROMPTS_AT_ONCE]])
-            inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
-            parts.append(text_embeds(self.encoder, **inputs).cpu())  # (prompts, dim)
-        return torch.cat(gather_object(parts)).to(device)  # (texts, dim)
 
 
 def _products(embeds: Tensor, weight: Tensor) -> Tensor:

@@ -18,9 +18,7 @@ from ..data.collator import ImageCollator
 from ..data.columns import Target
 from ..encoders.class_embeds import class_embeddings, evaluating
 from ..encoders.dual_encoder import at_least_float32, logit_bias, logit_scale
-from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.templates import TEMPLATES, check_class_names, check_templates
-from ..errors import ConfigError
 from . import heads
 from .accuracy import AccuracyAndLoss
 from .gather import n_ranks
@@ -162,12 +160,15 @@ class ZeroShotClassifier(Task):
             ConfigError: there are neither images nor embeddings, or both.
             DataError: a label is no index into `class_names`.
         """
-        if pixel_values is not None and image_embeds is None:
-            embeds = embed_images(self.model, pixel_values, pixel_attention_mask, spatial_shapes)  # (batch, dim)
-        elif pixel_values is None and image_embeds is not None:
-            embeds = image_embeds
-        else:
-            raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
+        inputs = {
+            "pixel_values": pixel_values,
+            "labels": labels,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "image_embeds": image_embeds,
+            "reference_embeds": reference_embeds,
+        }
+        embeds = self.embed(inputs)  # (batch, dim)
         if labels is not None:
             heads.check_batch_labels(labels, len(self.class_names))
         sampled, rows = self._draw(labels)
@@ -180,15 +181,7 @@ class ZeroShotClassifier(Task):
         output = ZeroShotClassifierOutput(
             loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds, prompt_rows=rows
         )
-        inputs = {
-            "pixel_values": pixel_values,
-            "labels": labels,
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "image_embeds": image_embeds,
-            "reference_embeds": reference_embeds,
-        }
-        return self.with_terms(output, {n: t for n, t in inputs.items() if t is not None})
+        return self.with_terms(output, inputs)
 
     # --- what a trainer asks ---
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from ..encoders.chunks import check_chunk_size, in_chunks
-from ..encoders.dual_encoder import image_embeds as embed_images
 from ..encoders.dual_encoder import logit_scale, text_embeds
 from ..errors import ConfigError
 from . import heads
@@ -105,20 +104,6 @@ class FLYP(ZeroShotClassifier):
             ConfigError: as `ZeroShotClassifier`.
             DataError: likewise.
         """
-        images = pixel_values, pixel_attention_mask, spatial_shapes
-        if labels is None or not torch.is_grad_enabled():
-            return super().forward(pixel_values, labels, *images[1:], image_embeds, reference_embeds)
-        if (pixel_values is None) == (image_embeds is None):
-            raise ConfigError("the classifier takes images or their embeddings", allowed="one of the two")
-        size = chunk_size(self, self.contrastive_chunk_size)
-        embeds = in_chunks(partial(embed_images, self.model), images, size) if image_embeds is None else image_embeds
-        heads.check_batch_labels(labels, len(self.class_names))
-        rows = labels.cpu() * len(self.templates) + self._drawn(labels)  # (batch,), of `prompts`
-        of_prompts = self._embed(rows, size)  # (batch, dim)
-        own = torch.arange(len(labels), device=labels.device)
-        pairs = gather_pairs(embeds, of_prompts, own, labels[:, None], over_ranks=self.training)
-        loss = softmax_loss(pairs, logit_scale(self.model), self.positives)
-        output = ZeroShotClassifierOutput(loss=loss, image_embeds=embeds, class_embeds=of_prompts, prompt_rows=rows)
         inputs = {
             "pixel_values": pixel_values,
             "labels": labels,
@@ -127,7 +112,18 @@ class FLYP(ZeroShotClassifier):
             "image_embeds": image_embeds,
             "reference_embeds": reference_embeds,
         }
-        return self.with_terms(output, {n: t for n, t in inputs.items() if t is not None})
+        if labels is None or not torch.is_grad_enabled():
+            return super().forward(**inputs)
+        size = chunk_size(self, self.contrastive_chunk_size)
+        embeds = self.embed(inputs, size)  # (batch, dim)
+        heads.check_batch_labels(labels, len(self.class_names))
+        rows = labels.cpu() * len(self.templates) + self._drawn(labels)  # (batch,), of `prompts`
+        of_prompts = self._embed(rows, size)  # (batch, dim)
+        own = torch.arange(len(labels), device=labels.device)
+        pairs = gather_pairs(embeds, of_prompts, own, labels[:, None], over_ranks=self.training)
+        loss = softmax_loss(pairs, logit_scale(self.model), self.positives)
+        output = ZeroShotClassifierOutput(loss=loss, image_embeds=embeds, class_embeds=of_prompts, prompt_rows=rows)
+        return self.with_terms(output, inputs)
 
     def training_loss(self, rows: Rows | None, args: Any, function: Callable[..., Tensor] | None) -> TaskLoss:
         """Returns the contrastive loss, or what the user's function computes."""

@@ -181,15 +181,11 @@ class Identities(Task):
             "image_embeds": image_embeds,
             "reference_embeds": reference_embeds,
         }
-        if (pixel_values is None) == (image_embeds is None):
-            raise ConfigError("identities are told by images or their embeddings", allowed="one of the two")
-        embeds: Any = image_embeds  # (batch, dim)
-        if pixel_values is not None:
-            embeds = embed_images(self.model, pixel_values, pixel_attention_mask, spatial_shapes)
+        embeds = self.embed(inputs)  # (batch, dim)
         output = IdentitiesOutput(image_embeds=embeds)
         if labels is not None and not self._others:
             output.loss = self._loss(embeds, labels)
-        return self.with_terms(output, {name: tensor for name, tensor in inputs.items() if tensor is not None})
+        return self.with_terms(output, inputs)
 
     def _loss(self, embeds: Tensor, labels: Tensor) -> Tensor:
         if not self.head.W[:, 0].any():

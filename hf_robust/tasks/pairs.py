@@ -20,9 +20,8 @@ from ..data.collator import ImageCollator
 from ..data.rows import LabelledImages
 from ..data.target_collators import TextCollator
 from ..encoders.chunks import check_chunk_size, in_chunks
-from ..encoders.class_embeds import PROMPTS_AT_ONCE, evaluating
+from ..encoders.class_embeds import evaluating
 from ..encoders.dual_encoder import base_model, family, logit_bias, logit_scale, text_embeds, text_tokenizer
-from ..encoders.dual_encoder import image_embeds as embed_images
 from ..errors import AdapterFileError, ConfigError, DataError
 from .contrastive import RepeatedTexts, check_loss_settings, gather_pairs, sigmoid_loss, softmax_loss
 from .retrieval import METRICS, RetrievalMeasure, SetTexts, set_texts
@@ -153,25 +152,24 @@ class ImageTextPairs(Task):
         """
         if self.training:
             self.after_step()  # where no trainer has called it
-        images = pixel_values, pixel_attention_mask, spatial_shapes
-        embeds = self._image_embeds(images, image_embeds)  # (batch, dim)
-        if self._set is not None or input_ids is None:
-            return PairsOutput(image_embeds=embeds)
-        of_texts = self._in_chunks(partial(text_embeds, self.model), (input_ids, attention_mask))  # (texts, dim)
-        owners = torch.arange(len(of_texts), device=embeds.device) if image_of_text is None else image_of_text
-        loss = self._loss(embeds, of_texts, owners, self._text_keys(input_ids, attention_mask))
-        output = PairsOutput(loss=loss, image_embeds=embeds, text_embeds=of_texts)
         inputs = {
             "pixel_values": pixel_values,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "image_of_text": owners,
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
             "image_embeds": image_embeds,
             "reference_embeds": reference_embeds,
         }
-        return self.with_terms(output, {name: tensor for name, tensor in inputs.items() if tensor is not None})
+        size = chunk_size(self, self.contrastive_chunk_size)
+        embeds = self.embed(inputs, size)  # (batch, dim)
+        if self._set is not None or input_ids is None:
+            return PairsOutput(image_embeds=embeds)
+        of_texts = in_chunks(partial(text_embeds, self.model), (input_ids, attention_mask), size)  # (texts, dim)
+        owners = torch.arange(len(of_texts), device=embeds.device) if image_of_text is None else image_of_text
+        loss = self._loss(embeds, of_texts, owners, self._text_keys(input_ids, attention_mask))
+        output = PairsOutput(loss=loss, image_embeds=embeds, text_embeds=of_texts)
+        return self.with_terms(output, {**inputs, "image_of_text": owners})
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -237,7 +235,11 @@ class ImageTextPairs(Task):
         """Inside the context images are asked for among all texts of a set, from the text tower as it is now."""
         texts = rows.texts if isinstance(rows, LabelledImages) else None
         before = self._set
-        self._set = None if texts is None else self._embedded(texts)
+        if texts is not None:
+            with evaluating(self.model):
+                self._set = set_texts(self.model, self.tokenizer, texts)
+        else:
+            self._set = None
         try:
             yield
         finally:
@@ -279,16 +281,6 @@ class ImageTextPairs(Task):
                 "these are settings of the softmax", where=where, got=(self.label_smoothing, self.margin)
             )
 
-    def _image_embeds(self, images: tuple[Tensor | None, ...], image_embeds: Tensor | None) -> Tensor:
-        if (images[0] is None) == (image_embeds is None):
-            raise ConfigError("the task takes images or their embeddings", allowed="one of the two")
-        if image_embeds is not None:
-            return image_embeds
-        return self._in_chunks(partial(embed_images, self.model), images)
-
-    def _in_chunks(self, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
-        return in_chunks(function, tensors, chunk_size(self, self.contrastive_chunk_size))
-
     def _loss(self, images: Tensor, texts: Tensor, image_of_text: Tensor, keys: Tensor) -> Tensor:
         counts = image_of_text.bincount(minlength=len(images))  # (images,)
         if len(counts) > len(images) or len(image_of_text) != len(texts) or not counts.all():
@@ -305,13 +297,3 @@ class ImageTextPairs(Task):
         tokens = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, NO_TOKEN)
         longest = base_model(self.model).config.text_config.max_position_embeddings
         return F.pad(tokens, (0, longest - tokens.shape[1]), value=NO_TOKEN)  # (texts, longest)
-
-    def _embedded(self, texts: Sequence[Sequence[str]]) -> SetTexts:
-        device = base_model(self.model).device
-
-        def embed(some: list[str]) -> Tensor:
-            tokens = {name: tensor.to(device) for name, tensor in self.tokenizer(some).items()}
-            return text_embeds(self.model, tokens["input_ids"], tokens.get("attention_mask"))
-
-        with torch.no_grad(), evaluating(self.model):
-            return set_texts(texts, embed, PROMPTS_AT_ONCE)

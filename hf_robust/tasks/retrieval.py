@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from ..encoders.class_embeds import PROMPTS_AT_ONCE
+from ..encoders.dual_encoder import base_model, text_embeds
+from ..encoders.tokens import Tokenizer
 from ..errors import DataError
 from .gather import gather_rows, n_ranks, rank
 from .measure import Measure
@@ -42,24 +45,47 @@ class SetTexts:
     images: int
 
 
-def set_texts(texts: Sequence[Sequence[str]], embed: Callable[[list[str]], Tensor], at_once: int) -> SetTexts:
-    """Embeds the different texts of a set, each rank a part of them.
+@torch.no_grad()
+def embed_texts(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Embeds texts, some at a time; each rank a part of them, and all ranks get all.
 
     Args:
-        texts: those of every row.
-        embed: from texts to `(texts, dim)`.
-        at_once: how many texts it is given.
+        model: a dual encoder, plain or wrapped by PEFT.
+        tokenizer: what `text_tokenizer` returned for it.
+        texts: strings.
+
+    Returns:
+        `(texts, dim)`, L2-normalised, in float32 or better, without gradient.
 
     Example:
-        >>> set_texts([["two dogs", "dogs at play"], ["two dogs"]], embed, at_once=256).text_of_pair
+        >>> embed_texts(clip, text_tokenizer(processor, clip), ["two dogs", "a cat"]).shape
+        torch.Size([2, 512])
+    """
+    shared, device = len(texts) >= n_ranks(), base_model(model).device  # of fewer a rank would have none
+    share = [texts[i] for i in torch.arange(len(texts)).tensor_split(n_ranks())[rank()]] if shared else [*texts]
+    parts = []
+    for start in range(0, len(share), PROMPTS_AT_ONCE):
+        tokens = tokenizer(share[start : start + PROMPTS_AT_ONCE])
+        inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
+        parts.append(text_embeds(model, **inputs))  # (part, dim)
+    embeds = torch.cat(parts)  # (texts of this rank, dim)
+    return gather_rows(embeds) if shared else embeds
+
+
+def set_texts(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> SetTexts:
+    """Embeds the different texts of a set, see `embed_texts`.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        tokenizer: what `text_tokenizer` returned for it.
+        texts: those of every row.
+
+    Example:
+        >>> set_texts(clip, tokenizer, [["two dogs", "dogs at play"], ["two dogs"]]).text_of_pair
         [0, 1, 0]
     """
-    flat, image_of_pair, text_of_pair = distinct_texts(texts)
-    shared = len(flat) >= n_ranks()  # else a rank would have none
-    share = [flat[i] for i in torch.arange(len(flat)).tensor_split(n_ranks())[rank()]] if shared else flat
-    parts = [embed(share[start : start + at_once]) for start in range(0, len(share), at_once)]
-    embeds = torch.cat(parts)  # (texts of this rank, dim)
-    return SetTexts(gather_rows(embeds) if shared else embeds, image_of_pair, text_of_pair, len(texts))
+    different, image_of_pair, text_of_pair = distinct_texts(texts)
+    return SetTexts(embed_texts(model, tokenizer, different), image_of_pair, text_of_pair, len(texts))
 
 
 class RetrievalMeasure(Measure):

@@ -141,8 +141,7 @@ class SeveralLabels(ZeroShotClassifier):
             return output
         logits: Any = output.logits
         output.loss = LOSSES[self.loss](logits, _checked(labels, logits), None).mean()
-        inputs = {**images, "labels": labels, "reference_embeds": reference_embeds}
-        return self.with_terms(output, {name: tensor for name, tensor in inputs.items() if tensor is not None})
+        return self.with_terms(output, {**images, "labels": labels, "reference_embeds": reference_embeds})
 
     # --- what a trainer asks ---
 

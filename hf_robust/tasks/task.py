@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from accelerate import Accelerator
@@ -16,10 +17,12 @@ from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from ..data.collator import ImageCollator
-from ..data.columns import Target
+from ..data.columns import IMAGE_EMBEDS, Target
 from ..data.draws import Draws
+from ..data.embeds_cache import IMAGE_INPUTS
 from ..data.rows import LabelledImages, LabelledStream
-from ..encoders.dual_encoder import base_model
+from ..encoders.chunks import in_chunks
+from ..encoders.dual_encoder import base_model, image_embeds
 from ..errors import ConfigError
 from .measure import Measure
 from .progress import Progress
@@ -29,6 +32,7 @@ CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"  # where
 PROCESSOR_FOLDER = "processor"  # beside an adapter; that of a whole model lies with it
 Rows = LabelledImages | LabelledStream
 Batch = Mapping[str, Tensor]
+Inputs = Mapping[str, Tensor | None]  # of a forward
 
 
 @dataclass
@@ -253,19 +257,37 @@ class Task(nn.Module):
         """Returns the tensors that are neither the encoder's nor those of terms, by name: a head's."""
         return {n: t for n, t in self.state_dict().items() if not n.startswith(("model.", "terms."))}
 
-    def with_terms(self, output: Any, inputs: Batch) -> Any:
+    def embed(self, inputs: Inputs, size: int | None = None) -> Tensor:
+        """Returns the embeddings of a batch's images, `(batch, dim)`, L2-normalised, or those that it brings.
+
+        Args:
+            inputs: the batch; None for what it does not have.
+            size: images that are embedded at once, see `in_chunks`.
+
+        Raises:
+            ConfigError: there are neither images nor embeddings, or both.
+        """
+        pixels, embeds = inputs.get("pixel_values"), inputs.get(IMAGE_EMBEDS)
+        if (pixels is None) == (embeds is None):
+            raise ConfigError("the task takes images or their embeddings", allowed="one of the two")
+        if embeds is not None:
+            return embeds
+        return in_chunks(partial(image_embeds, self.model), [inputs.get(name) for name in IMAGE_INPUTS], size)
+
+    def with_terms(self, output: Any, inputs: Inputs) -> Any:
         """Adds to an output the terms of the loss, with their weights.
 
         Args:
             output: the `TaskOutput`.
-            inputs: the batch.
+            inputs: the batch; None for what it does not have.
 
         Raises:
             ConfigError: two of them would be logged under one name.
         """
         if not self.training or not self.terms or output.loss is None:
             return output
-        reference = self.reference.of_batch(self, output, inputs)
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        reference = self.reference.of_batch(self, output, given)
         found: dict[str, Tensor] = {}
         owners = {self.loss_name: "the task's own loss"}
         for name, term in self.terms.items():

@@ -24,7 +24,7 @@ from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, labelled_images
 from ..errors import ConfigError, NonFiniteError
 from ..interpolation.sweep import AlphaSweep, alpha_sweep
-from .preflight import check_rows
+from .preflight import check_rows, lacks_targets
 from .repeatable import RepeatableTrainer, Rows
 from .replaced import replaced
 
@@ -239,7 +239,7 @@ class EvaluatingTrainer(RepeatableTrainer):
             if self.own_metrics:
                 yield
                 return
-            if rows.columns is not None and rows.columns.label is None:  # to be predicted, without metrics
+            if lacks_targets(rows):  # to be predicted, without metrics
                 with replaced(self, compute_metrics=None, preprocess_logits_for_metrics=None):
                     yield
                 return

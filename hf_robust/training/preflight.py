@@ -49,6 +49,15 @@ def check_arguments(args: Any, processing_class: Any) -> None:
         raise ConfigError("one process cannot train on several GPUs", got=args.n_gpu, allowed="1", remedy=remedy)
 
 
+def lacks_targets(rows: Rows) -> bool:
+    """Returns whether rows are known to have nothing beside their images, which can be predicted alone.
+
+    Args:
+        rows: what `labelled_images` returned.
+    """
+    return rows.columns is not None and rows.columns.label is None
+
+
 def check_targets(rows: Rows) -> None:
     """Refuses a set whose rows have nothing beside their images.
 
@@ -58,7 +67,7 @@ def check_targets(rows: Rows) -> None:
     Raises:
         DataError: there is no column of it.
     """
-    if rows.columns is not None and rows.columns.label is None:
+    if lacks_targets(rows):
         raise no_column(KINDS[rows.target or "label"], columns_of(rows), rows.name)
 
 
@@ -96,19 +105,16 @@ def check_rows(rows: Rows, task: Task, targets: bool = True) -> None:
         check_vision_is_pretrained(task.model, f"{rows.name} has image embeddings in the place of images")
 
 
-def check_training(task: Task, rows: Rows) -> None:
-    """Refuses a training from which nothing would come, or not what was meant.
+def check_trained(task: Task) -> None:
+    """Refuses to train weights from which nothing would come, or not what was meant.
 
     Args:
         task: the task to train.
-        rows: the training set.
 
     Raises:
         ConfigError: nothing is trained, an adapter is frozen, its name is none of a folder, weights are trained
             beside it, or weights of 16 bits are trained themselves.
-        DataError: there is nothing to learn from, one class alone, say.
     """
-    task.check_training(rows)
     for name in task.model.peft_config if isinstance(task.model, PeftModel) else ():
         check_adapter_name(name)  # of a stock method; those of this package have looked
     if saft_unselected(task.model):  # a checkpoint to resume from brings the entries

@@ -18,6 +18,7 @@ from ..data.draws import DrawingCollator, Draws
 from ..data.rows import LabelledImages, LabelledStream, labelled_images
 from ..data.target_collators import TargetCollator, TextCollator
 from .evaluation_loop import EvaluationLoopTrainer
+from .preflight import lacks_targets
 from .replaced import replaced
 from .stopping import leave_signals
 
@@ -79,8 +80,7 @@ class RepeatableTrainer(EvaluationLoopTrainer):
             collator: an `ImageCollator`, one around it, or any other.
             draws: what to draw from.
         """
-        is_bare = rows.columns is not None and rows.columns.label is None  # images to be predicted
-        whole = collator if is_bare else self.model.collator(collator)
+        whole = collator if lacks_targets(rows) else self.model.collator(collator)
         if _shows_the_same(rows, whole):
             return rows, whole
         return replace(rows, draws=draws), DrawingCollator(whole)

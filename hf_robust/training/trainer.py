@@ -28,7 +28,7 @@ from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
 from .model_init import ClassNames, as_task, model_or_first
-from .preflight import check_arguments, check_best_metric, check_length, check_metrics, check_targets, check_training
+from .preflight import check_arguments, check_best_metric, check_length, check_metrics, check_targets, check_trained
 from .ranks import raise_on_all
 from .replaced import replaced
 from .starting import StartingTrainer
@@ -215,7 +215,7 @@ class RobustTrainer(StartingTrainer):
         self.model.progress, self.epoch_begun = Progress(seed=self.args.seed), -1
         self.model.check_training(self.train_dataset)  # before anything is computed of it
         self.begin(resumed=checkpoint is not None)
-        check_training(self.model, self.train_dataset)
+        check_trained(self.model)
         starts = self.args.eval_on_start and checkpoint is None
         try:
             with self._whole_batches(), replaced(self.args, eval_on_start=starts):  # a resumed run has had it

@@ -143,7 +143,7 @@ def test_prototypes_are_those_of_the_training_set_and_are_read_from_a_file_the_s
         found = loss_of(first).prototypes
         torch.testing.assert_close(found.mean[label], own.mean(0), rtol=0, atol=1e-6)
         torch.testing.assert_close(found.std[label], own.std(0, correction=0), rtol=0, atol=1e-6)
-    for used in ("hf_robust.data.embeds_cache.pretrained_image_embeds", "hf_robust.tasks.class_names.embed_images"):
+    for used in ("hf_robust.data.embeds_cache.pretrained_image_embeds", "hf_robust.tasks.task.image_embeds"):
         monkeypatch.setattr(used, lambda *args: pytest.fail("the vision tower was run again"))
     second = trainer(tmp_path, max_steps=1)
     second.train()
