@@ -66,9 +66,7 @@ def test_training_and_evaluation_need_no_vision_tower(tmp_path, method, monkeypa
     for embed in (lambda dataset: dataset, embedded):
         if embed is embedded:
             prepared = {name: embed(dataset) for name, dataset in sets.items()}, embed(image_dataset(18, NAMES))
-            monkeypatch.setattr(
-                "hf_robust.tasks.task.image_embeds", lambda *args: pytest.fail("vision tower was run")
-            )
+            monkeypatch.setattr("hf_robust.tasks.task.image_embeds", lambda *args: pytest.fail("vision tower was run"))
         else:
             prepared = sets, image_dataset(18, NAMES)
         torch.manual_seed(0)
