@@ -34,7 +34,6 @@ from transformers import set_seed
 
 from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
 from hf_robust.data.rows import LabelledImages
-from hf_robust.data.text_files import parse_json
 from hf_robust.errors import ConfigError, close_matches
 from hf_robust.evaluation.report import write_json
 from hf_robust.scripting.checks import check_given
@@ -44,6 +43,7 @@ from hf_robust.scripting.loading import (
     load_processor,
     loading_data,
     read_class_names,
+    read_sets,
     usable,
     wish_to_resume,
 )
@@ -85,7 +85,7 @@ class ScriptArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.eval_data, str):
-            self.eval_data = read_sets(self.eval_data)
+            self.eval_data = read_sets(self.eval_data, "eval_data")
         check_given(self, "train_data")
         if self.validation_data and "validation" in (self.eval_data or {}):
             raise ConfigError(
@@ -95,14 +95,6 @@ class ScriptArguments:
             raise ConfigError("unknown method", got=self.method, remedy=close_matches(self.method, list(METHODS)))
         if self.wise_ft and not self.validation_data:
             raise ConfigError("wise_ft chooses alpha on validation data", where="validation_data")
-
-
-def read_sets(text: str) -> dict[str, str]:
-    """Evaluation sets by name, from JSON."""
-    try:
-        return dict(parse_json(text, "eval_data"))
-    except (ValueError, TypeError) as error:
-        raise ConfigError("no sets by name", where="eval_data", got=text, allowed='{"name": "data", …}') from error
 
 
 def keep_as_is(model: nn.Module, args: ScriptArguments) -> nn.Module:

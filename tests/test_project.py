@@ -66,6 +66,7 @@ FLOORS = [
     {"cards"},
     {"training"},
     {"scripting"},
+    {"comparison"},
     {"cli"},
     {"__main__"},
 ]

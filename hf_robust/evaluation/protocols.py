@@ -36,7 +36,6 @@ from datasets import Dataset
 from ..data.columns import find_column, no_column
 from ..data.labels import NO_LABEL, check_labels, class_indices, replace_labels
 from ..errors import ConfigError, DataError
-from .statistics import standard_error
 
 
 def base_to_new(dataset: Dataset) -> tuple[Dataset, Dataset]:
@@ -122,7 +121,7 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new > 0 else 0.0
 
 
-def one_standard_error_rule(accuracies: Sequence[float], losses: Sequence[float], images: int) -> int:
+def one_standard_error_rule(accuracies: Sequence[float], losses: Sequence[float], errors: Sequence[float]) -> int:
     """Returns the place of the setting to take: the lowest loss among those as accurate as the best.
 
     As accurate is what lies within one standard error of the best accuracy, after Breiman et al. (Classification and
@@ -132,14 +131,14 @@ def one_standard_error_rule(accuracies: Sequence[float], losses: Sequence[float]
     Args:
         accuracies: on validation data, by setting, fractions.
         losses: mean cross-entropy there, by setting.
-        images: number of images in the validation set.
+        errors: standard errors of the accuracies, see `standard_error`.
 
     Example:
-        >>> one_standard_error_rule([0.60, 0.74, 0.76, 0.40], [1.1, 0.8, 1.3, 4.0], images=200)
+        >>> one_standard_error_rule([0.60, 0.74, 0.76, 0.40], [1.1, 0.8, 1.3, 4.0], errors=[0.03] * 4)
         1
     """
-    best = max(accuracies)
-    least = best - standard_error(best, images)
+    best, error = max(zip(accuracies, errors, strict=True))
+    least = best - error
     return min((i for i, accuracy in enumerate(accuracies) if accuracy >= least), key=lambda i: losses[i])
 
 

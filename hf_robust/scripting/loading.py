@@ -16,7 +16,7 @@ from ..data.columns import Target
 from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, labelled_images
 from ..data.sources import load_source
-from ..data.text_files import read_json, read_text
+from ..data.text_files import parse_json, read_json, read_text
 from ..encoders.dual_encoder import family
 from ..errors import ConfigError, DataError
 from ..tasks.task import PROCESSOR_FOLDER
@@ -110,6 +110,26 @@ def read_class_names(file: str | None) -> list[str] | dict[str, str] | None:
         allowed = "an object from the data's names to words; or a file of another name with one name per line"
         raise ConfigError("file of class names holds none", where=file, got=type(names).__name__, allowed=allowed)
     return names
+
+
+def read_sets(text: str, where: str) -> dict[str, str]:
+    """Reads which data is called what, from JSON.
+
+    Args:
+        text: an object from names to sources.
+        where: the setting, for messages.
+
+    Raises:
+        ConfigError: it is none.
+
+    Example:
+        >>> read_sets('{"id": "photos:test"}', "eval_data")
+        {'id': 'photos:test'}
+    """
+    try:
+        return dict(parse_json(text, where))
+    except (ValueError, TypeError) as error:
+        raise ConfigError("no sets by name", where=where, got=text, allowed='{"name": "data", …}') from error
 
 
 def load_model(name: str, dtype: str) -> Any:

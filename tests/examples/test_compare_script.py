@@ -3,18 +3,19 @@ from __future__ import annotations
 
 import json
 from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hf_robust import RobustTrainingArguments
+from hf_robust.comparison.methods import ALL_METHODS, METHODS, SAFT_VARIANTS
+from hf_robust.comparison.search import GRID, choose_rate
+from hf_robust.comparison.tables import half_interval
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import image_sizes_seen, launch_on_two, load_script, load_training_script
+from tests.examples.scripts import image_sizes_seen, launch_on_two, load_training_script
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -91,31 +92,32 @@ def test_every_method_is_searched_trained_and_evaluated_with_every_seed(script, 
     for method in ("linear-probe", "full", "saft"):
         searched = [run for run in runs.values() if run.get("searched") == method]
         assert [run["learning_rate"] for run in searched] == [1e-3, 1e-2]
-        chosen = script.choose(searched)["learning_rate"]
+        chosen = choose_rate(searched)["learning_rate"]
         ended = [run for run in runs.values() if run.get("method") == method]
         assert [(run["learning_rate"], run["seed"]) for run in ended] == [(chosen, 1), (chosen, 2)]
         for run in ended:
-            assert run["trained_parameters"] > 0 and run["alpha"] in (0.5, 1.0)
-            assert [row["alpha"] for row in run["sweep"]] == [0.5, 1.0]
-            assert run["fine_tuned"]["sets"].keys() == {"colours", "pale", "noisy", "pets"}
-            half, whole = (row["validation_accuracy"] for row in run["sweep"])
+            fine_tuned, wise_ft = run["ways"].values()
+            assert run["trained_parameters"] > 0 and wise_ft["alpha"] in (0.5, 1.0)
+            assert [row["alpha"] for row in wise_ft["sweep"]] == [0.5, 1.0]
+            assert fine_tuned["sets"].keys() == {"colours", "pale", "noisy", "pets"}
+            half, whole = (row["validation_accuracy"] for row in wise_ft["sweep"])
             error = sqrt(whole * (1 - whole) / 12)
-            best = max(run["sweep"], key=lambda row: (row["validation_accuracy"], -row["validation_loss"]))
+            best = max(wise_ft["sweep"], key=lambda row: (row["validation_accuracy"], -row["validation_loss"]))
             near = 0.5 if half >= max(half, whole) - error else 1.0
-            assert run["alpha"] == (near if error else best["alpha"])
-            assert (run["wise_ft"] == run["fine_tuned"]) == (run["alpha"] == 1)
+            assert wise_ft["alpha"] == (near if error else best["alpha"])
+            assert (wise_ft["means"] == fine_tuned["means"]) >= (wise_ft["alpha"] == 1)
     shown = cells((tmp_path / "table.md").read_text())
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     zero_shot = runs["zero-shot"]["means"]
-    assert shown["zero-shot"][:4] == ["0", "", "", ""]
-    for column, role in ((4, "id"), (5, "ood"), (6, "other")):
+    assert shown["zero-shot"][:5] == ["0", "", "", "", ""]
+    for column, role in ((5, "id"), (6, "ood"), (7, "other")):
         assert shown["zero-shot"][column].startswith(f"{100 * zero_shot[role]:.1f} ± ")
-        for row, part in (("full", "fine_tuned"), ("full+wise-ft", "wise_ft")):
-            ended = [runs[f"full_seed_{seed}"][part] for seed in (1, 2)]
+        for row, part in (("full", "fine-tuned"), ("full+wise-ft", "wise-ft")):
+            ended = [runs[f"full_seed_{seed}"]["ways"][part] for seed in (1, 2)]
             names = [name for name, one in ended[0]["sets"].items() if one["role"] == role]
-            interval = 100 * script.half_interval(ended, names)
+            interval = 100 * half_interval(ended, names)
             assert shown[row][column] == f"{mean(100 * run['means'][role] for run in ended):.1f} ± {interval:.1f}"
-    assert shown["full"][3] == "1"
+    assert shown["full"][3:5] == ["", "1"]
     seconds = mean(runs[f"full_seed_{seed}"]["training_seconds"] for seed in (1, 2))
     assert shown["full"][1] == shown["full+wise-ft"][1] == f"{seconds:.0f}"
     assert (tmp_path / "scatter.png").read_bytes().startswith(b"\x89PNG")
@@ -123,7 +125,7 @@ def test_every_method_is_searched_trained_and_evaluated_with_every_seed(script, 
 
 def test_a_probe_learns_a_head_and_forgets_nothing(script, tmp_path):
     runs = script.run(tmp_path, "--methods", "linear-probe", "--learning_rates", "0.3", "--num_train_epochs", "8")
-    probe, zero_shot = runs["linear-probe_seed_1"]["fine_tuned"], runs["zero-shot"]
+    probe, zero_shot = runs["linear-probe_seed_1"]["ways"]["fine-tuned"], runs["zero-shot"]
     assert probe["means"]["id"] > zero_shot["means"]["id"]
     assert probe["sets"]["pets"] == zero_shot["sets"]["pets"]
     assert runs["linear-probe_seed_1"]["trained_parameters"] == 4 * 24 + 4
@@ -144,19 +146,19 @@ def test_all_methods_run_and_differ(script, tmp_path):
     losses = {method: runs[f"{method}_rate_0.01"]["loss"] for method in MAIN}
     losses.pop("saft+similarity")  # where all entries lie in the text tower, the images stay as similar as they were
     assert len(set(losses.values())) == len(losses)
-    assert "sweep" not in runs["context+ogen_seed_1"] and "context+ogen+wise-ft" not in (
+    assert "wise-ft" not in runs["context+ogen_seed_1"]["ways"] and "context+ogen+wise-ft" not in (
         cells((tmp_path / "table.md").read_text())
     )
     trained = {method: runs[f"{method}_seed_1"]["trained_parameters"] for method in MAIN}
     assert trained["saft"] < trained["lora"] < trained["full"] == trained["full+similarity"]
-    assert [*script.METHODS] == MAIN and len(script.SAFT_VARIANTS) == 9
+    assert [*METHODS] == MAIN and len(SAFT_VARIANTS) == 9
 
 
 def test_every_method_has_a_card_with_the_figures_of_the_first_seed(script, tmp_path):
     runs = script.run(tmp_path, "--methods", "saft", "--learning_rates", "1e-2", "--seeds", "2", "1")
     assert {path.name for path in (tmp_path / "cards").iterdir()} == {"saft.md", "saft+wise-ft.md"}
     first, zero_shot = runs["saft_seed_2"], runs["zero-shot"]
-    for name, run in (("saft", first["fine_tuned"]), ("saft+wise-ft", first["wise_ft"])):
+    for name, run in (("saft", first["ways"]["fine-tuned"]), ("saft+wise-ft", first["ways"]["wise-ft"])):
         shown = cells((tmp_path / "cards" / f"{name}.md").read_text())["pale"]
         shares = [one["sets"]["pale"]["accuracy"] for one in (zero_shot, run)]
         assert [cell.split()[0] for cell in (shown[2], shown[-1])] == [f"{100 * share:.1f}" for share in shares]
@@ -166,102 +168,17 @@ def test_every_method_has_a_card_with_the_figures_of_the_first_seed(script, tmp_
 # --- the search ---
 
 
-def validated(accuracies, losses=None, images=10**9):
-    """What `validate` returns, by learning rate, and the rates that were asked for."""
-    asked = []
-
-    def run(rate):
-        asked.append(rate)
-        place = [1, 2, 3, 4, 5, 6, 7].index(rate)
-        figures = {"accuracy": accuracies[place], "loss": losses[place] if losses else 1.0}
-        figures = {"stopped": "loss is nan"} if accuracies[place] is None else figures
-        return {"learning_rate": rate, "images": images, **figures}
-
-    return run, asked
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "chosen", "tried"),
-    [
-        ([0.3, 0.3, 0.5, 0.7, 0.6, 0.2, 0.1], 4, [4, 5, 3]),  # the middle
-        ([0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 7, [4, 5, 6, 7]),  # the upper end
-        ([0.3, 0.6, 0.5, 0.1, 0.1, 0.2, 0.1], 2, [4, 3, 2, 1]),  # from a wrecked model downwards
-        ([0.3, 0.6, 0.1, None, None, 0.9, 0.9], 2, [4, 3, 2, 1]),
-        ([0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], 1, [4, 3, 2, 1]),  # nothing helps
-    ],
-)
-def test_the_search_ends_where_both_neighbours_are_worse(script, accuracies, chosen, tried):
-    run, asked = validated(accuracies)
-    assert script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.3) == chosen
-    assert asked == tried
-
-
-@settings(max_examples=50)
-@given(st.integers(0, 6), st.lists(st.floats(0.01, 0.1), min_size=7, max_size=7))
-def test_the_search_finds_a_single_peak(peak, steps):
-    monkeypatch = pytest.MonkeyPatch()
-    script = load_script(SCRIPT, monkeypatch)
-    monkeypatch.undo()
-    accuracies = [0.9 - sum(steps[min(place, peak) : max(place, peak)]) for place in range(7)]
-    run, _ = validated(accuracies)
-    assert script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.2) == peak + 1
-
-
-def test_the_search_is_by_the_rule_of_one_standard_error(script):
-    run, _ = validated([0.1, 0.1, 0.50, 0.53, 0.1, 0.1, 0.1], [9, 9, 1.0, 1.2, 9, 9, 9], images=100)
-    assert script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.3) == 3
-
-
-def test_a_loss_of_a_standard_error_does_no_harm(script):
-    error = sqrt(0.3 * 0.7 / 100)
-    for lost, harm in ((0.9, False), (1.1, True)):
-        assert script.does_harm({"accuracy": 0.3 - lost * error, "images": 100}, 0.3) is harm
-
-
-def test_no_rate_that_trains_is_an_error(script):
-    run, _ = validated([None] * 7)
-    with pytest.raises(ConfigError, match="no training ended.*learning_rates.*loss is nan"):
-        script.find_learning_rate([1, 2, 3, 4, 5, 6, 7], run, zero_shot_accuracy=0.3)
-
-
 def test_search_alone_shows_what_was_chosen_and_what_stopped(script, tmp_path):
     rates = ["--learning_rates", "1e-3", "1e-2", "1e30"]
     runs = script.run(tmp_path, "--methods", "full", "--search_only", "true", *rates)
     assert {run.get("searched") for run in runs.values()} == {None, "full"}
     assert "stopped" in runs["full_rate_1e+30"] and not (tmp_path / "scatter.png").exists()
     shown = cells((tmp_path / "table.md").read_text())
-    assert shown["validation accuracy (loss)"] == ["0.001", "0.01", "1e+30"] and shown["full"][2] == "–"
-    chosen = script.choose([run for run in runs.values() if run.get("searched") == "full"])
+    assert shown["validation accuracy (loss)"] == ["weight", "0.001", "0.01", "1e+30"] and shown["full"][3] == "–"
+    chosen = choose_rate([run for run in runs.values() if run.get("searched") == "full"])
     expected = f"**{100 * chosen['accuracy']:.1f} ({chosen['loss']:.2f})**"
-    assert shown["full"][[1e-3, 1e-2].index(chosen["learning_rate"])] == expected
+    assert shown["full"][1 + [1e-3, 1e-2].index(chosen["learning_rate"])] == expected
     assert sum("**" in cell for cell in shown["full"]) == 1
-
-
-# --- the table ---
-
-
-def test_ranks_are_mean_places_by_hand(script):
-    rows = [{"id": [0.9, 0.7], "ood": [0.1]}, {"id": [0.6], "ood": [0.3]}, {"id": [0.8], "ood": [0.2]}]
-    assert script.mean_ranks(rows) == [(1.5 + 3) / 2, (3 + 1) / 2, (1.5 + 2) / 2]
-
-
-def test_the_interval_is_about_images_and_seeds_by_hand(script):
-    sets = {"a": {"accuracy": 0.5, "images": 100}, "b": {"accuracy": 0.8, "images": 400}}
-    one = {"sets": {**sets, "other": {"accuracy": 0.9, "images": 1}}}
-    more = {"sets": {"a": {"accuracy": 0.6}, "b": {"accuracy": 0.9}}}
-    of_images = sqrt(0.05**2 + 0.02**2) / 2  # the mean of two independent accuracies
-    assert script.half_interval([one], ["a", "b"]) == pytest.approx(1.96 * of_images)
-    of_seeds = stdev([0.65, 0.75]) / sqrt(2)
-    both = script.half_interval([one, more], ["a", "b"])
-    assert both == pytest.approx(1.96 * sqrt(of_images**2 + of_seeds**2))
-
-
-def test_the_best_rank_is_marked(script):
-    row = {"interval": {"id": 0.0}, "alpha": [1.0], "trained_parameters": 7, "seconds": 1.0, "learning_rate": 0.1}
-    rows = {"zero-shot": {**row, "accuracy": {"id": [0.1]}, "rank": 2.0}, "full": {**row, "accuracy": {"id": [0.2]}}}
-    rows["full"]["rank"] = 1.0
-    marked = [line for line in script.table(rows).splitlines() if "**" in line]
-    assert len(marked) == 1 and marked[0].startswith("| **full**")
 
 
 # --- interrupted and shared ---
@@ -276,7 +193,7 @@ def test_ended_runs_are_not_repeated_and_seeds_and_methods_can_be_added(script, 
     (tmp_path / "scatter.png").unlink()
     again = script.run(tmp_path, *flags)
     assert again["saft_seed_1"]["training_seconds"] == -1 and (tmp_path / "scatter.png").exists()
-    assert again["saft_seed_2"]["fine_tuned"] == first["saft_seed_2"]["fine_tuned"]
+    assert again["saft_seed_2"]["ways"] == first["saft_seed_2"]["ways"]
     more = script.run(tmp_path, "--methods", "full", "--seeds", "3")
     assert more.keys() > again.keys() and "full_seed_3" in more and "full_seed_1" not in more
     assert {"saft", "full"} < cells((tmp_path / "table.md").read_text()).keys()
@@ -309,16 +226,6 @@ def test_a_call_that_stops_before_its_first_run_ends_claims_no_folder(script, tm
     assert script.run(tmp_path, *flags, "--templates", "a photo of a {}.").keys() > {"zero-shot"}
 
 
-def test_calls_with_other_settings_at_the_same_time_do_not_share_a_folder(script, tmp_path):
-    def other_call():
-        (tmp_path / "settings.json").write_text(json.dumps({"config": {"shots": 2}}))
-        return {}
-
-    with pytest.raises(ConfigError, match="other settings.*'config.shots'"):
-        script.Runs(tmp_path, {"config": {"shots": 4}}).get("zero-shot", other_call)
-    assert not (tmp_path / "runs").exists()
-
-
 BAD_INPUT = {
     "no suite": (["--suite", ""], "not given.*suite"),
     "no validation data": (["--validation_data", ""], "not given.*validation_data"),
@@ -329,7 +236,8 @@ BAD_INPUT = {
     "seed": (["--seed", "7"], "seed.*Set seeds"),
     "frozen head": (["--head", "frozen"], "head.*'frozen'.*'live'"),
     "no names for OGEN": (["--methods", "context+ogen"], "names of new classes.*new_class_names"),
-    "no similarity loss": (["--losses", "{}", "--cache_reference_embeddings", "0"], "settings of 'similarity' alone"),
+    "no such loss": (["--losses", '{"ogen": {"new_class_names": ["cyan"]}}'], "no method adds this loss.*'ogen'"),
+    "no other task": (["--selection", "id+other"], "id\\+other goes with images of other tasks"),
 }
 
 
@@ -346,7 +254,7 @@ def test_the_shipped_config_is_understood(script):
     types = script.ScriptArguments, RobustTrainingArguments
     args, training_args = parse_arguments(types, script.DEFAULTS, ["--config", str(config)])
     script.check_training(training_args, script.FIXED, script.OWN)
-    assert set(args.methods) <= set(script.ALL_METHODS) and args.learning_rates == sorted(script.GRID)
+    assert set(args.methods) <= set(ALL_METHODS) and args.learning_rates == sorted(GRID)
     suite = RobustnessSuite.from_yaml(ROOT / args.suite)
     assert [one.role for one in suite.sets] == ["id", "ood", "ood", "new", "other"]
     assert {one.templates for one in suite.sets if one.role != "other"} == {training_args.templates}

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that are compared, and what is particular to the training of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftConfig
+
+from ..training.losses import TERMS
+from ..tuners.aclip import ACLIPConfig
+from ..tuners.saft import SAFTConfig
+
+After = Literal["wise-ft", "tpgm", "vrf"]
+TITLES: dict[After, str] = {"wise-ft": "WiSE-FT", "tpgm": "TPGM", "vrf": "VRF"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Args:
+        config: the adapter's; None for all weights.
+        loss: the term that is added to the loss, by its name; its weight is chosen too.
+        settings: training arguments that make the method.
+        after: what is done with the trained model, each a row of its own.
+        probe: a linear head alone, which starts as the zero-shot head.
+        ogen: a learned context, which starts as the words of the template, with OGEN.
+        soup: a greedy soup of the models at the chosen learning rate and the rates beside it.
+    """
+
+    config: PeftConfig | None = None
+    loss: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    after: tuple[After, ...] = ("wise-ft",)
+    probe: bool = False
+    ogen: bool = False
+    soup: bool = False
+
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+METHODS = {
+    "linear-probe": Method(probe=True),
+    "full": Method(),
+    "full+similarity": Method(loss="similarity"),
+    "lora": Method(LORA),
+    "lora+similarity": Method(LORA, loss="similarity"),
+    "aclip": Method(ACLIPConfig()),
+    "saft": Method(SAFTConfig()),
+    "saft+similarity": Method(SAFTConfig(), loss="similarity"),
+    "context+ogen": Method(ogen=True, after=()),  # token vectors are not linear in their change
+}
+SCOPES: dict[str, Any] = {
+    "global": {"scope": "global", "exclude_input_embeddings": False},
+    "global-inner": {"scope": "global", "exclude_input_embeddings": True},
+    "per-tensor": {"scope": "per_tensor", "exclude_input_embeddings": False},
+}
+SAFT_VARIANTS = {
+    f"saft-{name}-{density:g}": Method(SAFTConfig(density=density, **scope))
+    for name, scope in SCOPES.items()
+    for density in (1e-4, 1e-3, 1e-2)
+}
+ALL_METHODS = {**METHODS, **SAFT_VARIANTS}
+DEFAULT_METHODS = [name for name, method in METHODS.items() if not method.ogen]  # it needs new_class_names
+LOSSES: dict[str, dict[str, Any]] = {name: {} for name in TERMS if name != "ogen"} | {"similarity": {"weight": 10.0}}
+CACHEABLE = ("similarity",)  # losses that compare nothing but embeddings of images with those of θ₀

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How learning rate and weight of a method are chosen: on validation data alone, the same way for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import ConfigError, NonFiniteError
+from ..evaluation import one_standard_error_rule
+from .methods import ALL_METHODS
+from .runs import Run, Runs
+from .task import SEARCH_SEED, Comparison, make_trainer, validate
+
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+WEIGHTS = (0.1, 1.0, 10.0)  # times that of a loss
+
+
+def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float], weights: Sequence[float]) -> Run:
+    """Returns the run with the settings to take for a method: its learning rate and the weight of its loss.
+
+    The rate is chosen at the loss's own weight, and the weight at that rate.
+
+    Args:
+        comparison: what all share.
+        runs: what has ended.
+        name: of the method.
+        rates: in ascending order.
+        weights: what the weight of the loss may be multiplied by, 1 among them.
+    """
+
+    def at_rate(rate: float) -> Run:
+        return runs.get(f"{name}_rate_{rate:g}", try_settings, comparison, name, rate, 1.0)
+
+    def at_weight(rate: float, weight: float) -> Run:
+        if weight == 1:
+            return at_rate(rate)
+        return runs.get(f"{name}_rate_{rate:g}_weight_{weight:g}", try_settings, comparison, name, rate, weight)
+
+    rate = find_learning_rate(rates, at_rate, runs.found["zero-shot"]["validation"])
+    if ALL_METHODS[name].loss is None:
+        return at_rate(rate)
+    return choose_weight([at_weight(rate, weight) for weight in weights])
+
+
+def try_settings(comparison: Comparison, name: str, learning_rate: float, weight: float) -> Run:
+    """Trains, and returns what settings are chosen by; or why the training stopped.
+
+    Args:
+        comparison: what all share.
+        name: of the method.
+        learning_rate: of the training.
+        weight: what the weight of the method's loss is multiplied by.
+    """
+    trainer = make_trainer(comparison, ALL_METHODS[name], learning_rate, SEARCH_SEED, weight)
+    try:
+        trainer.train()
+        figures: Run = {**validate(comparison, trainer)}
+    except NonFiniteError as error:
+        figures = {"stopped": str(error)}
+    return {"searched": name, "learning_rate": learning_rate, "weight": weight, **figures}
+
+
+def find_learning_rate(rates: Sequence[float], validated: Callable[[float], Run], zero_shot: Run) -> float:
+    """Goes down from the middle of the grid to where training does no harm, and from there to the better neighbours.
+
+    Args:
+        rates: the grid, in ascending order.
+        validated: returns what `try_settings` returns for a rate.
+        zero_shot: what `validate` returned for the pre-trained model.
+
+    Raises:
+        ConfigError: no training ended.
+    """
+    place = len(rates) // 2
+    found = {place: validated(rates[place])}
+    while place > 0 and does_harm(found[place], zero_shot):
+        place -= 1
+        found[place] = validated(rates[place])
+    while True:
+        best = rates.index(choose_rate(list(found.values()))["learning_rate"])
+        neighbours = [place for place in (best + 1, best - 1) if 0 <= place < len(rates) and place not in found]
+        if not neighbours:
+            return rates[best]
+        found[neighbours[0]] = validated(rates[neighbours[0]])
+
+
+def does_harm(run: Run, zero_shot: Run) -> bool:
+    """Returns whether a training stopped, or lost accuracy by more than a standard error.
+
+    Args:
+        run: what `try_settings` returned.
+        zero_shot: what `validate` returned for the pre-trained model.
+    """
+    return "stopped" in run or run["accuracy"] < zero_shot["accuracy"] - zero_shot["error"]
+
+
+def choose_rate(found: Sequence[Run]) -> Run:
+    """Returns the run to take among those of several rates, by the rule of one standard error.
+
+    Args:
+        found: what `try_settings` returned for each.
+
+    Raises:
+        ConfigError: no training ended.
+    """
+    usable = _usable(found)
+    accuracies, losses, errors = ([one[name] for one in usable] for name in ("accuracy", "loss", "error"))
+    return usable[one_standard_error_rule(accuracies, losses, errors)]
+
+
+def choose_weight(found: Sequence[Run]) -> Run:
+    """Returns the run with the largest weight within one standard error of the best, which holds on most.
+
+    Args:
+        found: what `try_settings` returned for each weight.
+
+    Raises:
+        ConfigError: no training ended.
+    """
+    usable = _usable(found)
+    best = max(usable, key=lambda one: one["accuracy"])
+    near = [one for one in usable if one["accuracy"] >= best["accuracy"] - best["error"]]
+    return max(near, key=lambda one: one["weight"])
+
+
+def _usable(found: Sequence[Run]) -> list[Run]:
+    usable = [one for one in found if "accuracy" in one]
+    if not usable:
+        raise ConfigError("no training ended", where="learning_rates", got=[one["stopped"] for one in found])
+    return usable

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training of a method, and what can be made of the model afterwards."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ..cards.card import model_card
+from ..cards.results import Column, results_from_accuracies
+from ..interpolation.sweep import alpha_sweep
+from ..training.trainer import RobustTrainer
+from .methods import ALL_METHODS, Method
+from .runs import Run
+from .task import SEARCH_SEED, Comparison, evaluate, make_trainer, validate
+
+FINE_TUNED = "fine-tuned"
+
+
+def zero_shot(comparison: Comparison) -> Run:
+    """Returns what the pre-trained model does on the suite and on the validation data.
+
+    Args:
+        comparison: what all share.
+    """
+    trainer = make_trainer(comparison, Method(), learning_rate=0.0, seed=SEARCH_SEED)
+    return {**evaluate(comparison, trainer.model), "validation": validate(comparison, trainer)}
+
+
+def train_and_evaluate(comparison: Comparison, name: str, settings: Run, seed: int, before: Run, first: bool) -> Run:
+    """Trains, and returns what the model does on the suite, and what is made of it afterwards.
+
+    Args:
+        comparison: what all share.
+        name: of the method.
+        settings: `learning_rate` and `weight`.
+        seed: of the shots and the training.
+        before: what `zero_shot` returned.
+        first: whether cards are written, of the first seed.
+    """
+    method, how = ALL_METHODS[name], (settings["learning_rate"], seed, settings["weight"])
+    trainer = make_trainer(comparison, method, *how)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    ways: dict[str, Run] = {FINE_TUNED: evaluate(comparison, trainer.model)}
+    for way in method.after:
+        ways[way] = _wise_ft(comparison, trainer, ways[FINE_TUNED])
+    if first and trainer.is_world_process_zero():
+        _save_cards(comparison, trainer, name, before, ways)
+    return {
+        "method": name,
+        "learning_rate": settings["learning_rate"],
+        "weight": settings["weight"],
+        "seed": seed,
+        "trained_parameters": trained,
+        "training_seconds": seconds,
+        "ways": ways,
+    }
+
+
+def _wise_ft(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) -> Run:
+    """WiSE-FT to the smallest α within one standard error of the best on validation data."""
+
+    def validated(model: Any) -> dict[str, float]:
+        figures = validate(comparison, trainer)
+        return {f"validation_{name}": value for name, value in figures.items()}
+
+    how: Any = {"zero_shot": trainer.zero_shot, "tolerance": validate(comparison, trainer)["error"]}
+    sweep = alpha_sweep(trainer.model, comparison.alphas, validated, "validation_accuracy", **how)
+    found = fine_tuned if sweep.best_alpha == 1 else evaluate(comparison, trainer.model)
+    return {**found, "alpha": sweep.best_alpha, "sweep": sweep.rows}
+
+
+def _save_cards(comparison: Comparison, trainer: RobustTrainer, name: str, before: Run, ways: dict[str, Run]) -> None:
+    """Writes a model card for each way."""
+    folder = Path(str(trainer.args.output_dir)) / "cards"
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = {n: (one["role"], one["images"]) for n, one in before["sets"].items()}
+    for way, found in ways.items():
+        alpha = found.get("alpha")
+        columns: dict[Column, Run] = {"zero-shot": before, "fine-tuned": ways[FINE_TUNED]}
+        if alpha is not None:
+            columns["chosen alpha"] = found
+        accuracies = {c: {n: one["accuracy"] for n, one in of["sets"].items()} for c, of in columns.items()}
+        results = results_from_accuracies(accuracies, sets, alpha)
+        card = model_card(trainer.model, trainer.args, results, train_images=len(trainer.train_dataset))
+        card.save(folder / f"{name if way == FINE_TUNED else f'{name}+{way}'}.md")
