@@ -120,11 +120,12 @@ def test_the_users_loss_is_minimised_and_a_bad_one_stops_it(tmp_path):
     seen = []
 
     def margin(outputs, labels, num_items_in_batch):
-        seen.append((len(labels), int(num_items_in_batch)))
+        seen.append((len(labels), int(num_items_in_batch), outputs.terms is None))
         return F.multi_margin_loss(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
-    trainer = begun(tmp_path, compute_loss_func=margin)
-    assert seen[:15] == [(4, 4), (4, 4), (4, 4), (4, 4), (2, 2)] * 3
+    trainer = begun(tmp_path, compute_loss_func=margin, losses={"similarity": {}})
+    assert seen[:15] == [(size, size, True) for size in (4, 4, 4, 4, 2)] * 3  # without terms
+    assert seen[15:] == [(4, 4, False)]
     losses = [entry["head_first_loss"] for entry in trainer.state.log_history if "head_first_loss" in entry]
     assert losses[0] > losses[-1]
     broken = build(tmp_path, **FIRST, compute_loss_func=lambda outputs, *_, **how: outputs.loss * math.nan)
