@@ -32,7 +32,8 @@ OURS = {"SAFT", "ACLIP"}  # those that PEFT alone cannot load
 
 # Allow-lists: paths, tokens, user names and names of runs are in other settings.
 TRAINING_SETTINGS = (
-    "head image_size cache_reference_embeddings class_weights label_smoothing_factor train_sampling_strategy "
+    "head head_first_epochs head_first_learning_rate image_size cache_reference_embeddings "
+    "class_weights label_smoothing_factor train_sampling_strategy "
     "learning_rate num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps lr_scheduler_type warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm bf16 fp16 tf32 seed data_seed full_determinism dataloader_drop_last"
@@ -169,6 +170,7 @@ def _type(config: Any) -> str:
 def _methods(task: Task, args: RobustTrainingArguments | None, results: CardResults | None) -> list[str]:
     configs = _adapter_configs(task)
     methods = [METHODS.get(_type(config), _type(config)) for config in configs] or ["full fine-tuning"]
+    methods += ["LP-FT"] if args is not None and args.head_first_epochs > 0 else []
     methods += [_title(name) for name in task.terms]
     return methods + (["WiSE-FT"] if results is not None and results.chosen_alpha is not None else [])
 

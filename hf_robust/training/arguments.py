@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..tasks.choose import task_class
 from ..tasks.settings import task_settings
 from ..tasks.task_loss import check_loss_settings
+from .head_first import check_head_first_settings
 from .losses import settings_of
 from .unsupported import check_options
 
@@ -36,6 +37,16 @@ class RobustTrainingArguments(TrainingArguments):
             template with `{}` in the place of the class name.
         head: `"live"` encodes the class prompts in every training step, `"frozen"` once before training,
             `"trainable"` starts a linear layer from them.
+        head_first_epochs: LP-FT (Kumar et al., ICLR 2022, https://huggingface.co/papers/2202.10054): passes over the
+            training set that train a head of the task's own by itself, with the encoder as it was pre-trained, before
+            the training, which goes on from there; 0 for none. For `head="trainable"` and for identities. Images are
+            embedded once, without augmentation and adapters, and the embeddings kept on disk, see
+            `with_image_embeds`, and in CPU memory (2 GB for a million of 512 numbers); epochs look at no image. The
+            paper trains it to convergence. It is logged as `head_first_loss`; terms of the loss are no part of it. θ₀,
+            from where WiSE-FT interpolates, keeps the zero-shot head. A resumed run does not repeat it.
+        head_first_learning_rate: its peak, which falls to 0 along half a cosine; None for `learning_rate`, which is
+            rather small for a head alone. Batches, seed, β, ε and weight decay are those of the training, the
+            optimizer is AdamW; see `hf_robust.training.head_first.train_head` for what the paper's code does.
 
     > Parameters that control the data
 
@@ -111,6 +122,12 @@ class RobustTrainingArguments(TrainingArguments):
     head: Literal["live", "frozen", "trainable"] = field(
         default="live", metadata={"help": "How the class names become a classifier head: live, frozen or trainable."}
     )
+    head_first_epochs: int = field(
+        default=0, metadata={"help": "LP-FT: epochs that train the trainable head alone, before everything."}
+    )
+    head_first_learning_rate: float | None = field(
+        default=None, metadata={"help": "LP-FT: of the head alone; None for learning_rate."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Height and width of the input in pixels; None as in pre-training."}
     )
@@ -154,6 +171,7 @@ class RobustTrainingArguments(TrainingArguments):
             allowed = "'raise', 'skip'"
             raise ConfigError("unknown setting", where="on_bad_image", got=self.on_bad_image, allowed=allowed)
         check_loss_settings(self.class_weights, self.label_smoothing_factor)
+        check_head_first_settings(self.head_first_epochs, self.head_first_learning_rate)
         self.losses = settings_of(self.losses)
         if not torch.accelerator.is_available():
             self.use_cpu, self.dataloader_pin_memory = True, False

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -14,27 +15,45 @@ from ..data.collator import batches_in_order, n_images
 from ..data.columns import REFERENCE_EMBEDS
 from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, with_image_embeds
-from ..data.rows import LabelledStream
+from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.selection import scores_single_images
+from .head_first import check_head_first, train_head, whole_set
 from .model_init import ModelInitTrainer
+from .preflight import check_trained
 
 logger = logging.getLogger(__name__)
 
 
 class StartingTrainer(ModelInitTrainer):
-    """What `RobustTrainer` computes before it trains: where terms and tasks start, and SAFT's entries."""
+    """What `RobustTrainer` computes before it trains: where terms, tasks and heads start, and SAFT's entries."""
+
+    head_losses: list[float]  # of the epochs that trained the head first
 
     def begin(self, resumed: bool) -> None:
         """Starts the terms of the loss; where no checkpoint brings them, also the task's own tensors and the entries.
 
+        A head that is trained first is so after the task's own tensors have started, by which it is trained, and
+        before SAFT's entries are selected: by the gradient of the loss that they will be trained on.
+
         Args:
             resumed: whether a checkpoint will be loaded.
+
+        Raises:
+            ConfigError: a head shall be trained first that cannot be, see `check_head_first`.
+            NonFiniteError: it came to a loss that is NaN or infinite.
         """
+        self.head_losses = []
+        head_first = self.args.head_first_epochs > 0
+        if head_first:
+            check_head_first(self.model, self.images_to_train_on, self._plain_collator())
+            check_trained(self.model)
         self._start_terms()
         if not resumed:
             self.model.prepare(self._training_set_in_order, self.accelerator)
+            if head_first:
+                self._train_head_first()
             if saft_unselected(self.model):
                 self.select_entries()
 
@@ -44,6 +63,20 @@ class StartingTrainer(ModelInitTrainer):
         with self.accelerator.autocast():
             for term in self.model.terms.values():
                 term.start(self.model, self._training_set_in_order)
+
+    def _train_head_first(self) -> None:
+        """On all ranks, which DDP and FSDP then give the head of the first, should theirs be rounded otherwise."""
+        rows = labelled_images(self._embedded_images(), "train_dataset", target=self.model.target)
+        how = self.args.eval_batch_size, 0, torch.device("cpu"), None
+        data = whole_set(batches_in_order(rows, self.model.collator(self._plain_collator()), *how))
+        decayed = self.get_decay_parameter_names(self.model)
+        train_head(self.model, data, self.task_loss, self.args, decayed, self.head_losses.append)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        done = super()._init_training_state(*args)
+        for epoch, loss in enumerate(self.head_losses, start=1):  # only now: what has been logged before is forgotten
+            self.log({"head_first_loss": loss, "head_first_epoch": epoch})
+        return done
 
     def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:
         yield from self._own_share(self.train_dataset, self.args.eval_batch_size, "Looking at the training set")
@@ -82,11 +115,13 @@ class StartingTrainer(ModelInitTrainer):
     def _embed_training_set(self) -> None:
         """Images that are the same every time are embedded once, as the vision tower is not trained."""
         if is_cacheable(self.train_dataset, self.data_collator):
-            image_processor, size = self.data_collator.image_processor, self.args.eval_batch_size
-            how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
-            with self.args.main_process_first(desc="embedding the training set"), self.accelerator.autocast():
-                embedded = with_image_embeds(self.train_dataset, self.model.model, *how)
-            self._train_on_embedded(embedded)
+            self._train_on_embedded(self._embedded_images())
+
+    def _embedded_images(self) -> Any:
+        image_processor, size = self.data_collator.image_processor, self.args.eval_batch_size
+        how = image_processor, size, self.args.dataloader_num_workers, self._is_silent()
+        with self.args.main_process_first(desc="embedding the training set"), self.accelerator.autocast():
+            return with_image_embeds(self.images_to_train_on, self.model.model, *how)
 
     def _own_share(self, dataset: Any, batch_size: int, title: str) -> Iterator[dict[str, Tensor]]:
         """Yields this rank's share of a set, in order and without the copies that even batches need."""

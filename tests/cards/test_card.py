@@ -194,6 +194,7 @@ def test_every_method_is_explained_and_cited(tmp_path: Path) -> None:
         "WiSE-FT": "2109.01903",
         "OGEN": "2401.15914",
         "CoOp": "2109.01134",
+        "LP-FT": "2202.10054",
     }
     found: dict[str, ModelCard] = {}
     for method in ("full", "saft", "aclip", "lora"):
@@ -203,14 +204,17 @@ def test_every_method_is_explained_and_cited(tmp_path: Path) -> None:
     ogen = OGENLoss(OGENConfig(["goat", "otter", "heron"], neighbours=2, heads=1))
     trainer = build(tmp_path, model=prompted, losses=[ogen], templates=template)
     found["context"] = model_card(trainer.model, trainer.args)
+    trainer = build(tmp_path, head="trainable", head_first_epochs=5, head_first_learning_rate=1e-3)
+    found["lp-ft"] = model_card(trainer.model, trainer.args)
     expected = {"full": {"similarity loss", "WiSE-FT"}, "saft": {"SAFT"}, "aclip": {"A-CLIP"}, "lora": set()}
-    for method, names in (expected | {"context": {"CoOp", "OGEN"}}).items():
+    for method, names in (expected | {"context": {"CoOp", "OGEN"}, "lp-ft": {"LP-FT"}}).items():
         text = found[method].text
         assert {name for name, paper in ids.items() if f"https://huggingface.co/papers/{paper}" in text} == names
         assert {name for name, paper in ids.items() if f"eprint = {{{paper}}}" in text} == names
         assert text.count("@") - text.count("\\@") >= len(names) + 1  # PEFT's own
     assert "**LORA**, an adapter of [PEFT]" in found["lora"].text and "**SAFT**" not in found["lora"].text
     assert "**Full fine-tuning**" in found["full"].text and "here α = 0.5" in found["full"].text
+    assert "`head_first_epochs`: `5`" in found["lp-ft"].text and "lp-ft" in metadata(found["lp-ft"])["tags"]
     given = section(found["context"], "Training")
     assert "that OGEN was given" in given and given.count("goat, otter, heron") == 1
     assert "- `neighbours`: `2`" in given and "TRAINABLE_TOKENS, where" in given and f"`{template}`" in given
