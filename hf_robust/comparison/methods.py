@@ -27,6 +27,7 @@ class Method:
         settings: training arguments that make the method.
         after: what is done with the trained model, each a row of its own.
         probe: a linear head alone, which starts as the zero-shot head.
+        head_first: a linear head alone for as many epochs, at the rate chosen for `linear-probe`, then everything.
         ogen: a learned context, which starts as the words of the template, with OGEN.
         soup: a greedy soup of the models at the chosen learning rate and the rates beside it.
     """
@@ -36,13 +37,31 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     after: tuple[After, ...] = ("wise-ft",)
     probe: bool = False
+    head_first: bool = False
     ogen: bool = False
     soup: bool = False
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What is chosen for a method.
+
+    Args:
+        learning_rate: of the training.
+        weight: what the weight of the method's loss is multiplied by.
+        head_learning_rate: of a head that is trained first.
+    """
+
+    learning_rate: float
+    weight: float = 1.0
+    head_learning_rate: float | None = None
+
+
+PROBE = "linear-probe"  # whose rate is that of a head that is trained first
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 METHODS = {
-    "linear-probe": Method(probe=True),
+    PROBE: Method(probe=True),
+    "lp-ft": Method(head_first=True),
     "full": Method(),
     "full+similarity": Method(loss="similarity"),
     "lora": Method(LORA),

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from ..errors import ConfigError, NonFiniteError
 from ..evaluation import one_standard_error_rule
-from .methods import ALL_METHODS
+from .methods import ALL_METHODS, PROBE, Chosen
 from .runs import Run, Runs
 from .task import SEARCH_SEED, Comparison, make_trainer, validate
 
@@ -15,8 +16,8 @@ GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WEIGHTS = (0.1, 1.0, 10.0)  # times that of a loss
 
 
-def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float], weights: Sequence[float]) -> Run:
-    """Returns the run with the settings to take for a method: its learning rate and the weight of its loss.
+def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float], weights: Sequence[float]) -> Chosen:
+    """Returns what to take for a method: its learning rate and the weight of its loss.
 
     The rate is chosen at the loss's own weight, and the weight at that rate.
 
@@ -27,37 +28,35 @@ def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float]
         rates: in ascending order.
         weights: what the weight of the loss may be multiplied by, 1 among them.
     """
+    head = search(comparison, runs, PROBE, rates, weights).learning_rate if ALL_METHODS[name].head_first else None
 
-    def at_rate(rate: float) -> Run:
-        return runs.get(f"{name}_rate_{rate:g}", try_settings, comparison, name, rate, 1.0)
+    def tried(chosen: Chosen) -> Run:
+        more = "" if chosen.weight == 1 else f"_weight_{chosen.weight:g}"
+        file = f"{name}_rate_{chosen.learning_rate:g}{more}"
+        return runs.get(file, try_settings, comparison, name, chosen)
 
-    def at_weight(rate: float, weight: float) -> Run:
-        if weight == 1:
-            return at_rate(rate)
-        return runs.get(f"{name}_rate_{rate:g}_weight_{weight:g}", try_settings, comparison, name, rate, weight)
-
-    rate = find_learning_rate(rates, at_rate, runs.found["zero-shot"]["validation"])
+    before = runs.found["zero-shot"]["validation"]
+    rate = find_learning_rate(rates, lambda rate: tried(Chosen(rate, head_learning_rate=head)), before)
     if ALL_METHODS[name].loss is None:
-        return at_rate(rate)
-    return choose_weight([at_weight(rate, weight) for weight in weights])
+        return Chosen(rate, head_learning_rate=head)
+    return Chosen(rate, choose_weight([tried(Chosen(rate, weight)) for weight in weights])["weight"])
 
 
-def try_settings(comparison: Comparison, name: str, learning_rate: float, weight: float) -> Run:
+def try_settings(comparison: Comparison, name: str, chosen: Chosen) -> Run:
     """Trains, and returns what settings are chosen by; or why the training stopped.
 
     Args:
         comparison: what all share.
         name: of the method.
-        learning_rate: of the training.
-        weight: what the weight of the method's loss is multiplied by.
+        chosen: the settings to try.
     """
-    trainer = make_trainer(comparison, ALL_METHODS[name], learning_rate, SEARCH_SEED, weight)
+    trainer = make_trainer(comparison, ALL_METHODS[name], chosen, SEARCH_SEED)
     try:
         trainer.train()
         figures: Run = {**validate(comparison, trainer)}
     except NonFiniteError as error:
         figures = {"stopped": str(error)}
-    return {"searched": name, "learning_rate": learning_rate, "weight": weight, **figures}
+    return {"searched": name, **asdict(chosen), **figures}
 
 
 def find_learning_rate(rates: Sequence[float], validated: Callable[[float], Run], zero_shot: Run) -> float:

@@ -28,7 +28,7 @@ from ..scripting.progress import is_silent, show_progress
 from ..training.arguments import RobustTrainingArguments
 from ..training.losses import TERMS, settings_of
 from ..training.trainer import RobustTrainer
-from .methods import CACHEABLE, LOSSES, Method
+from .methods import CACHEABLE, LOSSES, Chosen, Method
 
 SEARCH_SEED = 0  # of the trainings that choose learning rates and weights
 
@@ -65,23 +65,20 @@ class Comparison:
     other_validation: Mapping[str, LabelledImages] = field(default_factory=dict)
 
 
-def make_trainer(
-    comparison: Comparison, method: Method, learning_rate: float, seed: int, weight: float = 1.0
-) -> RobustTrainer:
+def make_trainer(comparison: Comparison, method: Method, chosen: Chosen, seed: int) -> RobustTrainer:
     """Makes a trainer of one method on a fresh model; everything but what the method says is the same for all.
 
     Args:
         comparison: what all share.
         method: the method.
-        learning_rate: of the training.
+        chosen: its learning rate and the weight of its loss.
         seed: of the shots and the training.
-        weight: what the weight of the method's term is multiplied by.
     """
     settings = copy.copy(comparison.training_args)
-    settings.learning_rate, settings.seed = learning_rate, seed
+    settings.learning_rate, settings.seed = chosen.learning_rate, seed
     for name, value in method.settings.items():
         setattr(settings, name, value)
-    losses = _terms(comparison, method, weight)
+    losses = _terms(comparison, method, chosen.weight)
     settings.losses = None
     settings.cache_reference_embeddings &= method.loss in CACHEABLE
     set_seed(seed)  # LoRA's matrices are drawn from the global generator
@@ -92,6 +89,9 @@ def make_trainer(
     if method.probe:
         train = _embedded(comparison, model, settings, train)
         settings.head = "trainable"
+    if method.head_first:
+        settings.head, settings.head_first_epochs = "trainable", math.ceil(settings.num_train_epochs)
+        settings.head_first_learning_rate = chosen.head_learning_rate
     if method.ogen:
         model, settings.templates = _with_context(comparison, model)
     trainer = RobustTrainer(

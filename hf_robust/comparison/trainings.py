@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..cards.card import model_card
 from ..cards.results import Column, results_from_accuracies
 from ..interpolation.sweep import alpha_sweep
 from ..training.trainer import RobustTrainer
-from .methods import ALL_METHODS, Method
+from .methods import ALL_METHODS, Chosen, Method
 from .runs import Run
 from .task import SEARCH_SEED, Comparison, evaluate, make_trainer, validate
 
@@ -24,23 +25,23 @@ def zero_shot(comparison: Comparison) -> Run:
     Args:
         comparison: what all share.
     """
-    trainer = make_trainer(comparison, Method(), learning_rate=0.0, seed=SEARCH_SEED)
+    trainer = make_trainer(comparison, Method(), Chosen(learning_rate=0.0), SEARCH_SEED)
     return {**evaluate(comparison, trainer.model), "validation": validate(comparison, trainer)}
 
 
-def train_and_evaluate(comparison: Comparison, name: str, settings: Run, seed: int, before: Run, first: bool) -> Run:
+def train_and_evaluate(comparison: Comparison, name: str, chosen: Chosen, seed: int, before: Run, first: bool) -> Run:
     """Trains, and returns what the model does on the suite, and what is made of it afterwards.
 
     Args:
         comparison: what all share.
         name: of the method.
-        settings: `learning_rate` and `weight`.
+        chosen: its settings.
         seed: of the shots and the training.
         before: what `zero_shot` returned.
         first: whether cards are written, of the first seed.
     """
-    method, how = ALL_METHODS[name], (settings["learning_rate"], seed, settings["weight"])
-    trainer = make_trainer(comparison, method, *how)
+    method = ALL_METHODS[name]
+    trainer = make_trainer(comparison, method, chosen, seed)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -52,8 +53,7 @@ def train_and_evaluate(comparison: Comparison, name: str, settings: Run, seed: i
         _save_cards(comparison, trainer, name, before, ways)
     return {
         "method": name,
-        "learning_rate": settings["learning_rate"],
-        "weight": settings["weight"],
+        **asdict(chosen),
         "seed": seed,
         "trained_parameters": trained,
         "training_seconds": seconds,
