@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..data.embeds_cache import pretrained_image_embeds
 from ..encoders.class_embeds import evaluating
@@ -28,6 +27,7 @@ from .per_image_fit import (
     choose_neighbour,
     find_failures,
     fit_temperatures,
+    head_logits,
     labelled_rows,
     own_heads,
     report,
@@ -117,10 +117,10 @@ class PerImageEnsemble(Ensemble):
         Both models encode every image of both sets once, as it is, without the augmentation of the training.
 
         K, the neighbour that the distance is taken to, is by default the released code's round(1000 |V| / N), for |V|
-        failures among N training images; the paper has 0.1 % of |V|. For the million images of ImageNet both are the
-        same. For few images they are not: below N = 1,000 the code's rule gives more than there are failures, K is
-        clamped to |V|, and the distance is that to the farthest failure. `neighbour=1` is then the paper's rule. Where
-        the zero-shot model fails nowhere alone, w = 0 and the answers are the zero-shot model's; a warning is logged.
+        failures among N training images; the paper has 0.1 % of |V|. For the million images of ImageNet both are about
+        the same. For few images, 80 of 8 shots say, they are not: below N = 1,000 the code's rule gives more than |V|,
+        K is clamped to |V|, and the distance is that to the farthest failure. `neighbour=1` is then the paper's rule.
+        Where the zero-shot model fails nowhere alone, w = 0 and it answers by itself; a warning is logged.
 
         Args:
             classifier: as for the class; so are `zero_shot`, `midpoint`, `scale` and `metric`.
@@ -177,7 +177,7 @@ class PerImageEnsemble(Ensemble):
             if self._heads is None:
                 self._heads = own_heads(self.classifier, self.zero_shot)
             of_models = zip((embeds.fine_tuned, embeds.zero_shot), self._heads, strict=True)
-            return self.mix(embeds, *(F.linear(one, *head) for one, head in of_models))
+            return self.mix(embeds, *(head_logits(one, head) for one, head in of_models))
 
     @torch.no_grad()
     def embed(self, inputs: Inputs) -> EnsembleEmbeds:

@@ -92,6 +92,17 @@ def own_heads(classifier: ZeroShotClassifier, zero_shot: nn.Module) -> tuple[Hea
         return fine_tuned, (logit_scale(zero_shot) * classifier.prompts.encode(zero_shot), None)
 
 
+def head_logits(embeds: Tensor, head: Head) -> Tensor:
+    """Returns the logits of images, `(batch, classes)`, in the precision of their embeddings under autocast, too.
+
+    Args:
+        embeds: `(batch, dim)`, L2-normalised.
+        head: of `own_heads`.
+    """
+    with torch.autocast(embeds.device.type, enabled=False):
+        return F.linear(embeds, *head)
+
+
 def labelled_rows(classifier: ZeroShotClassifier, dataset: Any, name: str) -> Rows:
     """Returns the rows of a set whose classes are among the classifier's.
 
@@ -153,11 +164,11 @@ def answers(
             raise DataError("images without labels", where=rows.name, allowed="a label for every image")
         labels = batch.pop("labels")  # (batch,), as the set counts them
         embeds = classifier.embed(batch)  # (batch, dim)
-        fine_tuned = F.linear(embeds, *heads[0])  # (batch, classes)
-        logits = F.linear(pretrained_image_embeds(zero_shot, batch), *heads[1])  # (batch, classes)
-        if not (fine_tuned.isfinite().all() and logits.isfinite().all()):
+        of_models = zip((embeds, pretrained_image_embeds(zero_shot, batch)), heads, strict=True)
+        logits = [head_logits(one, head) for one, head in of_models]  # (batch, classes) each
+        if not all(one.isfinite().all() for one in logits):
             raise NonFiniteError("logits are NaN or infinite", where=rows.name)
-        yield _Answers(embeds, fine_tuned, logits, labels if order is None else labels.new_tensor(order)[labels])
+        yield _Answers(embeds, *logits, labels if order is None else labels.new_tensor(order)[labels])
 
 
 def find_failures(batches: Iterator[_Answers]) -> tuple[Tensor, int]:
