@@ -164,11 +164,11 @@ def answers(
             raise DataError("images without labels", where=rows.name, allowed="a label for every image")
         labels = batch.pop("labels")  # (batch,), as the set counts them
         embeds = classifier.embed(batch)  # (batch, dim)
-        of_models = zip((embeds, pretrained_image_embeds(zero_shot, batch)), heads, strict=True)
-        logits = [head_logits(one, head) for one, head in of_models]  # (batch, classes) each
-        if not all(one.isfinite().all() for one in logits):
+        fine_tuned = head_logits(embeds, heads[0])  # (batch, classes)
+        logits = head_logits(pretrained_image_embeds(zero_shot, batch), heads[1])  # (batch, classes)
+        if not (fine_tuned.isfinite().all() and logits.isfinite().all()):
             raise NonFiniteError("logits are NaN or infinite", where=rows.name)
-        yield _Answers(embeds, *logits, labels if order is None else labels.new_tensor(order)[labels])
+        yield _Answers(embeds, fine_tuned, logits, labels if order is None else labels.new_tensor(order)[labels])
 
 
 def find_failures(batches: Iterator[_Answers]) -> tuple[Tensor, int]:

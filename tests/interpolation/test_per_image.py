@@ -158,6 +158,15 @@ def test_saft_and_a_trained_head(photos, held_out):
     check_oracle(found, tiny_model("clip"), photos, held_out, k=1)
 
 
+def test_sets_may_count_their_classes_in_another_order(ensemble, photos, held_out):
+    def reordered(dataset):
+        labels = [NAMES[::-1].index(NAMES[label]) for label in dataset["label"][:]]
+        return dataset.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=NAMES[::-1]))
+
+    found = fit(classifier(), reordered(photos), reordered(held_out), neighbour=2)
+    assert torch.equal(found.fitted.failures, ensemble.fitted.failures) and found.settings() == ensemble.settings()
+
+
 def test_four_images_by_brute_force():
     """N = 4, of which 3 are failures, one number at a time."""
     failures = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]).half()
