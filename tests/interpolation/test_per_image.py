@@ -228,7 +228,7 @@ def test_k_is_the_codes_rule_between_one_and_all():
     assert choose_neighbour(0, 80, None) == choose_neighbour(0, 80, 7) == 0
 
 
-def test_without_failures_the_zero_shot_model_answers(held_out, caplog):
+def test_without_failures_the_zero_shot_model_answers(held_out, caplog, tmp_path):
     """The adapter's Δ is zero, so both models are right and wrong at the same images."""
     photos = image_dataset(8, NAMES)
     model = tiny_lora(tiny_model("clip"))
@@ -241,6 +241,8 @@ def test_without_failures_the_zero_shot_model_answers(held_out, caplog):
     _, _, zero_shot = both(found.classifier, tiny_model("clip"), photos["image"][:])
     expected = softmax(zero_shot / found.fitted.zero_shot_temperature.value, axis=1)
     np.testing.assert_allclose(found(pixel_values).exp(), expected, rtol=1e-4)
+    found.save(tmp_path / "vrf")
+    assert torch.equal(PerImageEnsemble.load(tmp_path / "vrf", found.classifier)(pixel_values), found(pixel_values))
 
 
 # --- temperatures ---
