@@ -15,6 +15,7 @@ from .encoders.dual_encoder import text_embeds as text_embeds
 from .encoders.dual_encoder import tokenize as tokenize
 from .encoders.image_size import with_image_size as with_image_size
 from .interpolation import AlphaSweep as AlphaSweep
+from .interpolation import PerImageEnsemble as PerImageEnsemble
 from .interpolation import WiSEFTCallback as WiSEFTCallback
 from .interpolation import alpha_sweep as alpha_sweep
 from .interpolation import diagonal_fisher as diagonal_fisher

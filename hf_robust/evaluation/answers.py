@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,13 +53,13 @@ class ClassificationSet(LoadedSet):
         return replace(self, class_names=relation.words, answers=self.answers | missing)
 
     def prepare(self, side: TextSide) -> Head:
-        """Returns the head of the classes."""
-        return side.head(self.class_names, self.suite_set.templates, TARGETS[CLASSIFICATION])
+        """Returns the head of the answers."""
+        templates, target = self.suite_set.templates, TARGETS[CLASSIFICATION]
+        return side.head(self.class_names, templates, target, _columns(self.answers))
 
-    def of_batch(self, embeds: Tensor, prepared: Head) -> dict[str, Tensor]:
+    def of_batch(self, embeds: Any, prepared: Head) -> dict[str, Tensor]:
         """Returns predictions, and their probabilities as confidences."""
-        columns = _columns(self.answers).to(embeds.device)
-        logits = prepared(embeds)[:, columns].amax(dim=-1)  # (batch, answers)
+        logits = prepared(embeds)  # (batch, answers)
         check_finite(logits, "logits", self.suite_set.name)
         return {"predictions": logits.argmax(dim=-1), "confidences": logits.softmax(dim=-1).amax(dim=-1)}
 

@@ -62,11 +62,11 @@ class LoadedSet(ABC):
         """
 
     @abstractmethod
-    def of_batch(self, embeds: Tensor, prepared: Any) -> dict[str, Tensor]:
+    def of_batch(self, embeds: Any, prepared: Any) -> dict[str, Tensor]:
         """Returns what is kept of a batch, by name: `(batch, …)` each.
 
         Args:
-            embeds: `(batch, dim)`, L2-normalised.
+            embeds: what `TextSide.embed` returned: `(batch, dim)`, L2-normalised, if of one model.
             prepared: what `prepare` returned.
 
         Raises:

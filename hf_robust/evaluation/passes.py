@@ -13,14 +13,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.collator import ImageCollator, batches_in_order
 from ..data.columns import IMAGE
 from ..data.images import load_rgb
 from ..data.rows import LabelledImages, labelled_images
 from ..data.sources import load_source
-from ..encoders.dual_encoder import base_model, image_embeds
+from ..encoders.dual_encoder import base_model
 from ..errors import DataError, HfRobustError
 from .answers import load_labels
 from .corruptions import corrupt
@@ -29,6 +29,7 @@ from .loaded import LoadedSet
 from .report import SetResult, TaskResult
 from .retrieval_sets import load_texts
 from .suite import RETRIEVAL, SEVERAL_LABELS, TARGETS, RobustnessSuite, SuiteSet
+from .text_side import TextSide
 
 ROW, DIGEST = "row", "digest"  # what stands in a batch beside the model's inputs
 ROWS, DIGESTS = ("", ROW), ("", DIGEST)  # what is found of them, beside what is found by set and name
@@ -137,7 +138,7 @@ def _digest(pixels: bytes, size: tuple[int, int]) -> int:
 
 
 def evaluate_pass(
-    encoder: nn.Module,
+    side: TextSide,
     same: Pass,
     prepared: Mapping[str, Any],
     collator: ImageCollator,
@@ -149,7 +150,7 @@ def evaluate_pass(
     """Encodes the images of a pass, and returns what was found on each of its sets, by name, on every rank.
 
     Args:
-        encoder: a dual encoder in eval mode, plain or wrapped by PEFT.
+        side: of the model, which is in eval mode.
         same: the pass.
         prepared: what images are compared with, by set.
         collator: makes batches of images.
@@ -168,23 +169,23 @@ def evaluate_pass(
     silent = silent or not state.is_main_process
     title = None if silent else "Evaluating " + ", ".join(one.suite_set.name for one in same.sets)
     collate = _Batches(collator, same.sets[0].suite_set.corruption, seed)
-    device = base_model(encoder).device
+    device = base_model(side.encoder).device
     batches = batches_in_order(_Rows(same.images, mine), collate, batch_size, workers, device, title)
     part: Found | HfRobustError
     try:
-        part = _encode(encoder, same.sets, prepared, batches)
+        part = _encode(side, same.sets, prepared, batches)
     except HfRobustError as error:  # raised on all ranks below, none of which waits for this one
         part = error
     return _results(same, prepared, _gather(part))
 
 
-def _encode(encoder: nn.Module, sets: Sequence[LoadedSet], prepared: Mapping[str, Any], batches: Any) -> Found:
+def _encode(side: TextSide, sets: Sequence[LoadedSet], prepared: Mapping[str, Any], batches: Any) -> Found:
     """Rows, digests, and by set and name what is kept, of this rank's images."""
     found: dict[tuple[str, str], list[Tensor]] = {}
     for batch in batches:
         found.setdefault(ROWS, []).append(batch.pop(ROW))
         found.setdefault(DIGESTS, []).append(batch.pop(DIGEST))
-        embeds = image_embeds(encoder, **batch)  # (batch, dim)
+        embeds = side.embed(batch)
         for one in sets:
             name = one.suite_set.name
             for what, values in one.of_batch(embeds, prepared[name]).items():

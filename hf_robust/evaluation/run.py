@@ -20,6 +20,8 @@ from ..data.readable import readable_rows
 from ..encoders.class_embeds import evaluating
 from ..encoders.dual_encoder import base_model, family
 from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.ensemble import Ensemble
+from .ensemble_side import EnsembleSide
 from .passes import Pass, evaluate_pass, load_passes
 from .report import SetResult, SuiteReport, TaskResult
 from .suite import TARGETS, RobustnessSuite
@@ -52,7 +54,8 @@ def evaluate_suite(
         model: a dual encoder, plain or wrapped by PEFT, or a `Task` around one. Where all classes of a set are among
             those of a `ZeroShotClassifier`, its other classes remain possible answers, as in `RobustTrainer.evaluate`,
             and a head that was trained answers; a classifier of several labels does so on sets of several labels, and
-            there the set's own classes alone are asked for. In everything else the encoder counts, not the task.
+            there the set's own classes alone are asked for. In everything else the encoder counts, not the task. Or,
+            for classification alone, a `PerImageEnsemble`, both models of which encode every image once.
         processor: its processor.
         suite: what to evaluate it on.
         batch_size: images encoded at once, on every rank.
@@ -80,21 +83,21 @@ def evaluate_suite(
         >>> evaluate_suite(model, processor, suite).sets["captions"].metrics["image_to_text_recall@1"]
         0.625
     """
-    side = TextSide(model, processor)
+    side = EnsembleSide(model, processor, suite) if isinstance(model, Ensemble) else TextSide(model, processor)
     encoder = side.encoder
     family(encoder)  # refuses what is no dual encoder
     _state(encoder)  # joins the ranks
     look_through = partial(readable_rows, workers=workers, silent=silent) if on_bad_image == "skip" else None
-    passes = [_as_known(same, model) for same in load_passes(suite, look_through)]
+    passes = [_as_known(same, side.model) for same in load_passes(suite, look_through)]
     collator = ImageCollator(processor)
     results: dict[str, SetResult | TaskResult] = {}
     with torch.no_grad(), evaluating(model):
         prepared = {one.suite_set.name: one.prepare(side) for same in passes for one in same.sets}
         for same in passes:
-            results |= evaluate_pass(encoder, same, prepared, collator, batch_size, workers, seed, silent)
+            results |= evaluate_pass(side, same, prepared, collator, batch_size, workers, seed, silent)
     config = {
         "suite": suite.to_dict(),
-        "model": _describe(encoder),
+        "model": _describe(model, encoder),
         "batch_size": batch_size,
         "seed": seed,
         "ranks": _state(encoder).num_processes,
@@ -117,7 +120,8 @@ def _as_known(same: Pass, model: nn.Module) -> Pass:
     return replace(same, sets=sets)
 
 
-def _describe(encoder: Any) -> dict[str, Any]:
+def _describe(model: nn.Module, encoder: Any) -> dict[str, Any]:
     base, adapters = base_model(encoder), encoder.active_adapters if isinstance(encoder, PeftModel) else []
     methods = [encoder.peft_config[name].peft_type.value for name in adapters]
-    return {"type": base.config.model_type, "dtype": str(base.dtype), "adapters": methods}
+    described = {"type": base.config.model_type, "dtype": str(base.dtype), "adapters": methods}
+    return {**described, "ensemble": model.settings()} if isinstance(model, Ensemble) else described

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,14 @@ from transformers import ProcessorMixin
 
 from ..data.columns import Target
 from ..encoders.class_embeds import class_embeddings
-from ..encoders.dual_encoder import logit_scale, text_tokenizer
+from ..encoders.dual_encoder import base_model, image_embeds, logit_scale, text_tokenizer
 from ..encoders.preprocessing import warn_of_other_images
 from ..encoders.templates import check_templates
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.retrieval import embed_texts
 from ..tasks.task import Task
 
-Head = Callable[[Tensor], Tensor]  # from embeddings of images `(batch, dim)` to logits `(batch, classes)`
+Head = Callable[[Any], Tensor]  # from what `TextSide.embed` gives for a batch to logits `(batch, answers)`
 
 
 class TextSide:
@@ -29,8 +30,8 @@ class TextSide:
         processor: its processor.
 
     Example:
-        >>> head = TextSide(clip, processor).head(["cat", "dog"], "photo", "label")
-        >>> head(image_embeds).shape
+        >>> side = TextSide(clip, processor)
+        >>> side.head(["cat", "dog"], "photo", "label")(side.embed(batch)).shape
         torch.Size([64, 2])
     """
 
@@ -40,23 +41,35 @@ class TextSide:
         self._classes: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
         self._texts: dict[tuple[tuple[str, ...], bool], Tensor] = {}
 
-    def head(self, class_names: Sequence[str], templates: Sequence[str] | str, target: Target) -> Head:
+    def embed(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Returns what heads take of a batch of images: their embeddings, `(batch, dim)`, L2-normalised.
+
+        Args:
+            inputs: the batch.
+        """
+        return image_embeds(self.encoder, **inputs)
+
+    def head(
+        self,
+        class_names: Sequence[str],
+        templates: Sequence[str] | str,
+        target: Target,
+        answers: Tensor | None = None,
+    ) -> Head:
         """Returns a head: the trained one where it has all these classes, else the one that the class names make.
 
         Args:
             class_names: one per logit; a trained head may have more, whose logits come after them.
             templates: of the prompts.
             target: what the head is asked for. A trained head answers what it was trained for.
+            answers: `(answers, classes of an answer)`: indices of classes of which the largest logit is that of the
+                answer; None where every class is one.
         """
-        order = self._rows_of_trained_head(class_names, target)
-        if order is not None:
-            return lambda embeds: self.model(image_embeds=embeds).logits[:, order]
-        key = tuple(class_names), tuple(check_templates(templates))
-        if key not in self._classes:  # SigLIP's bias is the same for all answers and changes none
-            embeds = class_embeddings(self.encoder, self.processor, *key)  # (classes, dim)
-            self._classes[key] = logit_scale(self.encoder) * embeds
-        weight = self._classes[key]  # (classes, dim)
-        return lambda embeds: _products(embeds, weight)
+        logits = self._logits(class_names, templates, target)
+        if answers is None:
+            return logits
+        columns = answers.to(base_model(self.encoder).device)
+        return lambda embeds: logits(embeds)[:, columns].amax(dim=-1)  # (batch, answers)
 
     def texts(self, texts: Sequence[str], truncate: bool, where: str) -> Tensor:
         """Returns embeddings of texts, `(texts, dim)`, L2-normalised; each rank encodes its share.
@@ -76,6 +89,17 @@ class TextSide:
             tokenizer.check_lengths(texts, where)
             self._texts[key] = embed_texts(self.encoder, tokenizer, texts)
         return self._texts[key]
+
+    def _logits(self, class_names: Sequence[str], templates: Sequence[str] | str, target: Target) -> Head:
+        order = self._rows_of_trained_head(class_names, target)
+        if order is not None:
+            return lambda embeds: self.model(image_embeds=embeds).logits[:, order]
+        key = tuple(class_names), tuple(check_templates(templates))
+        if key not in self._classes:  # SigLIP's bias is the same for all answers and changes none
+            embeds = class_embeddings(self.encoder, self.processor, *key)  # (classes, dim)
+            self._classes[key] = logit_scale(self.encoder) * embeds
+        weight = self._classes[key]  # (classes, dim)
+        return lambda embeds: _products(embeds, weight)
 
     def _rows_of_trained_head(self, class_names: Sequence[str], target: Target) -> list[int] | None:
         model = self.model
