@@ -13,8 +13,7 @@ from ..training.losses import TERMS
 from ..tuners.aclip import ACLIPConfig
 from ..tuners.saft import SAFTConfig
 
-After = Literal["wise-ft", "tpgm", "vrf"]
-TITLES: dict[After, str] = {"wise-ft": "WiSE-FT", "tpgm": "TPGM", "vrf": "VRF"}
+After = Literal["wise-ft", "vrf"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 METHODS = {
     PROBE: Method(probe=True),
     "lp-ft": Method(head_first=True),
-    "full": Method(),
+    "full": Method(after=("wise-ft", "vrf")),
     "full+similarity": Method(loss="similarity"),
     "lora": Method(LORA),
     "lora+similarity": Method(LORA, loss="similarity"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import get_peft_model
+from torch import nn
 from transformers import ProcessorMixin, set_seed
 
 from ..data.embeds_cache import with_image_embeds
@@ -25,6 +26,7 @@ from ..losses.term import Term
 from ..ogen import OGENConfig, OGENLoss
 from ..scripting.loading import load_model
 from ..scripting.progress import is_silent, show_progress
+from ..tasks.class_names import ZeroShotClassifier
 from ..training.arguments import RobustTrainingArguments
 from ..training.losses import TERMS, settings_of
 from ..training.trainer import RobustTrainer
@@ -139,18 +141,19 @@ def _with_context(comparison: Comparison, model: Any) -> tuple[Any, str]:
 # --- what a model does ---
 
 
-def evaluate(comparison: Comparison, model: Any) -> dict[str, Any]:
+def evaluate(comparison: Comparison, model: nn.Module, task: ZeroShotClassifier) -> dict[str, Any]:
     """Returns the mean accuracy by role, and the figures of every set.
 
     Args:
         comparison: what all share.
         model: what `evaluate_suite` takes.
+        task: the model itself, or the one that an ensemble is made of.
     """
     how, suite = comparison.training_args, comparison.suite
     size, workers = how.per_device_eval_batch_size, how.dataloader_num_workers
-    if model.templates != check_templates(how.templates):  # a learned context
-        suite = RobustnessSuite([replace(one, templates=model.templates) for one in suite.sets])
-    report = evaluate_suite(model, model.processor, suite, size, workers, silent=is_silent(how))
+    if task.templates != check_templates(how.templates):  # a learned context
+        suite = RobustnessSuite([replace(one, templates=task.templates) for one in suite.sets])
+    report = evaluate_suite(model, task.processor, suite, size, workers, silent=is_silent(how))
     sets = {name: {"role": one.role, "images": len(one.rows), **one.metrics} for name, one in report.sets.items()}
     return {"means": report.means, "sets": sets}
 

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..cards.card import model_card
 from ..cards.results import Column, results_from_accuracies
+from ..interpolation.adapters import wise_ft
+from ..interpolation.per_image import PerImageEnsemble
 from ..interpolation.sweep import alpha_sweep
+from ..scripting.progress import is_silent
 from ..training.trainer import RobustTrainer
-from .methods import ALL_METHODS, Chosen, Method
+from .methods import ALL_METHODS, After, Chosen, Method
 from .runs import Run
 from .task import SEARCH_SEED, Comparison, evaluate, make_trainer, validate
 
@@ -26,7 +30,7 @@ def zero_shot(comparison: Comparison) -> Run:
         comparison: what all share.
     """
     trainer = make_trainer(comparison, Method(), Chosen(learning_rate=0.0), SEARCH_SEED)
-    return {**evaluate(comparison, trainer.model), "validation": validate(comparison, trainer)}
+    return {**evaluate(comparison, trainer.model, trainer.model), "validation": validate(comparison, trainer)}
 
 
 def train_and_evaluate(comparison: Comparison, name: str, chosen: Chosen, seed: int, before: Run, first: bool) -> Run:
@@ -46,9 +50,10 @@ def train_and_evaluate(comparison: Comparison, name: str, chosen: Chosen, seed: 
     trainer.train()
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    ways: dict[str, Run] = {FINE_TUNED: evaluate(comparison, trainer.model)}
+    ways: dict[str, Run] = {FINE_TUNED: evaluate(comparison, trainer.model, trainer.model)}
     for way in method.after:
-        ways[way] = _wise_ft(comparison, trainer, ways[FINE_TUNED])
+        ways[way] = AFTER[way](comparison, trainer, ways[FINE_TUNED])
+        wise_ft(trainer.model, 1.0, trainer.zero_shot)
     if first and trainer.is_world_process_zero():
         _save_cards(comparison, trainer, name, before, ways)
     return {
@@ -70,20 +75,31 @@ def _wise_ft(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) ->
 
     how: Any = {"zero_shot": trainer.zero_shot, "tolerance": validate(comparison, trainer)["error"]}
     sweep = alpha_sweep(trainer.model, comparison.alphas, validated, "validation_accuracy", **how)
-    found = fine_tuned if sweep.best_alpha == 1 else evaluate(comparison, trainer.model)
+    found = fine_tuned if sweep.best_alpha == 1 else evaluate(comparison, trainer.model, trainer.model)
     return {**found, "alpha": sweep.best_alpha, "sweep": sweep.rows}
 
 
+def _vrf(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) -> Run:
+    """VRF with the paper's K: one thousandth of the failures, so 1 for fewer than 1,500."""
+    data = trainer.train_dataset, comparison.validation, trainer.zero_shot
+    silent = is_silent(comparison.training_args)
+    ensemble = PerImageEnsemble.fit(trainer.model, *data, neighbour=1, silent=silent)
+    return {**evaluate(comparison, ensemble, trainer.model), "ensemble": ensemble.settings()}
+
+
+AFTER: dict[After, Callable[[Comparison, RobustTrainer, Run], Run]] = {"wise-ft": _wise_ft, "vrf": _vrf}
+
+
 def _save_cards(comparison: Comparison, trainer: RobustTrainer, name: str, before: Run, ways: dict[str, Run]) -> None:
-    """Writes a model card for each way."""
+    """Writes a model card for what a method gives: the model as it was trained, and by WiSE-FT."""
     folder = Path(str(trainer.args.output_dir)) / "cards"
     folder.mkdir(parents=True, exist_ok=True)
     sets = {n: (one["role"], one["images"]) for n, one in before["sets"].items()}
-    for way, found in ways.items():
-        alpha = found.get("alpha")
+    for way in (way for way in (FINE_TUNED, "wise-ft") if way in ways):
+        alpha = ways[way].get("alpha")
         columns: dict[Column, Run] = {"zero-shot": before, "fine-tuned": ways[FINE_TUNED]}
         if alpha is not None:
-            columns["chosen alpha"] = found
+            columns["chosen alpha"] = ways[way]
         accuracies = {c: {n: one["accuracy"] for n, one in of["sets"].items()} for c, of in columns.items()}
         results = results_from_accuracies(accuracies, sets, alpha)
         card = model_card(trainer.model, trainer.args, results, train_images=len(trainer.train_dataset))

@@ -21,8 +21,8 @@ from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue", "yellow"]
 SCRIPT = "benchmarks/compare_methods"
-MAIN = ["linear-probe", "lp-ft", "full", "full+similarity", "lora", "lora+similarity", "aclip", "saft", "saft+similarity"]
-MAIN += ["context+ogen"]
+MAIN = ["linear-probe", "lp-ft", "full", "full+similarity", "lora", "lora+similarity", "aclip", "saft"]
+MAIN += ["saft+similarity", "context+ogen"]
 OGEN = ["--new_class_names", "cyan", "pink", "grey", "black"]
 
 
