@@ -18,7 +18,7 @@ from .reference import BatchReference, Moved
 from .term import Term
 
 METHODS = ("SAFT", "ACLIP", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType: what they train are entries of Δ
-PIECE = 65_536  # numbers whose squares are summed at once: in float32 no longer sum is exact to six digits
+PIECE = 16_384  # numbers whose squares are summed at once: in float32 no longer sum is exact to six digits
 
 
 class WeightLoss(Term):

@@ -99,10 +99,11 @@ class StartingPoint:
     def __init__(self, zero_shot: Mapping[str, Tensor] | None) -> None:
         self.zero_shot = zero_shot
         self.tensors: list[LinearTensor] | None = None
-        self.starts: list[Tensor] = []  # of each, made once: hundreds of small tensors of zeros cost time
+        self.names: list[str] = []  # of the parameters: those of tensors are for messages, and may be there twice
+        self.starts: list[Tensor] = []  # made once: hundreds of small tensors of zeros cost time
 
     def __call__(self, task: Task) -> dict[str, Moved]:
-        """Returns the tensors in which Δ is linear, by name.
+        """Returns the tensors in which Δ is linear, by the names of the task's parameters.
 
         Args:
             task: what is trained; always the same.
@@ -111,5 +112,8 @@ class StartingPoint:
             device, known = next(task.parameters()).device, self.zero_shot
             on_device = None if known is None else {name: tensor.to(device) for name, tensor in known.items()}
             self.tensors = linear_tensors(task, on_device)
+            names = {id(parameter): name for name, parameter in task.named_parameters()}
+            self.names = [names[id(tensor.parameter)] for tensor in self.tensors]
             self.starts = [tensor.start for tensor in self.tensors]
-        return {one.name: Moved(one.parameter, start) for one, start in zip(self.tensors, self.starts, strict=True)}
+        rows = zip(self.names, self.tensors, self.starts, strict=True)
+        return {name: Moved(tensor.parameter, start) for name, tensor, start in rows}
