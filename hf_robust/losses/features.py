@@ -66,7 +66,7 @@ class FeatureLoss(Term):
         super().__init__(weight, schedule)
         check_known("norm_axis", norm_axis, tuple(AXES))
         check_known("reduction", reduction, ("mean", "sum"))
-        if layers is not None and (isinstance(layers, str) or len(layers) == 0):
+        if layers is not None and (isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) == 0):
             allowed = "a list of names of modules, or None"
             raise ConfigError("no layers to compare", where="losses, features, layers", got=layers, allowed=allowed)
         self.layers = () if layers is None else tuple(layers)  # `attach` finds some

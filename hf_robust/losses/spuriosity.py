@@ -220,8 +220,9 @@ def _texts_at_once(task: ZeroShotClassifier) -> int | None:
     return chunk_size(task, task.contrastive_chunk_size if isinstance(task, FLYP) else task.prompts.chunk_size)
 
 
-def _check_phrases(phrases: Sequence[str]) -> None:
+def _check_phrases(phrases: Any) -> None:
     allowed = "a list of texts with {} in place of the prompt, as '{} in the snow.'"
-    bad = phrases if isinstance(phrases, str) or not phrases else [one for one in phrases if "{}" not in one]
-    if isinstance(phrases, str) or not phrases or bad:
+    several = isinstance(phrases, Sequence) and not isinstance(phrases, str) and len(phrases) > 0
+    bad = [one for one in phrases if not isinstance(one, str) or "{}" not in one] if several else phrases
+    if not several or bad:
         raise ConfigError("phrases are none", where="losses, spuriosity, phrases", got=bad, allowed=allowed)

@@ -103,6 +103,7 @@ def test_in_autocast_it_is_float32():
     [
         ({"layers": "vision_model"}, "no layers to compare.*a list of names"),
         ({"layers": []}, "no layers to compare"),
+        ({"layers": 5}, "no layers to compare"),
         ({"norm_axis": "tokens"}, "unknown norm_axis.*'token', 'channel'"),
         ({"reduction": "max"}, "unknown reduction.*'mean', 'sum'"),
     ],

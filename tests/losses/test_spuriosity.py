@@ -127,7 +127,7 @@ def test_phrases_of_our_own_take_a_prompt_and_differ():
     assert all(phrase.count("{}") == 1 and phrase.endswith(".") for phrase in PHRASES)
 
 
-@pytest.mark.parametrize("phrases", ["{} in fog.", [], ["{} in fog.", "in fog."]])
+@pytest.mark.parametrize("phrases", ["{} in fog.", [], 5, ["{} in fog.", "in fog."], ["{} in fog.", 5]])
 def test_bad_phrases_are_refused(phrases):
     with pytest.raises(ConfigError, match="phrases are none.*losses, spuriosity, phrases"):
         SpuriosityLoss(phrases=phrases)
