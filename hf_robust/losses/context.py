@@ -36,7 +36,8 @@ class ContextLoss(Term):
     Templates that say nearly the same have nearly parallel contexts, over which every image is spread alike; then the
     loss holds little. Choose templates that differ in what they say of an image, not in how.
 
-    What we know of temperature and weight in the paper is from memory, s₀ and 1; its code has not been released.
+    Formula, temperature s₀ and weight 1 are how we remember the paper; its authors' code is not known to us, so choose
+    your weight on validation data.
 
     Args:
         templates: two or more prompts with `{}` in place of the class name, or a key of `TEMPLATES`. They need not be

@@ -94,8 +94,8 @@ class LipsumLoss(Term):
     The scale s₀ is the pre-trained model's, a constant: a trained one could make the loss small without holding an
     image. As it stands in the loss squared (10,000 in CLIP), λ hangs on the model; `lipsum_penalty` says how.
 
-    It is for every task that trains the vision tower. Defaults are those of the paper and its code. Our choice where
-    the code has CLIP alone: special tokens are not drawn, and prompts are padded as the text tower was trained.
+    It is for every task that trains the vision tower. Defaults are those of the released code. Our choice where it
+    has CLIP alone: special tokens are not drawn, and prompts are padded as the text tower was trained.
 
     Args:
         prompts: M, in a step.
