@@ -22,8 +22,13 @@ from .interpolation import diagonal_fisher as diagonal_fisher
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolate_checkpoints as interpolate_checkpoints
 from .interpolation import wise_ft as wise_ft
+from .losses import ContextLoss as ContextLoss
+from .losses import FeatureLoss as FeatureLoss
+from .losses import LipsumLoss as LipsumLoss
 from .losses import SimilarityLoss as SimilarityLoss
+from .losses import SpuriosityLoss as SpuriosityLoss
 from .losses import Term as Term
+from .losses import WeightLoss as WeightLoss
 from .losses import add_terms as add_terms
 from .ogen import FeatureGenerator as FeatureGenerator
 from .ogen import OGENConfig as OGENConfig

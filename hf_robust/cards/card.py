@@ -43,11 +43,19 @@ ADAPTER_SETTINGS = (
     "modules_to_save seed r lora_alpha lora_dropout use_rslora use_dora bias rank_pattern alpha_pattern "
     "layers_to_transform layers_pattern mask_type random_seed feedforward_modules token_indices"
 ).split()
-TERMS = {"similarity": "similarity loss", "ogen": "OGEN"}  # others go by their own names
+TERMS = {  # others go by their own names
+    "similarity": "similarity loss",
+    "lipsum": "Lipsum-FT",
+    "context": "CAR-FT",
+    "features": "LDIFS",
+    "weights": "L2-SP",
+    "spuriosity": "StarFT",
+    "ogen": "OGEN",
+}
 LOSS_SETTINGS = (
-    "weight distance towers schedule neighbours heads dropout layer_norm noise warmup generation_weight "
-    "base_as_unknown_weight reverse_weight new_weight cross_entropy_weight distillation_weight average decay "
-    "largest_window smallest_window seed"
+    "weight distance towers schedule prompts tokens templates layers norm_axis reduction phrases neighbours heads "
+    "dropout layer_norm noise warmup generation_weight base_as_unknown_weight reverse_weight new_weight "
+    "cross_entropy_weight distillation_weight average decay largest_window smallest_window seed"
 ).split()
 IMAGE_SETTINGS = "do_resize size resample do_center_crop crop_size image_mean image_std".split()
 PACKAGES = ("hf_robust", "peft", "transformers", "torch", "datasets")

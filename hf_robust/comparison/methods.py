@@ -63,6 +63,12 @@ METHODS = {
     "lp-ft": Method(head_first=True),
     "full": Method(after=("wise-ft", "vrf")),
     "full+similarity": Method(loss="similarity"),
+    "full+lipsum-ft": Method(loss="lipsum"),
+    "full+car-ft": Method(loss="context"),
+    "full+ldifs": Method(loss="features"),
+    "full+l2-sp": Method(loss="weights"),
+    "flyp": Method(settings={"task": "flyp"}),
+    "flyp+starft": Method(loss="spuriosity", settings={"task": "flyp"}),
     "lora": Method(LORA),
     "lora+similarity": Method(LORA, loss="similarity"),
     "aclip": Method(ACLIPConfig()),
@@ -83,4 +89,4 @@ SAFT_VARIANTS = {
 ALL_METHODS = {**METHODS, **SAFT_VARIANTS}
 DEFAULT_METHODS = [name for name, method in METHODS.items() if not method.ogen]  # it needs new_class_names
 LOSSES: dict[str, dict[str, Any]] = {name: {} for name in TERMS if name != "ogen"} | {"similarity": {"weight": 10.0}}
-CACHEABLE = ("similarity",)  # losses that compare nothing but embeddings of images with those of θ₀
+CACHEABLE = ("similarity", "context")  # losses that compare nothing but embeddings of images with those of θ₀

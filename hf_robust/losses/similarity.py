@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..encoders.dual_encoder import at_least_float32, base_model, tower_modules
-from ..encoders.pretrained import ADAPTERS
+from ..encoders.dual_encoder import at_least_float32
 from ..errors import ConfigError, DataError
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import Task
+from .learning import learns
 from .reference import BatchReference
 from .term import Term, check_known
 
@@ -148,6 +148,4 @@ def _texts(task: Task) -> Literal["class_embeds", "text_embeds"]:
 def _learns_texts(task: Task) -> bool:
     if isinstance(task, ZeroShotClassifier) and task.head != "live":
         return False
-    parts = [base_model(task.model).get_submodule(name) for name in tower_modules(task.model, "text")]
-    trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
-    return trained or any(isinstance(one, ADAPTERS) for part in parts for one in part.modules())  # SAFT's may be empty
+    return learns(task.model, "text")

@@ -273,3 +273,17 @@ def check_number(argument: str, got: Any, allowed: str) -> None:
     """
     if isinstance(got, bool) or not isinstance(got, int | float) or not 0 <= got < math.inf:
         raise ConfigError(f"{argument} is out of range", where="losses", got=got, allowed=allowed)
+
+
+def check_count(argument: str, got: Any) -> None:
+    """Refuses what is no whole number from 1.
+
+    Args:
+        argument: its name.
+        got: the value.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(got, bool) or not isinstance(got, int) or got < 1:
+        raise ConfigError(f"{argument} is no count", where="losses", got=got, allowed="a whole number from 1")

@@ -176,6 +176,17 @@ def check_loss_settings(repeated_texts: str, label_smoothing: float = 0.0, margi
         raise ConfigError("margin is out of range", where="margin", got=margin, allowed="finite numbers from 0")
 
 
+def similarities(rows: Tensor, columns: Tensor) -> Tensor:
+    """Returns the inner product of every row with every column, `(rows, columns)`, out of autocast.
+
+    Args:
+        rows: `(rows, dim)`, embeddings.
+        columns: `(columns, dim)`, likewise.
+    """
+    with torch.autocast(rows.device.type, enabled=False):  # similarities differ by less than bfloat16 resolves
+        return rows @ columns.T
+
+
 @dataclass(frozen=True)
 class _Side:
     """This rank's images (or texts) × all texts (or images).
@@ -218,22 +229,17 @@ def _image_side(pairs: PairBatch) -> _Side:
     first = pairs.own_images.start
     same = pairs.text_ids[rows, None] == pairs.text_ids  # (own texts, texts)
     own, repeated = _pairing(pairs.image_of_text[rows] - first, same, pairs.image_of_text - first, len(images))
-    return _Side(_similarity(images, pairs.text_embeds), own, repeated)
+    return _Side(similarities(images, pairs.text_embeds), own, repeated)
 
 
 def _text_side(pairs: PairBatch) -> _Side:
     rows = pairs.own_texts
     same = pairs.text_ids[:, None] == pairs.text_ids[rows]  # (texts, own texts)
     own, repeated = _pairing(pairs.image_of_text, same, pairs.image_of_text[rows], len(pairs.image_embeds))
-    return _Side(_similarity(pairs.text_embeds[rows], pairs.image_embeds), own.T, repeated.T)
+    return _Side(similarities(pairs.text_embeds[rows], pairs.image_embeds), own.T, repeated.T)
 
 
 def _pairing(image_of_row: Tensor, same: Tensor, image_of_column: Tensor, n_images: int) -> tuple[Tensor, Tensor]:
     own = torch.arange(n_images, device=same.device)[:, None] == image_of_column  # (images, columns)
     counts = same.new_zeros(n_images, same.shape[1], dtype=torch.float32)  # of texts of the image that say the same
     return own, (counts.index_add_(0, image_of_row, same.float()) > 0) & ~own
-
-
-def _similarity(rows: Tensor, columns: Tensor) -> Tensor:
-    with torch.autocast(rows.device.type, enabled=False):  # similarities differ by less than bfloat16 resolves
-        return rows @ columns.T

@@ -13,14 +13,27 @@ from ..data.text_files import parse_json
 from ..errors import ConfigError
 from ..interpolation.adapters import linear_tensors
 from ..interpolation.linear import LinearTensor
+from ..losses.context import ContextLoss
+from ..losses.features import FeatureLoss
+from ..losses.lipsum import LipsumLoss
 from ..losses.named import terms_of
 from ..losses.reference import Moved
 from ..losses.similarity import SimilarityLoss
+from ..losses.spuriosity import SpuriosityLoss
 from ..losses.term import Term
+from ..losses.weights import WeightLoss
 from ..ogen import OGENLoss
 from ..tasks.task import Task
 
-TERMS: dict[str, type[Term]] = {"similarity": SimilarityLoss, "ogen": OGENLoss}  # by their names in YAML files
+TERMS: dict[str, type[Term]] = {  # by their names in YAML files
+    "similarity": SimilarityLoss,
+    "lipsum": LipsumLoss,
+    "context": ContextLoss,
+    "features": FeatureLoss,
+    "weights": WeightLoss,
+    "spuriosity": SpuriosityLoss,
+    "ogen": OGENLoss,
+}
 
 
 def settings_of(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -86,9 +99,11 @@ class StartingPoint:
     def __init__(self, zero_shot: Mapping[str, Tensor] | None) -> None:
         self.zero_shot = zero_shot
         self.tensors: list[LinearTensor] | None = None
+        self.names: list[str] = []  # of the parameters: those of tensors are for messages, and may be there twice
+        self.starts: list[Tensor] = []  # made once: hundreds of small tensors of zeros cost time
 
     def __call__(self, task: Task) -> dict[str, Moved]:
-        """Returns the tensors in which Δ is linear, by name.
+        """Returns the tensors in which Δ is linear, by the names of the task's parameters.
 
         Args:
             task: what is trained; always the same.
@@ -97,4 +112,8 @@ class StartingPoint:
             device, known = next(task.parameters()).device, self.zero_shot
             on_device = None if known is None else {name: tensor.to(device) for name, tensor in known.items()}
             self.tensors = linear_tensors(task, on_device)
-        return {tensor.name: Moved(tensor.parameter, tensor.start) for tensor in self.tensors}
+            names = {id(parameter): name for name, parameter in task.named_parameters()}
+            self.names = [names[id(tensor.parameter)] for tensor in self.tensors]
+            self.starts = [tensor.start for tensor in self.tensors]
+        rows = zip(self.names, self.tensors, self.starts, strict=True)
+        return {name: Moved(tensor.parameter, start) for name, tensor, start in rows}

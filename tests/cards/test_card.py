@@ -17,11 +17,11 @@ from hf_robust import (
     OGENConfig,
     OGENLoss,
     RobustTrainingArguments,
-    SimilarityLoss,
     ZeroShotClassifier,
     context_prompt,
 )
 from hf_robust.cards.card import ADAPTER_SETTINGS, LOSS_SETTINGS, TRAINING_SETTINGS, model_card
+from hf_robust.cards.card import TERMS as TITLES
 from hf_robust.cards.markdown import code, escape, hub_id
 from hf_robust.cards.push import write_card
 from hf_robust.cards.results import (
@@ -36,6 +36,7 @@ from hf_robust.cards.results import (
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation.report import SetResult, SuiteReport
 from hf_robust.evaluation.statistics import bootstrap_interval
+from hf_robust.training.losses import TERMS
 from tests.tiny_models import FAMILIES, synthetic_picture, tiny_lora, tiny_model, tiny_processor
 from tests.trainers import NAMES, build
 
@@ -191,6 +192,11 @@ def test_every_method_is_explained_and_cited(tmp_path: Path) -> None:
         "SAFT": "2407.03036",
         "A-CLIP": "2402.09613",
         "similarity loss": "2409.07582",
+        "Lipsum-FT": "2404.00860",
+        "CAR-FT": "2211.16175",
+        "LDIFS": "2308.13320",
+        "L2-SP": "1802.01483",
+        "StarFT": "2505.13232",
         "WiSE-FT": "2109.01903",
         "OGEN": "2401.15914",
         "CoOp": "2109.01134",
@@ -200,6 +206,9 @@ def test_every_method_is_explained_and_cited(tmp_path: Path) -> None:
     for method in ("full", "saft", "aclip", "lora"):
         trainer = build(tmp_path, method, losses={"similarity": {}} if method == "full" else None)
         found[method] = model_card(trainer.model, trainer.args, results(0.5 if method == "full" else None))
+    terms = {"lipsum": {"prompts": 9}, "context": {}, "features": {}, "weights": {"weight": 2}, "spuriosity": {}}
+    trainer = build(tmp_path, task="flyp", losses=terms)
+    found["terms"] = model_card(trainer.model, trainer.args)
     prompted, template = context_prompt(tiny_model("clip"), tiny_processor("clip"), 4, None, NAMES)
     ogen = OGENLoss(OGENConfig(["goat", "otter", "heron"], neighbours=2, heads=1))
     trainer = build(tmp_path, model=prompted, losses=[ogen], templates=template)
@@ -207,7 +216,8 @@ def test_every_method_is_explained_and_cited(tmp_path: Path) -> None:
     trainer = build(tmp_path, head="trainable", head_first_epochs=5, head_first_learning_rate=1e-3)
     found["lp-ft"] = model_card(trainer.model, trainer.args)
     expected = {"full": {"similarity loss", "WiSE-FT"}, "saft": {"SAFT"}, "aclip": {"A-CLIP"}, "lora": set()}
-    for method, names in (expected | {"context": {"CoOp", "OGEN"}, "lp-ft": {"LP-FT"}}).items():
+    expected |= {"terms": {"Lipsum-FT", "CAR-FT", "LDIFS", "L2-SP", "StarFT"}, "context": {"CoOp", "OGEN"}}
+    for method, names in (expected | {"lp-ft": {"LP-FT"}}).items():
         text = found[method].text
         assert {name for name, paper in ids.items() if f"https://huggingface.co/papers/{paper}" in text} == names
         assert {name for name, paper in ids.items() if f"eprint = {{{paper}}}" in text} == names
@@ -215,6 +225,8 @@ def test_every_method_is_explained_and_cited(tmp_path: Path) -> None:
     assert "**LORA**, an adapter of [PEFT]" in found["lora"].text and "**SAFT**" not in found["lora"].text
     assert "**Full fine-tuning**" in found["full"].text and "here α = 0.5" in found["full"].text
     assert "`head_first_epochs`: `5`" in found["lp-ft"].text and "lp-ft" in metadata(found["lp-ft"])["tags"]
+    given = section(found["terms"], "Training")
+    assert "- `prompts`: `9`" in given and "- `weight`: `2.0`" in given and "- `tokens`" not in given
     given = section(found["context"], "Training")
     assert "that OGEN was given" in given and given.count("goat, otter, heron") == 1
     assert "- `neighbours`: `2`" in given and "TRAINABLE_TOKENS, where" in given and f"`{template}`" in given
@@ -248,7 +260,8 @@ def test_allow_lists_name_settings_that_exist() -> None:
     configs = [hf_robust.SAFTConfig, hf_robust.ACLIPConfig, LoraConfig, ShiraConfig, IA3Config, TrainableTokensConfig]
     known = {field.name for config in configs for field in dataclasses.fields(config)}
     assert set(ADAPTER_SETTINGS) <= known
-    assert set(LOSS_SETTINGS) == {*SimilarityLoss.arguments(), *OGENLoss.arguments()} - {"new_class_names"}
+    known = {argument for term in TERMS.values() for argument in term.arguments()}
+    assert set(LOSS_SETTINGS) == known - {"new_class_names"} and {*TITLES} == {*TERMS}
     arguments = {field.name for field in dataclasses.fields(RobustTrainingArguments)}
     assert set(TRAINING_SETTINGS) <= arguments
     for names in (ADAPTER_SETTINGS, TRAINING_SETTINGS):

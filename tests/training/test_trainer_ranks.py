@@ -43,6 +43,19 @@ def main(folder):
         logs = [entry for entry in trained.state.log_history if "loss" in entry]
         result[name] = {"weights": weights(trained), "logs": logs}
 
+    PUBLISHED = {
+        "lipsum": {"prompts": 5, "tokens": 4},
+        "context": {"templates": ["a {}.", "the {} at sea."]},
+        "features": {},
+        "weights": {},
+        "spuriosity": {},
+    }
+    settings = {**SIMILARITY, "losses": PUBLISHED, "task": "flyp"}
+    trained = build(folder, train_dataset=image_dataset(13, NAMES), **settings)
+    trained.train()
+    logs = [entry for entry in trained.state.log_history if "loss" in entry]
+    result["published terms"] = {"weights": weights(trained), "logs": logs}
+
     class Broken(RobustTrainer):
         def loss_terms(self, outputs, inputs):
             terms = super().loss_terms(outputs, inputs)
@@ -75,6 +88,10 @@ def test_two_ranks_stay_bit_identical_and_agree_with_one(tmp_path):
         assert terms == [{key: entry[key] for key in terms[0]} for entry in second[name]["logs"]]
         assert terms[-1]["loss_similarity_vision"] > 0 == round(terms[0]["loss_similarity_vision"], 6)
         assert all(math.isfinite(value) for entry in terms for value in entry.values())
+    published = first["published terms"]
+    assert same(published["weights"], second["published terms"]["weights"])
+    for name in ("lipsum", "context", "features", "weights", "spuriosity"):
+        assert published["logs"][0][f"loss_{name}"] == 0 < published["logs"][1][f"loss_{name}"]
     assert len(list((tmp_path / "datasets" / "hf_robust").iterdir())) == 1
     one = build(tmp_path, "saft", train_dataset=image_dataset(13, NAMES))
     zero_shot = one.evaluate()

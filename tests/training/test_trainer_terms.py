@@ -88,6 +88,29 @@ def test_parts_are_logged_with_their_weights_and_add_up(tmp_path):
     assert "eval_id_loss" in trained.evaluate()
 
 
+PUBLISHED = {
+    "lipsum": {"prompts": 5, "tokens": 4},
+    "context": {"templates": ["a {}.", "the {} at sea."]},
+    "features": {},
+    "weights": {},
+    "spuriosity": {},
+}
+
+
+def test_a_resumed_run_with_all_published_terms_ends_bit_identical(tmp_path):
+    settings = {"task": "flyp", "losses": PUBLISHED, "save_strategy": "steps", "save_steps": 3, **LOGGED}
+    whole, resumed = (build(tmp_path, **settings) for _ in range(2))
+    whole.train()
+    logged = {f"loss_{name}" for name in PUBLISHED}
+    for step, entry in enumerate(losses(whole)):
+        found = {name: entry[name] for name in logged}
+        spurious = found.pop("loss_spuriosity")  # the last batch of an epoch has one class, the last epoch no weight
+        assert all((value > 0) == (step > 0) for value in found.values()) and (spurious > 0) == (0 < step < 4)
+    assert not (tmp_path / "checkpoint-3" / "losses.safetensors").exists()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(weights(whole), weights(resumed)) and losses(whole)[3:] == losses(resumed)[3:]
+
+
 @pytest.mark.parametrize("method", ["full", "saft", "aclip", "lora"])
 def test_weights_start_where_theta0_had_them(tmp_path, method):
     head = "trainable" if method == "full" else "live"
