@@ -9,7 +9,7 @@ import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from hf_robust import ACLIPConfig, SAFTConfig
+from hf_robust import ACLIPConfig, RAdapterConfig, SAFTConfig
 from hf_robust.training.arguments import RobustTrainingArguments
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -26,6 +26,7 @@ METHODS = {
     "full": lambda model: model,
     "saft": lambda model: get_peft_model(model, SAFTConfig(density=0.01)),
     "aclip": lambda model: get_peft_model(model, ACLIPConfig()),
+    "radapter": lambda model: get_peft_model(model, RAdapterConfig(average_decay=0.9)),
     "lora": lambda model: get_peft_model(model, LoraConfig(target_modules="all-linear")),
     "ln_tuning": lambda model: get_peft_model(model, LNTuningConfig(target_modules=layer_norms(model))),
 }
