@@ -127,8 +127,8 @@ class RAdapterLayer(RobustLayer):
     def _tensors(self, adapter_name: str, evaluated: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """F or U, D in low rank, and σ."""
         owners: Any = [self.evaluated(n, adapter_name) if evaluated else getattr(self, n) for n in AVERAGE_OF]
-        weight, down, scale = (owner[adapter_name] if adapter_name in owner else None for owner in owners)
-        return weight, down, scale
+        weight, down, scale = owners
+        return weight[adapter_name], down[adapter_name] if adapter_name in down else None, scale[adapter_name]
 
     def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         if self.disable_adapters or self.merged:
