@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import count
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
@@ -21,7 +22,8 @@ class Follower(Protocol):
         """
 
 
-_FOLLOWERS: weakref.WeakSet[Any] = weakref.WeakSet()
+_FOLLOWERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_NUMBERS = count()  # in an order that all ranks share, as what follows shards gathers them
 
 
 def tell_of_steps(follower: Follower) -> None:
@@ -33,13 +35,13 @@ def tell_of_steps(follower: Follower) -> None:
     Args:
         follower: what is told.
     """
-    _FOLLOWERS.add(follower)
+    _FOLLOWERS[next(_NUMBERS)] = follower
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     stepped = {id(parameter) for parameter in parameters if parameter.grad is not None}
-    for follower in list(_FOLLOWERS):
+    for follower in list(_FOLLOWERS.values()):
         follower.follow(stepped)
 
 

@@ -23,8 +23,8 @@ class RAdapterConfig(RobustConfig):
     merged and published are averages of F and σ over the steps of training. They are saved beside F and σ, with which
     training goes on.
 
-    The released code re-scales the adapters by α = 0.5 when it merges them; that is `wise_ft(model, 0.5)`, with any α at
-    any time, so that there is no setting for it here. (Its 0.8 of retrieval never takes effect.)
+    The released code re-scales the adapters by α = 0.5 when it merges them; that is `wise_ft(model, 0.5)`, with any α
+    at any time, so that there is no setting for it here. (Its 0.8 of retrieval never takes effect.)
     Its loss on class names, MPM-NCE, is `task={"flyp": {"positives": "positive", "label_smoothing": 0.02, "margin":
     0.05}}`; it leaves `logit_scale` as it is, as every adapter does. Its recipe for ImageNet is AdamW with a learning
     rate of 5e-4 and no weight decay, 10 epochs of batches of 512, and gradients clipped at 1.0.
