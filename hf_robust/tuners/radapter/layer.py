@@ -71,7 +71,8 @@ class RAdapterLayer(RobustLayer):
         self.configs[adapter_name] = config
         width, start = self.out_features, at_least_float32(self._start("weight").detach())
         rank = width if config.r is None or config.r >= width else config.r
-        tensors = {"radapter_weight": start.new_zeros(width, rank), "radapter_scale": start.new_tensor(config.scale)}
+        scale = start.new_full((1,), config.scale)  # FSDP shards no scalars
+        tensors = {"radapter_weight": start.new_zeros(width, rank), "radapter_scale": scale}
         if rank < width:
             down = nn.init.xavier_uniform_(torch.empty(rank, width, device="cpu"), generator=generator)
             tensors["radapter_down"] = down.to(start)
