@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ...encoders.dual_encoder import at_least_float32
-from ...errors import AdapterFileError, NonFiniteError
+from ...errors import AdapterFileError, ConfigError, NonFiniteError
 from ..base import Arrival, RobustLayer, keep_precision
 from .average import tell_of_steps
 from .config import RAdapterConfig
@@ -37,9 +37,11 @@ class RAdapterLayer(RobustLayer):
         base_layer: the module to wrap.
     """
 
+    radapter_weight: Any
+    radapter_average_weight: Any
     adapter_layer_names = tuple(AVERAGE_OF)
     tensor_names = (*AVERAGE_OF, *AVERAGE_OF.values())
-    other_param_names = (*AVERAGE_OF.values(), "radapter_sha256", "expected_files", "configs")
+    other_param_names = (*AVERAGE_OF.values(), "radapter_sha256", "expected_files", "configs", "_unheard")
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -52,6 +54,7 @@ class RAdapterLayer(RobustLayer):
         self.radapter_sha256 = BufferDict(persistent=True)
         self.expected_files: dict[str, Arrival] = {}
         self.configs: dict[str, RAdapterConfig] = {}
+        self._unheard: dict[str, bool] = {}  # that have run in training: as new ones, and no step has been heard of
         self.merged_adapters: list[str] = []
         self._theta0 = BufferDict(persistent=False)  # the base's own tensors, while adapters are merged into it
         tell_of_steps(self)
@@ -97,6 +100,26 @@ class RAdapterLayer(RobustLayer):
                 if id(trained[adapter]) in stepped:
                     decay: Any = self.configs[adapter].average_decay
                     mean.lerp_(_whole(trained[adapter]), 1 - decay)  # m F̃ + (1 - m) F
+                    self._unheard[adapter] = False
+
+    def check_followed(self) -> None:
+        """Refuses adapters that are trained by what tells PyTorch's hooks of no step: the average would not exist.
+
+        Raises:
+            ConfigError: one is.
+        """
+        for adapter in (name for name, is_unheard in self._unheard.items() if is_unheard):
+            weight, mean = self.radapter_weight[adapter], self.radapter_average_weight[adapter]
+            if not weight.is_meta and weight.any() and not mean.any():
+                what = "an average has not followed the training, which takes its steps outside of torch.optim"
+                remedy = "Train without DeepSpeed and with the second FSDP, or set average_decay=None."
+                raise ConfigError(what, got=adapter, remedy=remedy)
+
+    def train(self, mode: bool = True) -> RobustLayer:  # noqa: D102
+        super().train(mode)
+        if not mode:
+            self.check_followed()
+        return self
 
     def evaluated(self, name: str, adapter_name: str) -> nn.Module:
         """Returns what holds the tensor of an adapter that counts outside of training.
@@ -149,6 +172,8 @@ class RAdapterLayer(RobustLayer):
     def _add_residual(self, tuned: Tensor, outputs: Tensor, adapter_name: str) -> Tensor:
         weight, down, scale = self._tensors(adapter_name, evaluated=False)
         config = self.configs[adapter_name]
+        if adapter_name not in self._unheard and not torch.compiler.is_compiling():
+            self._unheard[adapter_name] = adapter_name in self.radapter_average_weight and self.is_new(adapter_name)
         if config.drop_path == 0:
             return tuned + _times(weight, down, scale, outputs)
         dim = 0 if config.drop_unit == "sample" else outputs.dim() - 2
@@ -175,6 +200,7 @@ class RAdapterLayer(RobustLayer):
         Raises:
             NonFiniteError: `safe_merge`, and a value is NaN or infinite; nothing is changed then.
         """
+        self.check_followed()
         merged = self.merged_adapters + check_adapters_to_merge(self, adapter_names)
         if safe_merge:
             self.check_finite(merged)

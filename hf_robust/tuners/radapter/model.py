@@ -11,6 +11,7 @@ from torch import nn
 from ...encoders.dual_encoder import family
 from ..base import RobustTuner
 from ..linears import find_linears
+from ..loading import layers_of
 from .config import RAdapterConfig
 from .layer import RAdapterLayer
 
@@ -50,6 +51,21 @@ class RAdapterModel(RobustTuner):
         attention, mlp = "output projections of attention", "last projections of the MLP"
         kinds = {} if row is None else {attention: row.out_proj, mlp: row.mlp_out}
         return find_linears(model, config, kinds, "R-Adapter")
+
+    @classmethod
+    def settings_of_adapter(cls, model: nn.Module, adapter_name: str) -> dict[str, Any]:
+        """Returns nothing; looks whether the averages that are saved have followed the training.
+
+        Args:
+            model: the model.
+            adapter_name: the adapter.
+
+        Raises:
+            ConfigError: they have not.
+        """
+        for layer in layers_of(cls, model).values():
+            layer.check_followed()
+        return {}
 
     def _create_and_replace(
         self,
