@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_robust import RAdapterConfig, wise_ft
 from hf_robust.errors import ConfigError
+from hf_robust.training.losses import StartingPoint
 from tests.methods import CLIP, adapter_tensors, assert_same, batch, loss_fn, outputs, same_bits, train
 from tests.tiny_models import tiny_model
 from tests.trainers import build, same, weights
@@ -127,6 +129,43 @@ def test_without_average_the_trained_values_count() -> None:
     x = torch.randn(2, INNER, dtype=torch.float64)
     torch.testing.assert_close(model.eval()(x), model.train()(x), rtol=1e-12, atol=1e-12)
     assert not any("_average_" in name for name in model.state_dict())
+
+
+class Following(TrainerCallback):
+    """Computes the averages once more, after every step."""
+
+    def __init__(self) -> None:
+        self.steps, self.expected = 0, {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
+        self.expected = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs: Any) -> None:
+        parameters, self.steps = dict(model.named_parameters()), self.steps + 1
+        self.expected = {n: 0.9 * mean + 0.1 * parameters[n].detach() for n, mean in self.expected.items()}
+
+
+def test_average_counts_every_step_of_a_trainer_once(tmp_path: Path) -> None:
+    """Accelerate wraps the optimizer, and in most micro-batches its step does nothing."""
+    following = Following()
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "callbacks": [following]}
+    trainer = build(tmp_path, "radapter", per_device_train_batch_size=3, **settings)
+    trainer.train()
+    assert following.steps == trainer.state.global_step == 6
+    averages = {name: buffer for name, buffer in trainer.model.named_buffers() if "_average_" in name}
+    assert len(averages) == len(following.expected) == 16
+    for name, mean in following.expected.items():
+        found = averages[name.replace("radapter_", "radapter_average_")]
+        torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=1e-8)
+
+
+def test_losses_of_weights_refuse_averages(tmp_path: Path) -> None:
+    starting_point = StartingPoint(None)
+    with pytest.raises(ConfigError, match="these are averages.*average_decay=None"):
+        starting_point(build(tmp_path, "radapter").model)
+    model = adapted(average_decay=None)
+    moved = StartingPoint(None)(build(tmp_path, model=model).model)
+    assert len(moved) == 8 and all(tensor.tuned.requires_grad for tensor in moved.values())
 
 
 def test_a_resumed_run_ends_bit_identical(tmp_path: Path) -> None:
