@@ -16,13 +16,14 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_robust import RAdapterConfig, wise_ft
+from hf_robust import OGENConfig, OGENLoss, RAdapterConfig, wise_ft
 from hf_robust.errors import ConfigError
 from hf_robust.training.losses import StartingPoint
+from hf_robust.tuners.radapter import averages
 from tests.methods import CLIP, adapter_tensors, assert_same, batch, loss_fn, outputs, same_bits, train
 from tests.tiny_models import tiny_model
 from tests.trainers import build, same, weights
-from tests.tuners.test_radapter import INNER, adapted, linear
+from tests.tuners.test_radapter import INNER, adapted, fill, linear
 
 
 @given(steps=st.integers(1, 6), decay=st.floats(0, 0.99))
@@ -166,6 +167,22 @@ def test_losses_of_weights_refuse_averages(tmp_path: Path) -> None:
     model = adapted(average_decay=None)
     moved = StartingPoint(None)(build(tmp_path, model=model).model)
     assert len(moved) == 8 and all(tensor.tuned.requires_grad for tensor in moved.values())
+
+
+def test_teacher_of_ogen_is_of_the_averages(tmp_path: Path) -> None:
+    """Its values are written into the model, which is evaluated by its averages alone."""
+    ogen = OGENLoss(OGENConfig(["goat", "otter", "heron"], neighbours=2, heads=1))
+    trainer = build(tmp_path, model=adapted(towers="text", average_decay=0.5), losses=[ogen], max_steps=2)
+    trainer.train()
+    task = trainer.model.eval()
+    trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    kept = {name: tensor.detach().clone() for name, tensor in (trained | averages(task)).items()}
+    with torch.no_grad():
+        expected = task.encode_prompts()
+        fill(task.model)
+        ogen.set_teacher(task, kept)
+        assert same_bits(ogen.teacher.class_embeds, expected)
+        assert not torch.allclose(task.encode_prompts(), expected, atol=1e-2)
 
 
 def test_a_resumed_run_ends_bit_identical(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 
 from ...peft_types import RobustPeftType, register
 from .config import RAdapterConfig
-from .layer import RAdapterLayer
+from .layer import RAdapterLayer, averages
 from .model import RAdapterModel
 
-__all__ = ["RAdapterConfig", "RAdapterLayer", "RAdapterModel"]
+__all__ = ["RAdapterConfig", "RAdapterLayer", "RAdapterModel", "averages"]
 register(RobustPeftType.RADAPTER, config_cls=RAdapterConfig, model_cls=RAdapterModel)

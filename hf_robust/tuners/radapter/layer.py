@@ -325,3 +325,14 @@ def _into(weight: Tensor, down: Tensor | None, scale: Tensor, start: Tensor) -> 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def averages(model: nn.Module) -> dict[str, Tensor]:
+    """Returns what stands for trained tensors outside of training, by its names in `model.named_buffers()`.
+
+    Args:
+        model: any model.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RAdapterLayer)}
+    found = [(f"{name}.{one}", getattr(layer, one)) for name, layer in layers.items() for one in AVERAGE_OF.values()]
+    return {f"{name}.{adapter}": mean for name, means in found for adapter, mean in means.items()}
