@@ -175,6 +175,7 @@ def test_teacher_of_ogen_is_of_the_averages(tmp_path: Path) -> None:
     trainer = build(tmp_path, model=adapted(towers="text", average_decay=0.5), losses=[ogen], max_steps=2)
     trainer.train()
     task = trainer.model.eval()
+    ogen = task.terms["ogen"]
     trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
     kept = {name: tensor.detach().clone() for name, tensor in (trained | averages(task)).items()}
     with torch.no_grad():
