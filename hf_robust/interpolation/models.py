@@ -107,8 +107,9 @@ def check_alike(starts: dict[str, Tensor], tensors: dict[str, Tensor], sides: tu
     lacking = [name for name in tensors if name not in starts]
     extra = [name for name in starts if name not in tensors]
     if lacking or extra:
-        what = f"the {first_side} model lacks {len(lacking)} tensors of the {second_side} one and has {len(extra)} others"
-        raise MergeError(what, got=f"lacking {some(lacking) or 'none'}; others {some(extra) or 'none'}")
+        counts = f"lacks {len(lacking)} tensors of the {second_side} one and has {len(extra)} others"
+        got = f"lacking {some(lacking) or 'none'}; others {some(extra) or 'none'}"
+        raise MergeError(f"the {first_side} model {counts}", got=got)
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         start = starts[name]
