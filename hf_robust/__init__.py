@@ -23,6 +23,7 @@ from .interpolation import greedy_soup as greedy_soup
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolate_checkpoints as interpolate_checkpoints
 from .interpolation import soup_checkpoints as soup_checkpoints
+from .interpolation import tpgm as tpgm
 from .interpolation import uniform_soup as uniform_soup
 from .interpolation import wise_ft as wise_ft
 from .losses import SimilarityLoss as SimilarityLoss

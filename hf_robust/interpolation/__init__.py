@@ -9,10 +9,12 @@ from .models import interpolate
 from .soup_files import soup_checkpoints
 from .soups import GreedySoup, greedy_soup, uniform_soup
 from .sweep import AlphaSweep, alpha_sweep
+from .tpgm import ProjectionTable, tpgm
 
 __all__ = [
     "AlphaSweep",
     "GreedySoup",
+    "ProjectionTable",
     "WiSEFTCallback",
     "alpha_sweep",
     "diagonal_fisher",
@@ -20,6 +22,7 @@ __all__ = [
     "interpolate",
     "interpolate_checkpoints",
     "soup_checkpoints",
+    "tpgm",
     "uniform_soup",
     "wise_ft",
     "zero_shot_copy",
