@@ -109,6 +109,8 @@ def check_adapters(model: PeftModel, names: Sequence[str], adapter_name: str) ->
     Raises:
         ConfigError, SelectionError, MergeError, NonFiniteError: as `uniform_soup`.
     """
+    if not isinstance(model, PeftModel):
+        raise ConfigError("model is no PeftModel, which holds the adapters", got=type(model).__name__)
     if adapter_name in model.peft_config:
         remedy = "Choose another name, or delete that adapter first."
         raise ConfigError("the model has an adapter of this name", got=adapter_name, remedy=remedy)

@@ -141,9 +141,10 @@ def _gradient(loss: Tensor, radii: Tensor) -> Tensor:
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
     while True:
-        n_batches = 0
-        for n_batches, batch in enumerate(batches, start=1):
-            yield batch
-        if n_batches == 0:
+        once = iter(batches)
+        first = next(once, None)
+        if first is None:
             remedy = "Give a list or a DataLoader."
             raise DataError("there are no batches, or they can be gone through once alone", remedy=remedy)
+        yield first
+        yield from once

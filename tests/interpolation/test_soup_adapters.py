@@ -129,6 +129,18 @@ def test_a_soup_goes_part_of_the_way():
         torch.testing.assert_close(tensor, (full[name] + half[name].double()) / 2, rtol=1e-6, atol=3e-7)
 
 
+def test_adapters_are_taken_as_they_stand():
+    model = two(ACLIP)
+    wise_ft(model, 0.25)  # of `b`, which is active
+    first, second = merged(model, "default"), merged(model, "b")
+    uniform_soup(["b", "default"], model)
+    for name, tensor in merged(model, "soup").items():
+        torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-6, atol=3e-7)
+    model.set_adapter("b")
+    wise_ft(model, 1.0)
+    assert_same(merged(model, "b"), merged(two(ACLIP), "b"))
+
+
 def test_greedy_adds_the_soup_of_what_helps():
     model = two(SAFT)
     add(SAFT, model, CLIP, "c")  # not trained: it changes nothing
@@ -176,6 +188,8 @@ def refused(model, names, error, match, **settings):
 def test_adapters_that_have_no_exact_mean_are_refused():
     model = two(SAFT)
     refused(model, [], ConfigError, "no ingredients")
+    with pytest.raises(ConfigError, match="no PeftModel.*CLIPModel"):
+        uniform_soup(["default"], tiny_model(CLIP))
     refused(model, ["b", "b"], ConfigError, "twice.*'b'")
     refused(model, ["b", "defualt"], ConfigError, "no adapter of this name.*defualt.*Did you mean 'default'")
     refused(model, ["default", "b"], ConfigError, "has an adapter of this name.*'b'", adapter_name="b")
