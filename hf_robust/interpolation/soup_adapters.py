@@ -29,6 +29,7 @@ from .arithmetic import check_finite, mean_tensor
 from .linear import adapter_layers, adapter_tensors, check_linear
 
 COPIES = ACLIPLayer | LNTuningLayer | ModulesToSaveWrapper  # their linear tensors stand in the place of the base's
+METHODS = ("SAFT", "ACLIP", "LORA", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType
 MERGED = "Merge them, and soup the models."
 PLACES = (  # settings that say which tensors of the base an adapter changes
     "peft_type",
@@ -118,6 +119,10 @@ def check_adapters(model: PeftModel, names: Sequence[str], adapter_name: str) ->
         if name not in model.peft_config:
             remedy = close_matches(name, list(model.peft_config))
             raise ConfigError("the model has no adapter of this name", got=name, remedy=remedy)
+        method = model.peft_config[name].peft_type.value
+        if method not in METHODS:
+            what = f"the mean of changes by {method} is not known to be one"
+            raise ConfigError(what, where=name, allowed=", ".join(METHODS), remedy=MERGED)
     _check_same_places(model, names)
     for name in names:
         check_linear(model, name)

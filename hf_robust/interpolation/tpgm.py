@@ -27,7 +27,7 @@ class ProjectionTable:
     """What `tpgm` found, printed as a table.
 
     Args:
-        ratios: ρ, the share of its way that a tensor has gone, by its name in `model.named_parameters()`.
+        ratios: ρ, the share of its way that a tensor has gone, by its name in the model.
         losses: on the validation batches, by step.
     """
 
@@ -83,7 +83,7 @@ def tpgm(
         got = f"steps={steps}, learning_rate={learning_rate}"
         raise ConfigError("training of the radii is out of range", got=got, allowed="steps from 0, a rate above 0")
     wise_ft(model, 1.0, zero_shot)  # refuses before anything is computed
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     moved = {names[id(one.parameter)]: one for one in linear_tensors(model, zero_shot)}
     starts = {name: at_least_float32(one.start.detach()) for name, one in moved.items()}
     deltas = {name: one.parameter.detach() - starts[name] for name, one in moved.items()}

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, ShiraConfig, get_peft_model
 
 from hf_robust import ACLIPConfig, SAFTConfig, mask_summary
 from hf_robust.errors import AdapterFileError, ConfigError, MergeError, NonFiniteError, SelectionError
@@ -204,6 +204,8 @@ def test_adapters_that_have_no_exact_mean_are_refused():
     refused(two(METHODS[4]), ["default", "b"], ConfigError, "PEFT cannot lay.*lora_bias")
     dora = get_peft_model(tiny_model(CLIP), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     refused(dora, ["default"], ConfigError, "DoraLinear.*not linear in B")
+    product = get_peft_model(tiny_model(CLIP), LoHaConfig(r=2, target_modules=["q_proj"]))
+    refused(product, ["default"], ConfigError, "changes by LOHA is not known to be one.*allowed SAFT, ACLIP")
     wide = get_peft_model(tiny_model(CLIP), ShiraConfig(r=19, target_modules=["fc1"], random_seed=0))
     wide.add_adapter("b", ShiraConfig(r=19, target_modules=["fc1"], random_seed=1))
     refused(wide, ["default", "b"], ConfigError, "SHiRA has as many entries in every module.*at most 1536")
