@@ -43,6 +43,8 @@ from .training.arguments import RobustTrainingArguments as RobustTrainingArgumen
 from .training.trainer import RobustTrainer as RobustTrainer
 from .tuners.aclip import ACLIPConfig as ACLIPConfig
 from .tuners.aclip import ACLIPModel as ACLIPModel
+from .tuners.radapter import RAdapterConfig as RAdapterConfig
+from .tuners.radapter import RAdapterModel as RAdapterModel
 from .tuners.saft import SAFTConfig as SAFTConfig
 from .tuners.saft import SAFTModel as SAFTModel
 from .tuners.saft import export_shira as export_shira

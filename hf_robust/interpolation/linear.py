@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensors of an adapter its change Δ to the weights is linear in, and which methods have none.
 
-They are values that begin at zero (LoRA's B, the values of SAFT and SHiRA), or tuned copies of the base's tensors.
+They are values that begin at zero (LoRA's B, the values of SAFT and SHiRA, F of R-Adapter: its average, which is what
+is evaluated, and no parameter), or tuned copies of the base's tensors.
 While the adapter's other tensors stay, interpolating these alone scales Δ, without a dense weight.
 """
 
@@ -24,14 +25,15 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, SelectionError
 from ..tuners.aclip import ACLIPLayer
+from ..tuners.radapter import RAdapterLayer
 from ..tuners.saft.layer import SAFTLayer
 from ..tuners.saft.plan import same_bits
 from .arithmetic import check_finite, interpolate_tensor
 from .files import some
 
-METHODS = ("SAFT", "ACLIP", "LORA", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType
+METHODS = ("SAFT", "ACLIP", "RADAPTER", "LORA", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType
 INITS = (True, False, "gaussian", "eva", "orthogonal")  # of LoRA; all others change the base's weights
-SUPPORTED = "SAFT, A-CLIP, LoRA, SHiRA, LN tuning, modules_to_save"
+SUPPORTED = "SAFT, A-CLIP, R-Adapter, LoRA, SHiRA, LN tuning, modules_to_save"
 UNKNOWN = "its change is not known to be linear in its parameters"
 
 
@@ -70,9 +72,10 @@ class LinearTensor:
     zero_shot: Tensor | None
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter."""
-        return self.owner._parameters[self.key]  # type: ignore[return-value]
+    def parameter(self) -> Tensor:
+        """The parameter, or the average of one."""
+        held: Any = {**self.owner._parameters, **self.owner._buffers}
+        return held[self.key]
 
     @property
     def start(self) -> Tensor:
@@ -238,6 +241,8 @@ def _of_layer(name: str, layer: Any, adapter: str) -> list[tuple[nn.Module, str,
     if isinstance(layer, ACLIPLayer):
         copies = (layer.aclip_weight, layer.base_layer.weight), (layer.aclip_bias, layer.base_layer.bias)
         return [(owner, adapter, start) for owner, start in copies if adapter in owner]
+    if isinstance(layer, RAdapterLayer):  # Δ = σ F W, and σ U D W in low rank
+        return [(layer.evaluated("radapter_weight", adapter), adapter, None)]
     if isinstance(layer, LNTuningLayer):
         return _copies(name, layer.ln_tuning_layers[adapter], layer.base_layer)
     if isinstance(layer, ModulesToSaveWrapper):
