@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mean of what several adapters of one base change, as an adapter of the same method.
 
-SAFT and SHiRA get the union of the entries, tuned copies (A-CLIP, LN tuning, `modules_to_save`) are averaged, and
-LoRA's ranks are laid side by side: the mean of its products is not the product of the means.
+SAFT and SHiRA get the union of the entries; tuned copies (A-CLIP, LN tuning, `modules_to_save`) and R-Adapters of full
+rank are averaged, and ranks are laid side by side: the mean of products is not the product of the means.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import ConfigError, MergeError, close_matches
 from ..tuners.aclip import ACLIPLayer
 from ..tuners.config import RobustConfig
+from ..tuners.radapter import RAdapterConfig, RAdapterLayer
 from ..tuners.saft import SAFTConfig
 from ..tuners.saft.edits import show_values
 from ..tuners.saft.layer import SAFTLayer, saft_layers
@@ -29,7 +30,7 @@ from .arithmetic import check_finite, mean_tensor
 from .linear import adapter_layers, adapter_tensors, check_linear
 
 COPIES = ACLIPLayer | LNTuningLayer | ModulesToSaveWrapper  # their linear tensors stand in the place of the base's
-METHODS = ("SAFT", "ACLIP", "LORA", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType
+METHODS = ("SAFT", "ACLIP", "RADAPTER", "LORA", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType
 MERGED = "Merge them, and soup the models."
 PLACES = (  # settings that say which tensors of the base an adapter changes
     "peft_type",
@@ -67,6 +68,8 @@ def add_soup(model: PeftModel, names: Sequence[str], adapter_name: str) -> None:
                 _unite_saft(layer, names, adapter_name)
             for layer in _shira_layers(model, names[0]):
                 _unite_shira(layer, names, adapter_name)
+            for layer in _radapter_layers(model, names[0]):
+                _unite_radapter(layer, names, adapter_name)
             _average_copies(model, names, adapter_name)
         model.set_adapter(adapter_name)
         show_values(model)
@@ -164,6 +167,9 @@ def _config(model: PeftModel, names: Sequence[str]) -> Any:
     config.inference_mode = False
     if isinstance(config, RobustConfig):
         config.saved = None
+    if isinstance(config, RAdapterConfig):
+        ranks = [model.peft_config[name].r for name in names]
+        config.r, config.scale = None if None in ranks else sum(ranks), 1.0
     if isinstance(config, SAFTConfig):
         layers = saft_layers(model)
         counts = [sum(len(_saft_positions(layer, some)) for layer in layers) for some in (names, names[:1])]
@@ -229,6 +235,28 @@ def _unite_shira(layer: Any, names: Sequence[str], adapter_name: str) -> None:
     flat = torch.cat([positions, padding])
     layer.shira_indices[adapter_name] = torch.stack([flat // layer.in_features, flat % layer.in_features]).int()
     soup.zero_()[: len(mean)] = mean
+
+
+def _radapter_layers(model: PeftModel, name: str) -> list[RAdapterLayer]:
+    layers = [module for module in model.modules() if isinstance(module, RAdapterLayer)]
+    return [layer for layer in layers if name in layer.configs]
+
+
+def _unite_radapter(layer: RAdapterLayer, names: Sequence[str], adapter_name: str) -> None:
+    """Lays the ranks side by side; where they would be as many as the layer is wide, F is the mean of products."""
+    for evaluated in (False, True):
+        found: Any = [layer.tensors(name, evaluated) for name in names]
+        weight, down, scale = layer.tensors(adapter_name, evaluated)
+        scale.fill_(1)
+        if down is None:
+            weight.copy_(mean_tensor(one_scale * _product(one, low) for one, low, one_scale in found))
+        else:
+            weight.copy_(torch.cat([one for one, _, _ in found], dim=1))
+            down.copy_(torch.cat([one_scale / len(names) * low for _, low, one_scale in found]))
+
+
+def _product(weight: Tensor, down: Tensor | None) -> Tensor:
+    return weight if down is None else weight @ down
 
 
 def _average_copies(model: PeftModel, names: Sequence[str], adapter_name: str) -> None:

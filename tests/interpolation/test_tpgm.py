@@ -20,6 +20,7 @@ from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's own LN tuning
 BATCHES = [batch(CLIP, 5), batch(CLIP, 6)]
 NAMES = ["cat", "dog"]
+RADAPTERS = [method for method in METHODS if method.name.startswith("R-Adapter")]
 
 
 def small():
@@ -99,7 +100,7 @@ def test_radii_stay_between_nothing_and_all(goal):
     assert_same(own(model), before)
 
 
-@pytest.mark.parametrize("method", [SAFT, ACLIP, LORA], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [SAFT, ACLIP, LORA, *RADAPTERS], ids=lambda method: method.name)
 def test_it_learns_and_can_be_undone(method):
     model = tuned(method)
     before, base = own(model), outputs(model)
