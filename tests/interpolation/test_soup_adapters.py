@@ -27,7 +27,7 @@ PLAIN_LORA = Method("LoRA", lambda: LoraConfig(r=2, target_modules=["q_proj", "f
 SPARSER = Method("SAFT", lambda: SAFTConfig(density=0.01))
 LOW_TO_FULL = Method("R-Adapter of half the rank", lambda: RAdapterConfig(r=16, average_decay=None))
 BIASED = next(method for method in METHODS if method.name == "LoRA with bias")
-EXACT = [LOW_TO_FULL] + [method for method in METHODS if method not in (LORA, BIASED)]
+EXACT = [LOW_TO_FULL, *(method for method in METHODS if method not in (LORA, BIASED))]
 PAIRS = [(method, method) for method in EXACT] + [(SHIRA, OTHER_MASK), (SAFT, SPARSER)]
 
 
