@@ -110,7 +110,7 @@ def test_it_learns_and_can_be_undone(method):
     model.eval()
     assert table.losses[5] < table.losses[0] and len(table.losses) == 6
     assert len({round(ratio, 4) for ratio in table.ratios.values()}) > 3 and not torch.equal(outputs(model), base)
-    found = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     for tensor in linear_tensors(model):
         ratio = table.ratios.get(found[id(tensor.parameter)], 1.0)
         value = before[found[id(tensor.parameter)]]
