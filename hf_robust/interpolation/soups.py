@@ -185,12 +185,13 @@ def choose_greedily(
         return check_metrics(score(members), metric, where)[metric]
 
     alone = [of_soup([index]) for index in range(len(names))]
-    order = sorted(range(len(names)), key=lambda index: -sign * alone[index])
-    members, best, rows = order[:1], alone[order[0]], []
-    for index in order:
-        value = best if index == order[0] else of_soup([*members, index])
-        taken = index == order[0] or sign * value > sign * best
-        if taken and index != order[0]:
+    first, *others = sorted(range(len(names)), key=lambda index: -sign * alone[index])
+    members, best = [first], alone[first]
+    rows: list[dict[str, Any]] = [{"ingredient": names[first], "metric": best, "soup": best, "taken": True}]
+    for index in others:
+        value = of_soup([*members, index])
+        taken = sign * value > sign * best
+        if taken:
             members, best = [*members, index], value
         rows.append({"ingredient": names[index], "metric": alone[index], "soup": value, "taken": taken})
     return GreedySoup(rows, metric, members)

@@ -28,8 +28,6 @@ from .checks import check_given
 from .souping import make_soup
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
-
-
 HALF = [0.5]
 
 
@@ -40,12 +38,11 @@ class MergeArguments:
     zero_shot: str | None = field(default=None, metadata={"help": "The model before fine-tuning: folder or Hub id."})
     fine_tuned: str | None = field(default=None, metadata={"help": "Folder of the fine-tuned model or adapter."})
     output: str | None = field(default=None, metadata={"help": "Folder to write."})
-    alpha: list[float] = field(default_factory=lambda: HALF, metadata={"help": "Shares of the way, 0 to 1."})
+    alpha: list[float] = field(default_factory=lambda: list(HALF), metadata={"help": "Shares of the way, 0 to 1."})
     fisher: list[str] | None = field(
         default=None, metadata={"help": "Fisher information of both, two safetensors files; not for adapters."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace output folders that hold something."})
-
     soup: list[str] | None = field(
         default=None,
         metadata={"help": "Folders of models, or of adapters of one base, to average; no fine_tuned."},
