@@ -143,13 +143,18 @@ class RAdapterLayer(RobustLayer):
         if not mine:
             return start
         with torch.autocast(start.device.type, enabled=False):  # merging knows of none
-            tensors = [self._tensors(adapter, evaluated=True) for adapter in mine]
+            tensors = [self.tensors(adapter, evaluated=True) for adapter in mine]
             exact = start.to(torch.promote_types(start.dtype, tensors[0][0].dtype))
             change: Any = sum(_into(*one, exact) for one in tensors)  # Σ σ F θ₀
             return torch.where(change == 0, exact, exact + change).to(start.dtype)  # -0 + 0 would be 0
 
-    def _tensors(self, adapter_name: str, evaluated: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """F or U, D in low rank, and σ."""
+    def tensors(self, adapter_name: str, evaluated: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns F or U, D in low rank, and σ.
+
+        Args:
+            adapter_name: the adapter.
+            evaluated: those that count outside of training, in place of those that are trained.
+        """
         owners: Any = [self.evaluated(n, adapter_name) if evaluated else getattr(self, n) for n in AVERAGE_OF]
         weight, down, scale = owners
         return weight[adapter_name], down[adapter_name] if adapter_name in down else None, scale[adapter_name]
@@ -170,7 +175,7 @@ class RAdapterLayer(RobustLayer):
         return tuned
 
     def _add_residual(self, tuned: Tensor, outputs: Tensor, adapter_name: str) -> Tensor:
-        weight, down, scale = self._tensors(adapter_name, evaluated=False)
+        weight, down, scale = self.tensors(adapter_name, evaluated=False)
         config = self.configs[adapter_name]
         if adapter_name not in self._unheard and not torch.compiler.is_compiling():
             self._unheard[adapter_name] = adapter_name in self.radapter_average_weight and self.is_new(adapter_name)
