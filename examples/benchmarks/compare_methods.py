@@ -30,7 +30,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from hf_robust import RobustTrainingArguments
-from hf_robust.comparison.methods import ALL_METHODS, DEFAULT_METHODS, LOSSES
+from hf_robust.comparison.methods import AFTER, ALL_METHODS, DEFAULT_METHODS, LOSSES
 from hf_robust.comparison.runs import Runs
 from hf_robust.comparison.search import GRID, WEIGHTS, search
 from hf_robust.comparison.tables import report
@@ -75,6 +75,7 @@ class ScriptArguments:
     learning_rates: list[float] = field(default_factory=lambda: [*GRID], metadata={"help": "To choose from."})
     weights: list[float] = field(default_factory=lambda: [*WEIGHTS], metadata={"help": "Of a loss, times its own."})
     alphas: list[float] = field(default_factory=lambda: [*ALPHAS], metadata={"help": "WiSE-FT: to choose from."})
+    after: list[str] = field(default_factory=lambda: [*AFTER], metadata={"help": "Done afterwards."})
     search_only: bool = field(default=False, metadata={"help": "Choose the settings and stop."})
 
     def __post_init__(self) -> None:
@@ -86,6 +87,10 @@ class ScriptArguments:
         check_values(self.methods, ALL_METHODS, **lists, alphas=self.alphas)
         if not self.new_class_names and any(ALL_METHODS[name].ogen for name in self.methods):
             raise ConfigError("context+ogen needs the names of new classes", where="new_class_names", got=None)
+        for way in self.after:
+            if way not in AFTER:
+                allowed = ", ".join(AFTER)
+                raise ConfigError("nothing that is done afterwards", where="after", got=way, allowed=allowed)
         for name, what in (("alphas", "the fine-tuned model"), ("weights", "a loss's own weight")):
             if 1 not in (got := getattr(self, name)):
                 raise ConfigError(f"{what} is missing", where=name, got=got, allowed="1 among them")
@@ -114,6 +119,7 @@ def load(args: ScriptArguments, training_args: RobustTrainingArguments) -> Compa
         suite,
         args.shots,
         args.alphas,
+        args.after,
         args.new_class_names,
         others,
     )

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
 
 from ..training.losses import TERMS
 from ..tuners.aclip import ACLIPConfig
+from ..tuners.radapter import RAdapterConfig
 from ..tuners.saft import SAFTConfig
 
-After = Literal["wise-ft", "vrf"]
+After = Literal["wise-ft", "tpgm", "vrf"]
+AFTER: tuple[After, ...] = get_args(After)
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,26 @@ class Chosen:
         learning_rate: of the training.
         weight: what the weight of the method's loss is multiplied by.
         head_learning_rate: of a head that is trained first.
+        rates_beside: of the other ingredients of a soup.
     """
 
     learning_rate: float
     weight: float = 1.0
     head_learning_rate: float | None = None
+    rates_beside: tuple[float, ...] = ()
 
 
+# R-Adapter's own average, of a thousand steps, would hardly leave where a short training starts.
+AVERAGED = RAdapterConfig(average_decay=0.9)
+MPM_NCE = {"flyp": {"positives": "positive", "label_smoothing": 0.02, "margin": 0.05}}  # of the release
 PROBE = "linear-probe"  # whose rate is that of a head that is trained first
+FULL = "full"  # whose rates are those of a soup
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 METHODS = {
     PROBE: Method(probe=True),
     "lp-ft": Method(head_first=True),
-    "full": Method(after=("wise-ft", "vrf")),
+    FULL: Method(after=AFTER),
+    "full+soup": Method(soup=True),
     "full+similarity": Method(loss="similarity"),
     "full+lipsum-ft": Method(loss="lipsum"),
     "full+car-ft": Method(loss="context"),
@@ -72,6 +81,8 @@ METHODS = {
     "lora": Method(LORA),
     "lora+similarity": Method(LORA, loss="similarity"),
     "aclip": Method(ACLIPConfig()),
+    "radapter": Method(AVERAGED),
+    "radapter+mpm-nce": Method(AVERAGED, settings={"task": MPM_NCE}),
     "saft": Method(SAFTConfig()),
     "saft+similarity": Method(SAFTConfig(), loss="similarity"),
     "context+ogen": Method(ogen=True, after=()),  # token vectors are not linear in their change

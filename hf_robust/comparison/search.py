@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from ..errors import ConfigError, NonFiniteError
 from ..evaluation import one_standard_error_rule
-from .methods import ALL_METHODS, PROBE, Chosen
+from .methods import ALL_METHODS, FULL, PROBE, Chosen
 from .runs import Run, Runs
 from .task import SEARCH_SEED, Comparison, make_trainer, validate
 
@@ -19,7 +19,8 @@ WEIGHTS = (0.1, 1.0, 10.0)  # times that of a loss
 def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float], weights: Sequence[float]) -> Chosen:
     """Returns what to take for a method: its learning rate and the weight of its loss.
 
-    The rate is chosen at the loss's own weight, and the weight at that rate.
+    The rate is chosen at the loss's own weight, and the weight at that rate. A soup's ingredients are full
+    fine-tuning at the rate chosen for that, and at the rates beside it.
 
     Args:
         comparison: what all share.
@@ -29,14 +30,17 @@ def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float]
         weights: what the weight of the loss may be multiplied by, 1 among them.
     """
     head = search(comparison, runs, PROBE, rates, weights).learning_rate if ALL_METHODS[name].head_first else None
+    searched = FULL if ALL_METHODS[name].soup else name
 
     def tried(chosen: Chosen) -> Run:
         more = "" if chosen.weight == 1 else f"_weight_{chosen.weight:g}"
-        file = f"{name}_rate_{chosen.learning_rate:g}{more}"
-        return runs.get(file, try_settings, comparison, name, chosen)
+        file = f"{searched}_rate_{chosen.learning_rate:g}{more}"
+        return runs.get(file, try_settings, comparison, searched, chosen)
 
     before = runs.found["zero-shot"]["validation"]
     rate = find_learning_rate(rates, lambda rate: tried(Chosen(rate, head_learning_rate=head)), before)
+    if ALL_METHODS[name].soup:
+        return Chosen(rate, rates_beside=_beside(rates, rate))
     if ALL_METHODS[name].loss is None:
         return Chosen(rate, head_learning_rate=head)
     return Chosen(rate, choose_weight([tried(Chosen(rate, weight)) for weight in weights])["weight"])
@@ -81,6 +85,11 @@ def find_learning_rate(rates: Sequence[float], validated: Callable[[float], Run]
         if not neighbours:
             return rates[best]
         found[neighbours[0]] = validated(rates[neighbours[0]])
+
+
+def _beside(rates: Sequence[float], rate: float) -> tuple[float, ...]:
+    place = rates.index(rate)
+    return tuple(rates[i] for i in (place - 1, place + 1) if 0 <= i < len(rates))
 
 
 def does_harm(run: Run, zero_shot: Run) -> bool:

@@ -30,7 +30,7 @@ from ..tasks.class_names import ZeroShotClassifier
 from ..training.arguments import RobustTrainingArguments
 from ..training.losses import TERMS, settings_of
 from ..training.trainer import RobustTrainer
-from .methods import CACHEABLE, LOSSES, Chosen, Method
+from .methods import AFTER, CACHEABLE, LOSSES, Chosen, Method
 
 SEARCH_SEED = 0  # of the trainings that choose learning rates and weights
 
@@ -50,6 +50,7 @@ class Comparison:
         suite: what is evaluated.
         shots: training images per class, drawn by the seed; None for all.
         alphas: of WiSE-FT, to choose from.
+        after: what is done with trained models, of what their methods have.
         new_class_names: what OGEN is told.
         other_validation: images of other tasks by name, which together have as much of a say as `validation`.
     """
@@ -63,6 +64,7 @@ class Comparison:
     suite: RobustnessSuite
     shots: int | None
     alphas: Sequence[float]
+    after: Sequence[str] = AFTER
     new_class_names: Sequence[str] | None = None
     other_validation: Mapping[str, LabelledImages] = field(default_factory=dict)
 

@@ -9,12 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..cards.card import model_card
 from ..cards.results import Column, results_from_accuracies
 from ..interpolation.adapters import wise_ft
 from ..interpolation.per_image import PerImageEnsemble
+from ..interpolation.soups import greedy_soup
 from ..interpolation.sweep import alpha_sweep
 from ..scripting.progress import is_silent
+from ..training.replaced import replaced
 from ..training.trainer import RobustTrainer
 from .methods import ALL_METHODS, After, Chosen, Method
 from .runs import Run
@@ -45,14 +49,11 @@ def train_and_evaluate(comparison: Comparison, name: str, chosen: Chosen, seed: 
         first: whether cards are written, of the first seed.
     """
     method = ALL_METHODS[name]
-    trainer = make_trainer(comparison, method, chosen, seed)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
+    trainer, seconds = (_soup if method.soup else _trained)(comparison, method, chosen, seed)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     ways: dict[str, Run] = {FINE_TUNED: evaluate(comparison, trainer.model, trainer.model)}
-    for way in method.after:
-        ways[way] = AFTER[way](comparison, trainer, ways[FINE_TUNED])
+    for way in (way for way in method.after if way in comparison.after):
+        ways[way] = WAYS[way](comparison, trainer, ways[FINE_TUNED])
         wise_ft(trainer.model, 1.0, trainer.zero_shot)
     if first and trainer.is_world_process_zero():
         _save_cards(comparison, trainer, name, before, ways)
@@ -64,6 +65,29 @@ def train_and_evaluate(comparison: Comparison, name: str, chosen: Chosen, seed: 
         "training_seconds": seconds,
         "ways": ways,
     }
+
+
+def _trained(comparison: Comparison, method: Method, chosen: Chosen, seed: int) -> tuple[RobustTrainer, float]:
+    """A trainer that has trained, and how many seconds it took."""
+    trainer = make_trainer(comparison, method, chosen, seed)
+    start = time.perf_counter()
+    trainer.train()
+    return trainer, time.perf_counter() - start
+
+
+def _soup(comparison: Comparison, method: Method, chosen: Chosen, seed: int) -> tuple[RobustTrainer, float]:
+    """A greedy soup, chosen on validation data, of models that were trained at several rates."""
+    rates = chosen.learning_rate, *chosen.rates_beside
+    trainers, seconds = zip(*(_trained(comparison, method, Chosen(rate), seed) for rate in rates), strict=True)
+    first: RobustTrainer = trainers[0]
+
+    def validated(model: nn.Module) -> dict[str, float]:
+        with replaced(first, model=model):
+            return {f"validation_{name}": value for name, value in validate(comparison, first).items()}
+
+    soup, _ = greedy_soup([trainer.model for trainer in trainers], validated, "validation_accuracy")
+    first.model.load_state_dict(soup.state_dict())
+    return first, sum(seconds)
 
 
 def _wise_ft(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) -> Run:
@@ -79,6 +103,12 @@ def _wise_ft(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) ->
     return {**found, "alpha": sweep.best_alpha, "sweep": sweep.rows}
 
 
+def _tpgm(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) -> Run:
+    """TPGM: shares of the way for every tensor, learned on the validation data of the task alone."""
+    table = trainer.tpgm_sweep(comparison.validation)
+    return {**evaluate(comparison, trainer.model, trainer.model), "shares": table.ratios}
+
+
 def _vrf(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) -> Run:
     """VRF with the paper's K: one thousandth of the failures, so 1 for fewer than 1,500."""
     data = trainer.train_dataset, comparison.validation, trainer.zero_shot
@@ -87,7 +117,11 @@ def _vrf(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) -> Run
     return {**evaluate(comparison, ensemble, trainer.model), "ensemble": ensemble.settings()}
 
 
-AFTER: dict[After, Callable[[Comparison, RobustTrainer, Run], Run]] = {"wise-ft": _wise_ft, "vrf": _vrf}
+WAYS: dict[After, Callable[[Comparison, RobustTrainer, Run], Run]] = {
+    "wise-ft": _wise_ft,
+    "tpgm": _tpgm,
+    "vrf": _vrf,
+}
 
 
 def _save_cards(comparison: Comparison, trainer: RobustTrainer, name: str, before: Run, ways: dict[str, Run]) -> None:

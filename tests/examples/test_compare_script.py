@@ -10,7 +10,7 @@ import yaml
 
 from hf_robust import RobustTrainingArguments
 from hf_robust.comparison.methods import ALL_METHODS, METHODS, SAFT_VARIANTS
-from hf_robust.comparison.search import GRID, choose_rate
+from hf_robust.comparison.search import GRID, choose_rate, choose_weight
 from hf_robust.comparison.tables import half_interval
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
@@ -21,8 +21,7 @@ from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue", "yellow"]
 SCRIPT = "benchmarks/compare_methods"
-MAIN = ["linear-probe", "lp-ft", "full", "full+similarity", "lora", "lora+similarity", "aclip", "saft"]
-MAIN += ["saft+similarity", "context+ogen"]
+MAIN = [name for name in METHODS if name != "full+soup"]  # whose search is that of full fine-tuning
 OGEN = ["--new_class_names", "cyan", "pink", "grey", "black"]
 
 
@@ -57,6 +56,7 @@ def folder(tmp_path_factory):
         "methods": ["linear-probe", "full", "saft"],
         "learning_rates": ["1e-3", "1e-2"],  # how YAML reads 1e-3
         "alphas": [0.5, 1.0],
+        "after": ["wise-ft"],
         "cache_reference_embeddings": True,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 6,
@@ -72,6 +72,7 @@ def script(folder, monkeypatch):
     module = load_training_script(SCRIPT, folder, monkeypatch)
     run = module.run
     module.run = lambda output, *flags: run(output, *flags)["runs"]
+    module.folder = folder
     return module
 
 
@@ -139,7 +140,8 @@ def test_all_images_have_the_size_that_is_asked_for(script, tmp_path, monkeypatc
 
 
 def test_all_methods_run_and_differ(script, tmp_path):
-    flags = ["--methods", *MAIN, "--learning_rates", "1e-2", "--seeds", "1", "--alphas", "1", *OGEN]
+    flags = ["--methods", *MAIN, "--learning_rates", "1e-2", "--seeds", "1", "--alphas", "1", "--weights", "1", *OGEN]
+    flags += ["--after", "wise-ft", "tpgm", "vrf"]
     runs = script.run(
         tmp_path, *flags, "--losses", '{"similarity": {"weight": 30}}', "--templates", "a photo of a {}."
     )
@@ -149,9 +151,33 @@ def test_all_methods_run_and_differ(script, tmp_path):
     assert "wise-ft" not in runs["context+ogen_seed_1"]["ways"] and "context+ogen+wise-ft" not in (
         cells((tmp_path / "table.md").read_text())
     )
+    afterwards = {way: found["sets"] for way, found in runs["full_seed_1"]["ways"].items()}
+    assert list(afterwards) == ["fine-tuned", "wise-ft", "tpgm", "vrf"]
+    assert afterwards["wise-ft"] == afterwards["fine-tuned"] not in (afterwards["tpgm"], afterwards["vrf"])
     trained = {method: runs[f"{method}_seed_1"]["trained_parameters"] for method in MAIN}
     assert trained["saft"] < trained["lora"] < trained["full"] == trained["full+similarity"]
-    assert [*METHODS] == MAIN and len(SAFT_VARIANTS) == 9
+    assert len(SAFT_VARIANTS) == 9
+
+
+def test_weights_of_losses_are_chosen_and_soups_are_cooked(script, tmp_path):
+    flags = ["--methods", "full+similarity", "full+soup", "--seeds", "1"]
+    other = f'{{"pets": "{script.folder / "pets.parquet"}"}}'
+    runs = script.run(tmp_path, *flags, "--selection", "id+other", "--other_validation_data", other)
+    searched = [run for run in runs.values() if run.get("searched") == "full+similarity"]
+    rate = choose_rate([run for run in searched if run["weight"] == 1])["learning_rate"]
+    chosen = choose_weight([run for run in searched if run["learning_rate"] == rate])
+    assert len([run for run in searched if run["learning_rate"] == rate]) == 3
+    ended, soup = runs["full+similarity_seed_1"], runs["full+soup_seed_1"]
+    assert (ended["learning_rate"], ended["weight"]) == (rate, chosen["weight"])
+    assert sorted([soup["learning_rate"], *soup["rates_beside"]]) == [1e-3, 1e-2]
+    assert list(soup["ways"]) == ["fine-tuned", "wise-ft"]
+    for run in searched:
+        assert run["accuracy"] == pytest.approx((run["id_accuracy"] + run["pets_accuracy"]) / 2)
+        errors = [
+            sqrt(run[f"{name}_accuracy"] * (1 - run[f"{name}_accuracy"]) / n) for name, n in (("id", 12), ("pets", 9))
+        ]
+        assert run["error"] == pytest.approx(sqrt(errors[0] ** 2 + errors[1] ** 2) / 2)
+    assert cells((tmp_path / "table.md").read_text())["full+similarity"][3] == f"× {chosen['weight']:g}"
 
 
 def test_every_method_has_a_card_with_the_figures_of_the_first_seed(script, tmp_path):
