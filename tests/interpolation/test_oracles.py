@@ -219,7 +219,8 @@ def test_without_failures_the_zero_shot_model_answers(models):
     start, tuned = map(Model, models)
     train, validation = confused(models, 12, seed=0), confused(models, 30, seed=500)
     answers = start(train["image"])[1].argmax(axis=1).tolist()
-    train = train.remove_columns("label").add_column("label", answers).cast_column("label", validation.features["label"])
+    train = train.remove_columns("label").add_column("label", answers)
+    train = train.cast_column("label", validation.features["label"])
     oracle = Oracle(tuned, start, train, validation)
     assert not oracle.failures
     check(fitted(models, train, validation), oracle)

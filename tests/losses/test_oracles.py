@@ -137,27 +137,32 @@ def spuriosity(tuned_images, tuned_texts, images, texts, labels, scale):
     return total / len(labels)
 
 
-def mpm_nce(images, texts, scale, labels, repeated, smoothing, margin):
-    """One text an image; `labels` equal where texts say the same."""
+def mpm_nce(images, texts, scale, labels, repeated, smoothing, margin, image_of_text=None):
+    """Texts of equal labels say the same; each is the text of an image, by default of that at its own place."""
+    image_of_text = range(len(labels)) if image_of_text is None else image_of_text
 
-    def side(rows, columns):
+    def relation(image, text):
+        if image_of_text[text] == image:
+            return "own"
+        said = [labels[other] for other in range(len(labels)) if image_of_text[other] == image]
+        return {"positive": "own", "ignore": None, "negative": "other"}[repeated] if labels[text] in said else "other"
+
+    def side(rows, columns, relations):
         losses = []
-        for i in range(len(labels)):
-            same = [j for j in range(len(labels)) if labels[j] == labels[i]]
-            positive = same if repeated == "positive" else [i]
-            counted = [j for j in range(len(labels)) if repeated != "ignore" or j == i or j not in same]
-            negatives = [j for j in counted if j not in positive]
-            logits = [scale * (dot(rows[i], columns[j]) + margin * (j in negatives)) for j in counted]
-            largest = max(logits)
+        for row, of in zip(rows, relations, strict=True):
+            positive = [j for j, kind in enumerate(of) if kind == "own"]
+            counted = [j for j, kind in enumerate(of) if kind is not None]
+            logits = [scale * (dot(row, columns[j]) + margin * (j not in positive)) for j in counted]
+            largest, n_negatives = max(logits), len(counted) - len(positive)
             normaliser = largest + math.log(sum(math.exp(logit - largest) for logit in logits))
-            loss = 0.0
-            for j, logit in zip(counted, logits, strict=True):
-                y = (1 - smoothing) / len(positive) if j in positive else smoothing / len(negatives)
-                loss -= y * (logit - normaliser)
-            losses.append(loss)
+            rest = smoothing if n_negatives else 0  # a batch without negatives has nothing to smooth to
+            targets = [(1 - rest) / len(positive) if j in positive else rest / n_negatives for j in counted]
+            losses.append(-sum(y * (logit - normaliser) for y, logit in zip(targets, logits, strict=True)))
         return sum(losses) / len(losses)
 
-    return 0.5 * (side(images, texts) + side(texts, images))
+    of_images = [[relation(i, j) for j in range(len(texts))] for i in range(len(images))]
+    of_texts = [[relation(i, j) for i in range(len(images))] for j in range(len(texts))]
+    return 0.5 * (side(images, texts, of_images) + side(texts, images, of_texts))
 
 
 # --- functions ---
@@ -300,19 +305,26 @@ def test_mpm_nce(repeated, smoothing, margin):
 
 
 @SMALL
-@given(
-    st.lists(st.integers(0, 2), min_size=2, max_size=6).filter(lambda labels: len(set(labels)) > 1),
-    seeds,
-    st.floats(0.0, 0.9),
-    st.floats(0.0, 1.0),
-)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), seeds, st.floats(0.0, 0.9), st.floats(0.0, 1.0))
 def test_mpm_nce_of_any_labels(labels, seed, smoothing, margin):
     generator = np.random.default_rng(seed)
     images, texts = (units(generator, len(labels), 4) for _ in range(2))
     keys = torch.tensor(labels)[:, None]
     pairs = gather_pairs(torch.tensor(images), torch.tensor(texts), torch.arange(len(labels)), keys)
-    found = softmax_loss(pairs, torch.tensor(9.0, dtype=torch.float64), "positive", smoothing, margin)
-    assert found.item() == pytest.approx(mpm_nce(images, texts, 9.0, labels, "positive", smoothing, margin), rel=1e-9)
+    found = softmax_loss(pairs, torch.tensor(9.0, dtype=torch.float64), "positive", smoothing, margin).item()
+    expected = mpm_nce(images, texts, 9.0, labels, "positive", smoothing, margin)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("repeated", ["positive", "ignore", "negative"])
+def test_mpm_nce_of_several_texts_an_image(repeated):
+    generator = np.random.default_rng(2)
+    images, texts = units(generator, 3, 4), units(generator, 6, 4)
+    image_of_text, says = [0, 1, 0, 2, 2, 1], [7, 7, 5, 7, 4, 3]
+    pairs = gather_pairs(*map(torch.tensor, (images, texts, image_of_text)), torch.tensor(says)[:, None])
+    found = softmax_loss(pairs, torch.tensor(9.0, dtype=torch.float64), repeated, 0.1, 0.3).item()
+    expected = mpm_nce(images, texts, 9.0, says, repeated, 0.1, 0.3, image_of_text)
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 # --- terms of a whole model ---
@@ -375,9 +387,7 @@ def value(task, family="clip"):
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_lipsum_of_a_model(family, monkeypatch):
     drawn, draw = [], RandomPrompts.draw
-    monkeypatch.setattr(
-        RandomPrompts, "draw", lambda *args, **named: drawn.append(draw(*args, **named)) or drawn[-1]
-    )
+    monkeypatch.setattr(RandomPrompts, "draw", lambda *args, **named: drawn.append(draw(*args, **named)) or drawn[-1])
     start, task = moved_task(LipsumLoss(weight=3.0), family)
     task.progress = Progress(step=1, steps=4, seed=5)
     inputs, found = value(task, family)
@@ -457,6 +467,21 @@ def test_surroundings_of_a_model(cls, monkeypatch):
     arrays += [of_images(start, inputs), of_texts(start, drawn[0])]
     expected = spuriosity(*arrays, LABELS, math.exp(start.logit_scale.item()))
     assert found == pytest.approx(0.5 * (1 - 2 / 4) * expected, rel=1e-4)
+
+
+def test_templates_and_phrases_are_drawn_uniformly_and_anew_in_every_step():
+    phrases, templates = ["{} at sea", "{} at home", "{} at work"], ["a {}.", "the {}."]
+    _, task = moved_task(SpuriosityLoss(phrases=phrases), templates=templates)
+    drawn = []
+    for step in (0, 1):
+        task.progress = Progress(step=step, steps=2)
+        drawn.append(task.terms["spuriosity"].texts(task, torch.zeros(6000, dtype=torch.long)))
+    possible = [f"{word} red at {place}" for word in ("a", "the") for place in ("sea", "home", "work")]
+    for texts in drawn:
+        assert set(texts) == set(possible)
+        assert all(abs(texts.count(one) - 1000) < 5 * math.sqrt(1000 * 5 / 6) for one in possible)
+    same = sum(one == other for one, other in zip(*drawn, strict=True))
+    assert abs(same - 1000) < 5 * math.sqrt(1000 * 5 / 6)
 
 
 @SMALL
