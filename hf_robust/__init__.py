@@ -15,12 +15,17 @@ from .encoders.dual_encoder import text_embeds as text_embeds
 from .encoders.dual_encoder import tokenize as tokenize
 from .encoders.image_size import with_image_size as with_image_size
 from .interpolation import AlphaSweep as AlphaSweep
+from .interpolation import GreedySoup as GreedySoup
 from .interpolation import PerImageEnsemble as PerImageEnsemble
 from .interpolation import WiSEFTCallback as WiSEFTCallback
 from .interpolation import alpha_sweep as alpha_sweep
 from .interpolation import diagonal_fisher as diagonal_fisher
+from .interpolation import greedy_soup as greedy_soup
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolate_checkpoints as interpolate_checkpoints
+from .interpolation import soup_checkpoints as soup_checkpoints
+from .interpolation import tpgm as tpgm
+from .interpolation import uniform_soup as uniform_soup
 from .interpolation import wise_ft as wise_ft
 from .losses import ContextLoss as ContextLoss
 from .losses import FeatureLoss as FeatureLoss
@@ -44,6 +49,8 @@ from .training.arguments import RobustTrainingArguments as RobustTrainingArgumen
 from .training.trainer import RobustTrainer as RobustTrainer
 from .tuners.aclip import ACLIPConfig as ACLIPConfig
 from .tuners.aclip import ACLIPModel as ACLIPModel
+from .tuners.radapter import RAdapterConfig as RAdapterConfig
+from .tuners.radapter import RAdapterModel as RAdapterModel
 from .tuners.saft import SAFTConfig as SAFTConfig
 from .tuners.saft import SAFTModel as SAFTModel
 from .tuners.saft import export_shira as export_shira

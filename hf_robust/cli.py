@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +15,24 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from .data.text_files import read_json
 from .errors import AdapterFileError, HfRobustError
 from .peft_types import RobustPeftType
+from .scripting.merging import MergeArguments, merge
+from .scripting.run import run
 from .tuners.files import CONFIG_FILE, WEIGHTS_FILE, check_digest
 
 CONFIGS: dict[str, Any] = {method.value: PEFT_TYPE_TO_CONFIG_MAPPING[method] for method in RobustPeftType}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `hf-robust check FOLDER`.
+    """Runs the command line `hf-robust check FOLDER` or `hf-robust merge --zero_shot …`.
 
     Args:
         arguments: of the command; by default those of the process.
 
     Returns:
         The exit status: 0 for an adapter that is whole, 1 for one that is refused.
+
+    Raises:
+        SystemExit: with status 2, where the command line is wrong or models cannot be merged.
 
     Example:
         >>> main(["check", "runs/saft"])
@@ -38,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     check = commands.add_parser("check", help="look whether the folder of a saved adapter is whole")
     check.add_argument("folder", type=Path, help="with adapter_config.json and adapter_model.safetensors")
-    folder = parser.parse_args(arguments).folder
+    commands.add_parser("merge", help="WiSE-FT and soups of models on disk; merge --help says more", add_help=False)
+    flags = list(sys.argv[1:] if arguments is None else arguments)
+    if flags[:1] == ["merge"]:
+        run(merge, MergeArguments, flags=flags[1:], program="hf-robust merge")
+        return 0
+    folder = parser.parse_args(flags).folder
     try:
         verdict, *found = check_folder(folder)
     except (HfRobustError, ValueError, OSError) as error:

@@ -19,6 +19,7 @@ class RobustPeftType(str, enum.Enum):
 
     SAFT = "SAFT"
     ACLIP = "ACLIP"
+    RADAPTER = "RADAPTER"
 
 
 def register(peft_type: RobustPeftType, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:

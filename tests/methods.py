@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_robust import ACLIPConfig, SAFTConfig, saft_unselected, select_saft
+from hf_robust import ACLIPConfig, RAdapterConfig, SAFTConfig, saft_unselected, select_saft
 from hf_robust.encoders.dual_encoder import base_model, image_embeds, logit_bias, logit_scale, text_embeds, tokenize
 
 from .tiny_models import FAMILIES, tiny_batch, tiny_model, tiny_processor
@@ -35,15 +35,19 @@ class Method:
     Args:
         name: shown by pytest.
         config: makes the method's config, with settings that leave a tiny model something to train.
+        no_first_gradient: kinds of its tensors whose gradient is zero in the first step.
     """
 
     name: str
     config: Callable[[], PeftConfig]
+    no_first_gradient: tuple[str, ...] = ()
 
 
 METHODS: list[Method] = [
     Method("SAFT", lambda: SAFTConfig(density=0.02, exclude_input_embeddings=False)),
     Method("A-CLIP", ACLIPConfig),
+    # five steps must show, in the average too, and other dropout must draw the same
+    Method("R-Adapter", lambda: RAdapterConfig(scale=1.0, average_decay=0.5, drop_path=0.0), ("radapter_scale",)),
 ]
 
 
@@ -159,6 +163,12 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def outputs(model: nn.Module, family: str = CLIP) -> Tensor:
     assert not model.training
     return logits(model, batch(family))
+
+
+def spoil(model: PeftModel, value: float) -> None:
+    """Writes a value into the last tensor of the adapter, in the last layer: those before it can be merged."""
+    last = [t for n, t in model.state_dict().items() if prefix_of(model) in n and t.is_floating_point()][-1]
+    last.view(-1)[0] = value
 
 
 def trained(method: Method, family: str = CLIP, dtype: torch.dtype = torch.float32, **settings: object) -> PeftModel:

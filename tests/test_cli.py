@@ -86,3 +86,19 @@ def test_as_a_module(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("hf_robust", run_name="__main__")
     assert "whole" in capsys.readouterr().out
+
+
+def test_merge_is_the_script_of_that_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, seed in (("base", 0), ("full", 1)):
+        tiny_model(CLIP, seed=seed).save_pretrained(tmp_path / name)
+    flags = ["--zero_shot", str(tmp_path / "base"), "--output", str(tmp_path / "merged"), "--alpha", "0.25"]
+    assert main(["merge", *flags, "--fine_tuned", str(tmp_path / "full")]) == 0
+    assert capsys.readouterr().out == f"alpha 0.25: {tmp_path / 'merged'}\n"
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", *flags])
+    assert capsys.readouterr().err == "hf-robust merge: error: not given (at fine_tuned). Set --fine_tuned.\n"
+    with pytest.raises(SystemExit, match="0"):
+        main(["merge", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: hf-robust merge ") and "--soup_greedy" in out

@@ -81,11 +81,11 @@ def test_an_injected_adapter_is_that_of_get_peft_model(method: Method, make: Cal
     expected = outputs(model)
     assert same_bits(expected, outputs(trained(method)))
     for layer in model.modules():
-        if layer is not model and type(layer).__name__ in ("SAFTLayer", "ACLIPLayer"):
+        if layer is not model and type(layer).__name__ in ("SAFTLayer", "ACLIPLayer", "RAdapterLayer"):
             layer.enable_adapters(False)
     assert same_bits(outputs(model), base)
     for layer in model.modules():
-        if layer is not model and type(layer).__name__ in ("SAFTLayer", "ACLIPLayer"):
+        if layer is not model and type(layer).__name__ in ("SAFTLayer", "ACLIPLayer", "RAdapterLayer"):
             layer.enable_adapters(True)
     wise_ft(model, 0.0)
     assert same_bits(outputs(model), base)

@@ -26,6 +26,7 @@ from .methods import (
     prepared,
     same_bits,
     shown_tensors,
+    spoil,
     train,
     trained,
 )
@@ -206,9 +207,7 @@ def test_safe_merge_of_finite_values(method: Method) -> None:
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_safe_merge_refuses_nan(method: Method, merge: str) -> None:
     model, base = trained(method), tiny_model(CLIP)
-    values = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        values[-1].view(-1)[0] = torch.nan  # in the last layer: those before it can be merged
+    spoil(model, torch.nan)
     with pytest.raises((ValueError, ArithmeticError), match="(?i)nan"):
         getattr(model, merge)(safe_merge=True)
     assert_same(base_tensors(model), base.state_dict())

@@ -9,7 +9,7 @@ import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from hf_robust import ACLIPConfig, SAFTConfig
+from hf_robust import ACLIPConfig, RAdapterConfig, SAFTConfig
 from hf_robust.training.arguments import RobustTrainingArguments
 from hf_robust.training.trainer import RobustTrainer
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -26,6 +26,7 @@ METHODS = {
     "full": lambda model: model,
     "saft": lambda model: get_peft_model(model, SAFTConfig(density=0.01)),
     "aclip": lambda model: get_peft_model(model, ACLIPConfig()),
+    "radapter": lambda model: get_peft_model(model, RAdapterConfig(drop_path=0.0, average_decay=0.9)),
     "lora": lambda model: get_peft_model(model, LoraConfig(target_modules="all-linear")),
     "ln_tuning": lambda model: get_peft_model(model, LNTuningConfig(target_modules=layer_norms(model))),
 }
@@ -59,9 +60,10 @@ def trained(folder, method="full", **settings):
 
 
 def weights(trainer):
-    """The trained tensors; the weights of a model with SAFT show its values only from the next forward on."""
-    named = trainer.model.named_parameters()
-    return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
+    """The trained tensors and their averages; those of a model with SAFT show its values from the next forward on."""
+    named = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    averages = [(name, buffer) for name, buffer in trainer.model.named_buffers() if "_average_" in name]
+    return {name: tensor.detach().clone() for name, tensor in named + averages}
 
 
 def same(first, second):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a training step takes with SAFT, A-CLIP, LoRA, SHiRA, gradient masking and full fine-tuning.
+"""How long a training step takes with SAFT, A-CLIP, R-Adapter, LoRA, SHiRA, gradient masking and full fine-tuning.
 
     python examples/benchmarks/train_step.py --rounds 15
     python examples/benchmarks/train_step.py --rounds 30 --batch_size 256 --device cuda --bf16
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-from hf_robust import ACLIPConfig, SAFTConfig, select_saft
+from hf_robust import ACLIPConfig, RAdapterConfig, SAFTConfig, select_saft
 from hf_robust.scripting.run import run
 from hf_robust.scripting.timing import Step, interleaved_medians, print_medians
 
@@ -189,6 +189,8 @@ def main(arguments: ScriptArguments) -> None:
         "SAFT 0.1 %": optimizer_step(saft_model(base), work),
         "SAFT 1 %": optimizer_step(saft_model(base, 0.01), work),
         "A-CLIP": peft_method(base, work, ACLIPConfig()),
+        "R-Adapter": peft_method(base, work, RAdapterConfig()),
+        "R-Adapter r=4": peft_method(base, work, RAdapterConfig(r=4)),
         "LoRA r=8": peft_method(base, work, LoraConfig(r=8, target_modules=linear)),
         "SHiRA r=1": peft_method(base, work, ShiraConfig(r=1, target_modules=linear)),
         "gradient masking": gradient_masking(base, work),

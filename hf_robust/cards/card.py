@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 REPOSITORY = "this-repository"  # stands in the usage snippet until the card is pushed
-METHODS = {"SAFT": "SAFT", "ACLIP": "A-CLIP", "TRAINABLE_TOKENS": "CoOp"}  # other adapters go by PEFT's own name
-OURS = {"SAFT", "ACLIP"}  # those that PEFT alone cannot load
+METHODS = {  # other adapters go by PEFT's own name
+    "SAFT": "SAFT",
+    "ACLIP": "A-CLIP",
+    "RADAPTER": "R-Adapter",
+    "TRAINABLE_TOKENS": "CoOp",
+}
+OURS = {"SAFT", "ACLIP", "RADAPTER"}  # those that PEFT alone cannot load
 
 # Allow-lists: paths, tokens, user names and names of runs are in other settings.
 TRAINING_SETTINGS = (
@@ -41,7 +46,8 @@ TRAINING_SETTINGS = (
 ADAPTER_SETTINGS = (
     "density score scope towers exclude_input_embeddings train_bias train_out_proj target_modules exclude_modules "
     "modules_to_save seed r lora_alpha lora_dropout use_rslora use_dora bias rank_pattern alpha_pattern "
-    "layers_to_transform layers_pattern mask_type random_seed feedforward_modules token_indices"
+    "layers_to_transform layers_pattern mask_type random_seed feedforward_modules token_indices "
+    "scale drop_path drop_unit average_decay"
 ).split()
 TERMS = {  # others go by their own names
     "similarity": "similarity loss",

@@ -29,6 +29,7 @@ class Family:
             an attention mask, for towers that pool at the last position, padding or not, as in pre-training.
         qkv: names of the query, key and value projections of attention in both towers.
         out_proj: endings of the names of attention's output projections in both towers.
+        mlp_out: endings of the names of the last projections of the MLPs in both towers.
         logit_bias: whether a learned bias is added to every logit.
     """
 
@@ -37,6 +38,7 @@ class Family:
     padding: Literal["longest", "max_length"]
     qkv: tuple[str, ...]
     out_proj: tuple[str, ...]
+    mlp_out: tuple[str, ...]
     logit_bias: bool = False
 
 
@@ -46,6 +48,7 @@ _CLIP = Family(
     padding="longest",
     qkv=("q_proj", "k_proj", "v_proj"),
     out_proj=("self_attn.out_proj",),
+    mlp_out=("mlp.fc2",),
 )
 _SIGLIP = Family(  # both towers end in their own head
     vision=("vision_model",),
@@ -53,6 +56,7 @@ _SIGLIP = Family(  # both towers end in their own head
     padding="max_length",
     qkv=("q_proj", "k_proj", "v_proj"),
     out_proj=("self_attn.out_proj",),  # not that of the pooling head
+    mlp_out=("mlp.fc2",),
     logit_bias=True,
 )
 FAMILIES: dict[str, Family] = {
@@ -66,6 +70,7 @@ FAMILIES: dict[str, Family] = {
         padding="longest",
         qkv=("q_proj", "k_proj", "v_proj", "query", "key", "value"),  # a ViT and a BERT name them differently
         out_proj=("attention.o_proj", "attention.output.dense", "self_attn.out_proj"),
+        mlp_out=("mlp.fc2", "mlp.down_proj", "output.dense"),  # of a ViT, of DINOv3 and of a BERT
     ),
 }
 

@@ -102,7 +102,7 @@ def _check_frozen_heads(model: nn.Module, tensors: Sequence[LinearTensor], tuned
         if isinstance(module, ZeroShotClassifier) and module.head == "frozen":
             base = base_model(module.model)
             towers = [base.get_submodule(tower) for tower in tower_modules(module.model, "text")]
-            text = {id(parameter) for tower in towers for parameter in tower.parameters()}
+            text = {id(tensor) for tower in towers for tensor in (*tower.parameters(), *tower.buffers())}
             pairs = [pair for pair in zip(tensors, tuned, strict=True) if id(pair[0].parameter) in text]
             if not all(equal_bits(tensor.start.to(value), value) for tensor, value in pairs):
                 remedy = "Build the classifier with head='live'."

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -87,6 +88,46 @@ def interpolate_(zero_shot: Tensor, fine_tuned: Tensor, alpha: float, *fishers: 
         return zero_shot.sub_(share.mul_(torch.sub(zero_shot, fine_tuned, out=fine_tuned)))
     near, far, step = (zero_shot, fine_tuned, alpha) if alpha <= 0.5 else (fine_tuned, zero_shot, 1 - alpha)
     return near.sub_(torch.sub(near, far, out=far), alpha=step)  # keeps −0 where both are
+
+
+def mean_tensor(tensors: Iterable[Tensor]) -> Tensor:
+    """Averages tensors of the same shape and floating-point dtype, in float64 and rounded once.
+
+    Equal entries stay as they are bit for bit, and of two tensors it is what `interpolate_tensor` gives at α = 1/2.
+
+    Args:
+        tensors: one or more, any shape; of a generator's, two are in memory at a time.
+
+    Returns:
+        A tensor of its own, of their shape and dtype, where the first one is.
+
+    Example:
+        >>> mean_tensor([torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])])
+        tensor([0.5000, 1.0000])
+    """
+    tensors = iter(tensors)
+    first = next(tensors)
+    others = (tensor.detach().to(first.device, torch.float64, copy=True) for tensor in tensors)
+    return mean_(first.detach().to(torch.float64, copy=True), others).to(first.dtype)
+
+
+def mean_(mean: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Does the work of `mean_tensor` in place: (n θ̄ + θ) / (n + 1), one tensor after the other.
+
+    Args:
+        mean: the first tensor, any shape, float64; overwritten.
+        others: the others, of the same shape, float64; overwritten.
+
+    Returns:
+        The first tensor, which holds the result.
+
+    Example:
+        >>> mean_(torch.zeros(2).double(), [torch.ones(2).double()])
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    for count, tensor in enumerate(others, start=2):
+        mean = interpolate_(mean, tensor, 1 / count)
+    return mean
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -5,24 +5,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
-from io import BufferedReader, BufferedWriter
+from collections.abc import Sequence
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MergeError, NonFiniteError
+from ..errors import ConfigError, MergeError
 from ..tasks.task import CONFIG_FILE, WEIGHTS_FILE
-from .arithmetic import check_alpha, interpolate_, is_finite
+from .arithmetic import check_alpha, interpolate_
 from .files import (
     COMPANION_FILES,
     INDEX_FILE,
     Checkpoint,
     Stamp,
     StoredTensor,
-    header_of,
     read_checkpoint,
     read_header,
     read_json,
@@ -30,11 +28,10 @@ from .files import (
     stamp,
 )
 from .publish import check_output, publish_folder
+from .streaming import check_unchanged, merge_weights, values
 
-SLICE = 2**15  # values at once: more of them torch would share among threads, which here costs more than it gains
 SIDES = ("zero-shot", "fine-tuned", "Fisher of zero-shot", "Fisher of fine-tuned")
 PREFIXES = ("module.", "model.", "_orig_mod.", "base_model.model.")  # of models saved inside a wrapper
-Files = Mapping[Path, BufferedReader]
 
 
 def interpolate_checkpoints(
@@ -86,22 +83,23 @@ def interpolate_checkpoints(
     fisher_stamps, weights = _read_fishers(fishers, fine_tuned)
     check_same_head(zero_shot.folder, fine_tuned.folder, cast_up)
     check_same_tensors(zero_shot.tensors, fine_tuned.tensors, cast_up)
-    dtypes = _wider_dtypes(zero_shot.tensors, fine_tuned.tensors)
+    dtypes = wider_dtypes([zero_shot.tensors, fine_tuned.tensors])
     layout = zero_shot if alpha == 0 and not dtypes else fine_tuned
     companions = [path for path in fine_tuned.stamps if path.name in COMPANION_FILES]
-    growth = sum(_growth(layout.tensors[name], dtype) for name, dtype in dtypes.items())
+    growth = growth_of(layout.tensors, dtypes)
     needed = sum(path.stat().st_size for path in [*layout.data_starts, *companions]) + growth
     with publish_folder(out_dir, overwrite, needed) as folder:
         if alpha in (0, 1) and not dtypes:
             for path in layout.data_starts:
                 shutil.copyfile(path, folder / path.name)
         else:
-            _merge_weights([zero_shot.tensors, fine_tuned.tensors, *weights], fine_tuned, dtypes, alpha, folder)
+            sides = [zero_shot.tensors, fine_tuned.tensors, *weights]
+            merge_weights(sides, SIDES[: len(sides)], fine_tuned, dtypes, partial(_mean, alpha), folder)
         for path in [*([layout.index] if layout.index else []), *companions]:
             shutil.copyfile(path, folder / path.name)
         if dtypes:
-            _describe_cast(folder, set(dtypes.values()), growth)
-        _check_unchanged({**zero_shot.stamps, **fine_tuned.stamps, **fisher_stamps})
+            describe_cast(folder, set(dtypes.values()), growth)
+        check_unchanged({**zero_shot.stamps, **fine_tuned.stamps, **fisher_stamps})
 
 
 def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path, cast_up: bool = False) -> None:
@@ -137,7 +135,10 @@ def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path, cast_up: bool = F
 
 
 def check_same_tensors(
-    zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, StoredTensor], cast_up: bool = False
+    zero_shot: dict[str, StoredTensor],
+    fine_tuned: dict[str, StoredTensor],
+    cast_up: bool = False,
+    sides: Sequence[str] = SIDES,
 ) -> None:
     """Refuses tensors of other names, dtypes or shapes.
 
@@ -145,6 +146,7 @@ def check_same_tensors(
         zero_shot: tensors by name.
         fine_tuned: likewise; integers named `position_ids` may be in one alone.
         cast_up: as in `interpolate_checkpoints`.
+        sides: what the two are, for messages.
 
     Raises:
         MergeError: they differ.
@@ -152,7 +154,7 @@ def check_same_tensors(
     Example:
         >>> check_same_tensors(read_header(Path("a.safetensors"))[1], read_header(Path("b.safetensors"))[1])
     """
-    _check_same_names(zero_shot, fine_tuned)
+    _check_same_names(zero_shot, fine_tuned, sides)
     common = [name for name in fine_tuned if name in zero_shot]
     different = [
         f"{name}: {_kind(zero_shot[name])} and {_kind(fine_tuned[name])}"
@@ -169,18 +171,35 @@ def _fit(first: StoredTensor, second: StoredTensor, cast_up: bool) -> bool:
     return first.shape == second.shape and (first.dtype == second.dtype or (cast_up and both_floats))
 
 
-def _wider_dtypes(first: dict[str, StoredTensor], second: dict[str, StoredTensor]) -> dict[str, torch.dtype]:
-    """The dtype that holds both, for every tensor that has two."""
-    pairs = {name: (first[name].dtype, tensor.dtype) for name, tensor in second.items() if name in first}
-    return {name: torch.promote_types(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
+def wider_dtypes(sides: Sequence[dict[str, StoredTensor]]) -> dict[str, torch.dtype]:
+    """Returns the dtype that holds all sides of a tensor, for every tensor that has several, by name.
+
+    Args:
+        sides: tensors by name, which fit each other.
+    """
+    dtypes = {name: {side[name].dtype for side in sides if name in side} for name in sides[-1]}
+    return {name: reduce(torch.promote_types, found) for name, found in dtypes.items() if len(found) > 1}
 
 
-def _growth(tensor: StoredTensor, dtype: torch.dtype) -> int:
-    return _values(tensor) * (dtype.itemsize - tensor.dtype.itemsize)
+def growth_of(tensors: dict[str, StoredTensor], dtypes: dict[str, torch.dtype]) -> int:
+    """Returns how many bytes tensors gain in other dtypes.
+
+    Args:
+        tensors: by name.
+        dtypes: those of some of them.
+    """
+    pairs = [(tensors[name], dtype) for name, dtype in dtypes.items()]
+    return sum(values(tensor) * (dtype.itemsize - tensor.dtype.itemsize) for tensor, dtype in pairs)
 
 
-def _describe_cast(folder: Path, dtypes: set[torch.dtype], growth: int) -> None:
-    """Corrects size and dtype in what was copied; else a model would be loaded in fewer bits than it has."""
+def describe_cast(folder: Path, dtypes: set[torch.dtype], growth: int) -> None:
+    """Corrects size and dtype in what was copied; else a model would be loaded in fewer bits than it has.
+
+    Args:
+        folder: of the checkpoint.
+        dtypes: that tensors have got.
+        growth: in bytes.
+    """
     index, config = folder / INDEX_FILE, folder / "config.json"
     if index.exists():
         found = read_json(index)
@@ -204,7 +223,7 @@ def _read_fishers(
         raise ConfigError("Fisher information is needed of both models", got=len(paths), allowed="two files")
     stamps = {path: stamp(path) for path in paths if path.exists()}
     both = [read_header(path)[1] for path in paths]
-    _check_same_names(*both)
+    _check_same_names(both[0], both[1], SIDES)
     for path, tensors in zip(paths, both, strict=True):
         for name, tensor in tensors.items():
             if name not in model.tensors:
@@ -216,7 +235,9 @@ def _read_fishers(
     return stamps, both
 
 
-def _check_same_names(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, StoredTensor]) -> None:
+def _check_same_names(
+    zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, StoredTensor], sides: Sequence[str]
+) -> None:
     left, right = (
         sorted(name for name in one.keys() - other.keys() if not _is_computed(name, one[name]))
         for one, other in ((zero_shot, fine_tuned), (fine_tuned, zero_shot))
@@ -225,7 +246,7 @@ def _check_same_names(zero_shot: dict[str, StoredTensor], fine_tuned: dict[str, 
         return
     found = "; ".join(
         f"{len(names)} only in {side}" + (f": {some(names)}" if names else "")
-        for side, names in zip(SIDES, (left, right), strict=False)
+        for side, names in zip(sides, (left, right), strict=False)
     )
     remedy = None
     for prefix in PREFIXES:
@@ -242,95 +263,5 @@ def _kind(tensor: StoredTensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tensor.shape}"
 
 
-def _merge_weights(
-    sides: list[dict[str, StoredTensor]],
-    layout: Checkpoint,
-    dtypes: Mapping[str, torch.dtype],
-    alpha: float,
-    folder: Path,
-) -> None:
-    """Writes behind the header of each file of `layout` what belongs there; `dtypes` are other ones than there."""
-    paths = {tensor.path for tensors in sides for tensor in tensors.values()}
-    with ExitStack() as stack:
-        sources = {path: stack.enter_context(path.open("rb")) for path in paths | layout.data_starts.keys()}
-        buffers = [(bytearray(8 * SLICE), torch.empty(SLICE, dtype=torch.float64)) for _ in sides]
-        for path, data_start in layout.data_starts.items():
-            output = stack.enter_context((folder / path.name).open("xb"))
-            held = {name: tensor for name, tensor in layout.tensors.items() if tensor.path == path}
-            if dtypes.keys() & held.keys():
-                output.write(header_of(path, held, dtypes))
-            else:
-                output.write(_read(sources[path], 0, memoryview(bytearray(data_start))))
-            for name, tensor in held.items():
-                tensors = [tensors[name] for tensors in sides if name in tensors]
-                if tensor.dtype.is_floating_point:
-                    dtype = dtypes.get(name, tensor.dtype)
-                    _merge_tensor(name, tensors, dtype, alpha, sources, buffers, output)
-                else:
-                    _copy_tensor(tensor, sources, buffers[0][0], output)
-
-
-def _merge_tensor(
-    name: str,
-    tensors: list[StoredTensor],
-    dtype: torch.dtype,
-    alpha: float,
-    sources: Files,
-    buffers: list[tuple[bytearray, Tensor]],
-    output: BufferedWriter,
-) -> None:
-    for start in range(0, _values(tensors[0]), SLICE):
-        count = min(SLICE, _values(tensors[0]) - start)
-        doubles = [
-            _read_doubles(tensor, start, count, sources, *buffer)
-            for tensor, buffer in zip(tensors, buffers, strict=False)
-        ]
-        finite = all(is_finite(fisher) for fisher in doubles[2:])  # an infinite one may leave no trace in the mean
-        merged = doubles[int(alpha)] if alpha in (0, 1) else interpolate_(doubles[0], doubles[1], alpha, *doubles[2:])
-        if not finite or not is_finite(merged):
-            raise _non_finite(name, tensors, sources, buffers[0])
-        torch.frombuffer(buffers[0][0], dtype=dtype, count=count).copy_(merged)
-        output.write(memoryview(buffers[0][0])[: count * dtype.itemsize])
-
-
-def _copy_tensor(tensor: StoredTensor, sources: Files, buffer: bytearray, output: BufferedWriter) -> None:
-    for position in range(tensor.begin, tensor.end, len(buffer)):
-        view = memoryview(buffer)[: min(len(buffer), tensor.end - position)]
-        output.write(_read(sources[tensor.path], position, view))
-
-
-def _read_doubles(
-    tensor: StoredTensor, start: int, count: int, sources: Files, raw: bytearray, doubles: Tensor
-) -> Tensor:
-    width = tensor.dtype.itemsize
-    _read(sources[tensor.path], tensor.begin + start * width, memoryview(raw)[: count * width])
-    return doubles[:count].copy_(torch.frombuffer(raw, dtype=tensor.dtype, count=count))
-
-
-def _read(source: BufferedReader, position: int, view: memoryview) -> memoryview:
-    source.seek(position)
-    if source.readinto(view) != len(view):
-        raise MergeError("source changed during the merge", where=source.name, got="it ends early")
-    return view
-
-
-def _values(tensor: StoredTensor) -> int:
-    return (tensor.end - tensor.begin) // tensor.dtype.itemsize
-
-
-def _non_finite(
-    name: str, tensors: list[StoredTensor], sources: Files, buffer: tuple[bytearray, Tensor]
-) -> NonFiniteError:
-    counts = []
-    for tensor, side in zip(tensors, SIDES, strict=False):
-        n_values = _values(tensor)
-        slices = [(start, min(SLICE, n_values - start)) for start in range(0, n_values, SLICE)]
-        bad = sum(int((~_read_doubles(tensor, *part, sources, *buffer).isfinite()).sum()) for part in slices)
-        counts += [f"{bad} of {n_values} in {side}"] if bad else []
-    return NonFiniteError("tensor has NaN or infinity", where=name, got="; ".join(counts))
-
-
-def _check_unchanged(stamps: dict[Path, Stamp]) -> None:
-    for path, before in stamps.items():
-        if not path.exists() or stamp(path) != before:
-            raise MergeError("source changed during the merge", where=str(path), remedy="Merge again.")
+def _mean(alpha: float, sides: list[Tensor]) -> Tensor:
+    return sides[int(alpha)] if alpha in (0, 1) else interpolate_(sides[0], sides[1], alpha, *sides[2:])

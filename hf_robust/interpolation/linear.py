@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensors of an adapter its change Δ to the weights is linear in, and which methods have none.
 
-They are values that begin at zero (LoRA's B, the values of SAFT and SHiRA), or tuned copies of the base's tensors.
+They are values that begin at zero (LoRA's B, the values of SAFT and SHiRA, F of R-Adapter: its average, which is what
+is evaluated, and no parameter), or tuned copies of the base's tensors.
 While the adapter's other tensors stay, interpolating these alone scales Δ, without a dense weight.
 """
 
@@ -24,14 +25,15 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, SelectionError
 from ..tuners.aclip import ACLIPLayer
+from ..tuners.radapter import RAdapterLayer
 from ..tuners.saft.layer import SAFTLayer
 from ..tuners.saft.plan import same_bits
 from .arithmetic import check_finite, interpolate_tensor
 from .files import some
 
-METHODS = ("SAFT", "ACLIP", "LORA", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType
+METHODS = ("SAFT", "ACLIP", "RADAPTER", "LORA", "SHIRA", "LN_TUNING")  # values of PEFT's PeftType
 INITS = (True, False, "gaussian", "eva", "orthogonal")  # of LoRA; all others change the base's weights
-SUPPORTED = "SAFT, A-CLIP, LoRA, SHiRA, LN tuning, modules_to_save"
+SUPPORTED = "SAFT, A-CLIP, R-Adapter, LoRA, SHiRA, LN tuning, modules_to_save"
 UNKNOWN = "its change is not known to be linear in its parameters"
 
 
@@ -70,9 +72,10 @@ class LinearTensor:
     zero_shot: Tensor | None
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter."""
-        return self.owner._parameters[self.key]  # type: ignore[return-value]
+    def parameter(self) -> Tensor:
+        """The parameter, or the average of one."""
+        held: Any = {**self.owner._parameters, **self.owner._buffers}
+        return held[self.key]
 
     @property
     def start(self) -> Tensor:
@@ -122,11 +125,12 @@ def equal_bits(first: Tensor, second: Tensor) -> bool:
 # --- which methods ---
 
 
-def check_linear(model: nn.Module) -> None:
+def check_linear(model: nn.Module, adapter_name: str | None = None) -> None:
     """Refuses a model with an active adapter whose Δ cannot be scaled.
 
     Args:
         model: any model.
+        adapter_name: the adapter of a `PeftModel` to look at in place of the active ones.
 
     Raises:
         ConfigError: Δ is not linear in a method's parameters, the method changes θ₀, or adapters are merged.
@@ -134,7 +138,8 @@ def check_linear(model: nn.Module) -> None:
         NonFiniteError: a value of LoRA's A is NaN or infinite.
     """
     for module in model.modules():
-        for adapter, config in _active_configs(module).items():
+        configs = _active_configs(module) if adapter_name is None else _config_of(module, adapter_name)
+        for adapter, config in configs.items():
             if config.peft_type not in METHODS:
                 raise _refusal(config.peft_type.value, adapter, UNKNOWN)
             if isinstance(config, LoraConfig):
@@ -143,7 +148,7 @@ def check_linear(model: nn.Module) -> None:
         if layer.merged_adapters:
             remedy = "Call unmerge_adapter() first."
             raise ConfigError("adapters are merged", where=name, got=layer.merged_adapters, remedy=remedy)
-        for adapter in layer.active_adapters:
+        for adapter in _adapters(layer, adapter_name):
             _check_layer(name, layer, adapter)
 
 
@@ -158,6 +163,14 @@ def _active_configs(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, PreTrainedModel) and module._hf_peft_config_loaded:
         return {name: module.peft_config[name] for name in module.active_adapters()}
     return {}
+
+
+def _config_of(module: nn.Module, adapter_name: str) -> dict[str, Any]:
+    return {adapter_name: module.peft_config[adapter_name]} if isinstance(module, PeftModel) else {}
+
+
+def _adapters(layer: Any, adapter_name: str | None) -> list[str]:
+    return layer.active_adapters if adapter_name is None else [adapter_name]
 
 
 def _check_lora(config: LoraConfig, adapter: str) -> None:
@@ -199,18 +212,19 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def adapter_tensors(model: nn.Module) -> list[LinearTensor]:
+def adapter_tensors(model: nn.Module, adapter_name: str | None = None) -> list[LinearTensor]:
     """Returns the tensors that the Δ of a model's active adapters is linear in.
 
     Args:
         model: a model that passes `check_linear`.
+        adapter_name: the adapter to take in place of the active ones.
 
     Raises:
         ConfigError: a layer's Δ is not known to be linear in its parameters, or buffers have changed in training.
     """
     found: dict[int, LinearTensor] = {}  # by parameter: modules_to_save may be tied
     for name, layer in adapter_layers(model).items():
-        for adapter in layer.active_adapters:
+        for adapter in _adapters(layer, adapter_name):
             if adapter in layer._get_available_adapters():
                 for owner, key, start in _of_layer(name, layer, adapter):
                     tensor = LinearTensor(f"{name} ({adapter}, {key})", owner, key, start)
@@ -227,6 +241,8 @@ def _of_layer(name: str, layer: Any, adapter: str) -> list[tuple[nn.Module, str,
     if isinstance(layer, ACLIPLayer):
         copies = (layer.aclip_weight, layer.base_layer.weight), (layer.aclip_bias, layer.base_layer.bias)
         return [(owner, adapter, start) for owner, start in copies if adapter in owner]
+    if isinstance(layer, RAdapterLayer):  # Δ = σ F W, and σ U D W in low rank
+        return [(layer.evaluated("radapter_weight", adapter), adapter, None)]
     if isinstance(layer, LNTuningLayer):
         return _copies(name, layer.ln_tuning_layers[adapter], layer.base_layer)
     if isinstance(layer, ModulesToSaveWrapper):

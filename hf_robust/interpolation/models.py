@@ -15,6 +15,8 @@ from .arithmetic import check_alpha, check_finite, interpolate_tensor
 from .files import some
 from .linear import equal_bits
 
+SIDES = ("zero-shot", "fine-tuned")
+
 
 @torch.no_grad()
 def interpolate(zero_shot: nn.Module, fine_tuned: nn.Module, alpha: float) -> nn.Module:
@@ -43,31 +45,45 @@ def interpolate(zero_shot: nn.Module, fine_tuned: nn.Module, alpha: float) -> nn
         >>> model = interpolate(zero_shot, AutoModel.from_pretrained("runs/full"), 0.5)
     """
     alpha = check_alpha(alpha)
-    for side, model in (("zero-shot", zero_shot), ("fine-tuned", fine_tuned)):
-        _check_model(model, side)
-    starts = _tensors(zero_shot)
-    _check_alike(starts, _tensors(fine_tuned))
+    for side, model in zip(SIDES, (zero_shot, fine_tuned), strict=True):
+        check_model(model, side)
+    starts = own_tensors(zero_shot)
+    check_alike(starts, own_tensors(fine_tuned))
     result = copy.deepcopy(fine_tuned).eval()
     written: set[int] = set()
-    for name, tensor in _tensors(result).items():
+    for name, tensor in own_tensors(result).items():
         if id(tensor) not in written:
             written.add(id(tensor))
             tensor.copy_(interpolate_tensor(starts[name].to(tensor.device), tensor, alpha))
     return result
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, also the buffers that are not saved; a tied one under each of its names."""
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns all parameters and buffers, also the buffers that are not saved; a tied one under each of its names.
+
+    Args:
+        model: any model.
+    """
     parameters, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
     return {**dict(parameters), **dict(buffers)}
 
 
-def _check_model(model: nn.Module, side: str) -> None:
+def check_model(model: nn.Module, side: str) -> None:
+    """Refuses a model whose tensors cannot be averaged.
+
+    Args:
+        model: any model.
+        side: which one it is, for the message.
+
+    Raises:
+        MergeError: it is quantised, on the meta device, or has adapters.
+        NonFiniteError: a value is NaN or infinite.
+    """
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             remedy = "Call merge_and_unload() first, or use wise_ft(model, alpha)."
             raise MergeError(f"the {side} model has adapters", where=name, remedy=remedy)
-    for name, tensor in _tensors(model).items():
+    for name, tensor in own_tensors(model).items():
         if tensor.is_meta:
             raise MergeError(f"the {side} model is not loaded: a tensor is on the meta device", where=name)
         if isinstance(tensor, nn.Parameter) and tensor.dtype.itemsize == 1:
@@ -76,12 +92,24 @@ def _check_model(model: nn.Module, side: str) -> None:
         check_finite(tensor, f"{name} of the {side} model")
 
 
-def _check_alike(starts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+def check_alike(starts: dict[str, Tensor], tensors: dict[str, Tensor], sides: tuple[str, str] = SIDES) -> None:
+    """Refuses tensors of two models that cannot be averaged with each other.
+
+    Args:
+        starts: of one model, by name.
+        tensors: of the other, whose tied tensors are to stay tied.
+        sides: which ones they are, for the message.
+
+    Raises:
+        MergeError: names, shapes or dtypes differ, or a tied tensor has two values in the first model.
+    """
+    first_side, second_side = sides
     lacking = [name for name in tensors if name not in starts]
     extra = [name for name in starts if name not in tensors]
     if lacking or extra:
-        what = f"the zero-shot model lacks {len(lacking)} tensors of the fine-tuned one and has {len(extra)} others"
-        raise MergeError(what, got=f"lacking {some(lacking) or 'none'}; others {some(extra) or 'none'}")
+        counts = f"lacks {len(lacking)} tensors of the {second_side} one and has {len(extra)} others"
+        got = f"lacking {some(lacking) or 'none'}; others {some(extra) or 'none'}"
+        raise MergeError(f"the {first_side} model {counts}", got=got)
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         start = starts[name]
@@ -90,5 +118,5 @@ def _check_alike(starts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
             raise MergeError("the models have a tensor in two forms", where=name, got=" and ".join(forms))
         twin = starts[first.setdefault(id(tensor), name)]
         if twin is not start and not equal_bits(twin, start):
-            what = "a tensor is tied in the fine-tuned model and has two values in the zero-shot one"
+            what = f"a tensor is tied in the {second_side} model and has two values in the {first_side} one"
             raise MergeError(what, where=name, got=first[id(tensor)])

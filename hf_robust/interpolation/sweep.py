@@ -99,9 +99,7 @@ def alpha_sweep(
     alphas = _check_alphas(alphas)
     if not 0 <= tolerance < math.inf:
         raise ConfigError("tolerance is out of range", got=tolerance, allowed="numbers from 0")
-    if "validation" not in metric:
-        what = "alpha is chosen on validation data, never on a test set"
-        raise ConfigError(what, where="metric", got=metric, allowed="a name with 'validation' in it")
+    check_validation(metric, "alpha is")
     wise_ft(model, 1.0, zero_shot)  # refuses before anything is evaluated
     heads = zero_shot_heads(model, zero_shot or {})  # once, not for every α
     zero_shot = {**heads, **(zero_shot or {})} if heads else zero_shot
@@ -109,7 +107,7 @@ def alpha_sweep(
     for alpha in alphas:
         wise_ft(model, alpha, zero_shot)
         try:
-            rows.append({"alpha": alpha, **_check_metrics(evaluate(model), metric, alpha)})
+            rows.append({"alpha": alpha, **check_metrics(evaluate(model), metric, f"alpha {alpha}")})
         except BaseException:
             wise_ft(model, 1.0, zero_shot)
             raise
@@ -141,9 +139,42 @@ def _check_alphas(alphas: Sequence[float]) -> list[float]:
     return checked
 
 
-def _check_metrics(metrics: Metrics, metric: str, alpha: float) -> Metrics:
+def check_validation(metric: str, chosen: str) -> None:
+    """Refuses to choose by a metric of anything but validation data.
+
+    Args:
+        metric: its name.
+        chosen: what is chosen, and its verb, for the message.
+
+    Raises:
+        ConfigError: it is none of validation data.
+
+    Example:
+        >>> check_validation("validation_accuracy", "alpha is")
+    """
+    if "validation" not in metric:
+        what = f"{chosen} chosen on validation data, never on a test set"
+        raise ConfigError(what, where="metric", got=metric, allowed="a name with 'validation' in it")
+
+
+def check_metrics(metrics: Metrics, metric: str, where: str) -> Metrics:
+    """Returns what `evaluate` found, if it can be chosen by.
+
+    Args:
+        metrics: by name.
+        metric: the one to choose by.
+        where: what was evaluated, for the message.
+
+    Raises:
+        ConfigError: the metric is not among them.
+        NonFiniteError: it is NaN or infinite.
+
+    Example:
+        >>> check_metrics({"validation_accuracy": 0.5}, "validation_accuracy", "alpha 0.5")
+        {'validation_accuracy': 0.5}
+    """
     if metric not in metrics:
         raise ConfigError("evaluate does not return the metric", got=metric, allowed=", ".join(metrics))
     if not math.isfinite(metrics[metric]):
-        raise NonFiniteError(f"{metric} is {metrics[metric]}", where=f"alpha {alpha}")
+        raise NonFiniteError(f"{metric} is {metrics[metric]}", where=where)
     return metrics

@@ -22,6 +22,7 @@ from ..losses.reference import BatchReference
 from ..losses.term import Term, check_names
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import Batch, Progress, Task
+from ..tuners.radapter import averages
 from .config import OGENConfig
 from .distillation import LocalMeanTeacher, distillation_loss
 from .generator import FeatureGenerator
@@ -291,8 +292,8 @@ class OGENLoss(Term):
 
 
 def _trained_tensors(task: Task) -> dict[str, Tensor]:
-    """All tensors that are trained, by name: what the teacher averages."""
-    return {name: tensor for name, tensor in task.named_parameters() if tensor.requires_grad}
+    """All tensors that are trained, or stand for them in evaluation, by name: what the teacher averages."""
+    return {name: tensor for name, tensor in task.named_parameters() if tensor.requires_grad} | averages(task)
 
 
 def _write(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

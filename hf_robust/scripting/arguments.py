@@ -32,7 +32,10 @@ class Parser(HfArgumentParser):
 
 
 def parse_arguments(
-    types: Sequence[Any], defaults: Mapping[str, Any] | None = None, flags: Sequence[str] | None = None
+    types: Sequence[Any],
+    defaults: Mapping[str, Any] | None = None,
+    flags: Sequence[str] | None = None,
+    program: str | None = None,
 ) -> tuple[Any, ...]:
     """Reads the config file that `--config` names, then the flags.
 
@@ -43,6 +46,7 @@ def parse_arguments(
         types: dataclasses; their fields are the settings.
         defaults: of the script, where they are not those of the dataclasses.
         flags: the command line; by default that of the program.
+        program: what it is called in its help; by default the file's name.
 
     Returns:
         An instance of each type.
@@ -55,7 +59,8 @@ def parse_arguments(
         >>> parse_arguments([ScriptArguments], flags=["--config", "my.yaml", "--seed", "1"])
         (ScriptArguments(seed=1),)
     """
-    parser = Parser(types, allow_abbrev=False, description=(types[0].__doc__ or "").splitlines()[0])
+    description = (types[0].__doc__ or "").splitlines()[0]
+    parser = Parser(types, prog=program, allow_abbrev=False, description=description)
     parser.add_argument("--config", help="YAML file with settings by name; flags win.")
     parser.set_defaults(**(defaults or {}))
     names = [one.name for of_type in types for one in fields(of_type) if one.init]

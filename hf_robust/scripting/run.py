@@ -29,7 +29,13 @@ from .progress import is_verbose
 FAILED = 2  # as after a wrong flag in argparse
 
 
-def run(main: Callable[..., None], *types: Any, defaults: Mapping[str, Any] | None = None) -> None:
+def run(
+    main: Callable[..., None],
+    *types: Any,
+    defaults: Mapping[str, Any] | None = None,
+    flags: Sequence[str] | None = None,
+    program: str | None = None,
+) -> None:
     """Reads the command line, and calls a script's `main` with what it says.
 
     An error of ours is one line on stderr and exit status 2; with the flag `--debug` its traceback comes before. What
@@ -39,14 +45,17 @@ def run(main: Callable[..., None], *types: Any, defaults: Mapping[str, Any] | No
         main: takes an instance of each type.
         *types: as in `parse_arguments`.
         defaults: as in `parse_arguments`.
+        flags: the command line; by default that of the program.
+        program: what it is called; by default the file's name.
 
     Example:
         >>> if __name__ == "__main__":
         ...     run(main, ScriptArguments, RobustTrainingArguments)
     """
-    flags, debug = _without_debug(sys.argv[1:])
+    program = program or Path(sys.argv[0]).name
+    flags, debug = _without_debug(sys.argv[1:] if flags is None else flags)
     try:
-        arguments = parse_arguments(types, defaults, flags)
+        arguments = parse_arguments(types, defaults, flags, program)
         trainings = [one for one in arguments if isinstance(one, TrainingArguments)]
         if debug or any(map(is_verbose, trainings)):
             talkative()
@@ -55,7 +64,7 @@ def run(main: Callable[..., None], *types: Any, defaults: Mapping[str, Any] | No
         with no_empty_folders([str(one.output_dir) for one in trainings]):
             main(*arguments)
     except HfRobustError as error:
-        _fail(error, debug)
+        _fail(error, debug, program)
     except SystemExit:  # a signal has come, and a checkpoint is saved
         _end_processes_if_any()
         raise
@@ -69,12 +78,12 @@ def _without_debug(flags: Sequence[str]) -> tuple[list[str], bool]:
     return kept, len(kept) < len(flags)
 
 
-def _fail(error: HfRobustError, debug: bool) -> NoReturn:
+def _fail(error: HfRobustError, debug: bool, program: str) -> NoReturn:
     rank, several = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1)) > 1
     if debug:
         traceback.print_exc()
     where = f" on rank {rank}" if several else ""
-    line = f"{Path(sys.argv[0]).name}: error{where}: {' '.join(str(error).split())}"
+    line = f"{program}: error{where}: {' '.join(str(error).split())}"
     tqdm.write(line, file=sys.stderr)  # not into the line of a progress bar
     sys.stdout.flush()
     sys.stderr.flush()

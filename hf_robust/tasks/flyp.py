@@ -40,6 +40,9 @@ class FLYP(ZeroShotClassifier):
         positives: what the prompts of other images of the same class are to an image: `"negative"` as in the released
             code, where k images of one class cost each of them about log k however good the model is; `"positive"` as
             its own, or `"ignore"`, left out.
+        label_smoothing: ε of `softmax_loss`. MPM-NCE, the loss of R-Adapter (https://huggingface.co/papers/2408.05749),
+            has `positives="positive"`, 0.02 here and a margin of 0.05.
+        margin: δ of `softmax_loss`, by which wrong prompts are made harder.
         contrastive_chunk_size: images, and prompts, that are embedded at once in training, see `in_chunks`; None for
             all at once.
 
@@ -69,13 +72,16 @@ class FLYP(ZeroShotClassifier):
         data_names: Sequence[str] | None = None,
         positives: RepeatedTexts = "negative",
         contrastive_chunk_size: int | None = None,
+        label_smoothing: float = 0.0,
+        margin: float = 0.0,
     ) -> None:
         if head != "live":
             raise ConfigError("FLYP trains the text tower", where="head", got=head, allowed="'live'")
-        check_loss_settings(positives)
+        check_loss_settings(positives, label_smoothing, margin)
         check_chunk_size(contrastive_chunk_size, "contrastive_chunk_size")
         super().__init__(model, processor, class_names, templates, "live", data_names)
         self.positives, self.contrastive_chunk_size = positives, contrastive_chunk_size
+        self.label_smoothing, self.margin = label_smoothing, margin
 
     def forward(
         self,
@@ -121,7 +127,7 @@ class FLYP(ZeroShotClassifier):
         of_prompts = self._embed(rows, size)  # (batch, dim)
         own = torch.arange(len(labels), device=labels.device)
         pairs = gather_pairs(embeds, of_prompts, own, labels[:, None], over_ranks=self.training)
-        loss = softmax_loss(pairs, logit_scale(self.model), self.positives)
+        loss = softmax_loss(pairs, logit_scale(self.model), self.positives, self.label_smoothing, self.margin)
         output = ZeroShotClassifierOutput(loss=loss, image_embeds=embeds, class_embeds=of_prompts, prompt_rows=rows)
         return self.with_terms(output, inputs)
 
@@ -131,8 +137,8 @@ class FLYP(ZeroShotClassifier):
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings by which it is built again."""
-        own = {"positives": self.positives, "contrastive_chunk_size": self.contrastive_chunk_size}
-        return {**super().settings(), **own}
+        names = ("positives", "contrastive_chunk_size", "label_smoothing", "margin")
+        return {**super().settings(), **{name: getattr(self, name) for name in names}}
 
     def _embed(self, rows: Tensor, size: int | None) -> Tensor:
         mask = self.prompts.attention_mask

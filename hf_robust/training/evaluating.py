@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import datasets
@@ -22,8 +22,9 @@ from ..data.collator import ImageCollator
 from ..data.draws import Draws
 from ..data.readable import readable_rows
 from ..data.rows import LabelledImages, labelled_images
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, DataError, NonFiniteError
 from ..interpolation.sweep import AlphaSweep, alpha_sweep
+from ..interpolation.tpgm import ProjectionTable, tpgm
 from .preflight import check_rows, lacks_targets
 from .repeatable import RepeatableTrainer, Rows
 from .replaced import replaced
@@ -161,6 +162,38 @@ class EvaluatingTrainer(RepeatableTrainer):
             bar.close()
             if bars_of_sets is not None:
                 self.add_callback(bars_of_sets)
+
+    def tpgm_sweep(self, validation_dataset: Any = None, steps: int = 200) -> ProjectionTable:
+        """Sets every trained tensor to θ₀ + ρ Δ, with a ρ of its own that is learned on validation data: see `tpgm`.
+
+        Args:
+            validation_dataset: what ρ is learned on; by default the evaluation set named `validation`.
+            steps: batches of `per_device_eval_batch_size` images (64 in the released code), in an order of the seed.
+
+        Returns:
+            ρ by tensor. `wise_ft(trainer.model, 1, trainer.zero_shot)` sets the trained model again.
+
+        Raises:
+            ConfigError: there is no validation set, there are several processes, or what `tpgm` raises.
+            DataError: the set is a stream, or as `evaluate`.
+        """
+        if self.accelerator.num_processes > 1:
+            raise ConfigError("radii are learned in one process", got=self.accelerator.num_processes, allowed="1")
+        given = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        given = given if validation_dataset is None else {"validation": validation_dataset}
+        if "validation" not in given:
+            raise ConfigError("radii are learned on validation data", where="validation_dataset", got=sorted(given))
+        rows: Any = self._evaluated(given["validation"], "validation")
+        if not isinstance(rows, LabelledImages):
+            raise DataError("a stream has no numbered rows", where="validation")
+        order = np.random.default_rng(self.args.seed).permutation(len(rows))  # else it may be class by class
+        loader = self.get_eval_dataloader(replace(rows, numbers=rows.numbers[order]))
+
+        def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+            return model(**self._prepare_inputs(batch)).loss
+
+        with self._answering(rows, whole=False):
+            return tpgm(self.model, loader, loss_fn, self.zero_shot, steps)
 
     def card_results(self) -> CardResults | None:
         """Returns what `wise_ft_sweep` found on the evaluation sets that α was not chosen on; None without a sweep."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.text_files import parse_json
 from ..errors import ConfigError
@@ -107,11 +107,18 @@ class StartingPoint:
 
         Args:
             task: what is trained; always the same.
+
+        Raises:
+            ConfigError: Δ is linear in averages, which have no gradient (R-Adapter).
         """
         if self.tensors is None:
             device, known = next(task.parameters()).device, self.zero_shot
             on_device = None if known is None else {name: tensor.to(device) for name, tensor in known.items()}
             self.tensors = linear_tensors(task, on_device)
+            averages = [tensor.name for tensor in self.tensors if not isinstance(tensor.parameter, nn.Parameter)]
+            if averages:
+                what, remedy = "a loss reads weights, and these are averages of them", "Set average_decay=None."
+                raise ConfigError(what, where="losses", got=averages[0], remedy=remedy)
             names = {id(parameter): name for name, parameter in task.named_parameters()}
             self.names = [names[id(tensor.parameter)] for tensor in self.tensors]
             self.starts = [tensor.start for tensor in self.tensors]

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor
 from hf_robust import ACLIPConfig, SAFTConfig, select_saft, with_image_size
 from hf_robust.errors import AdapterFileError, ConfigError, MergeError
 from hf_robust.interpolation.arithmetic import interpolate_tensor
+from hf_robust.scripting import merging
 from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import load_script
 from tests.tiny_models import tiny_model, tiny_processor
@@ -30,9 +31,8 @@ def merge(monkeypatch, tmp_path):
 
     def run(*flags, zero_shot="base", output="merged"):
         flags = ["--zero_shot", zero_shot, "--output", output, *flags]
-        module.main(*parse_arguments([module.ScriptArguments], flags=flags))
+        module.merge(*parse_arguments([module.MergeArguments], flags=flags))
 
-    run.module = module
     return run
 
 
@@ -202,7 +202,7 @@ def test_a_head_trained_beside_an_adapter(merge):
 
 def test_a_name_of_the_hub_is_downloaded_without_pickles(merge, monkeypatch):
     asked = []
-    monkeypatch.setattr(merge.module, "snapshot_download", lambda name, **only: asked.append((name, only)) or "base")
+    monkeypatch.setattr(merging, "snapshot_download", lambda name, **only: asked.append((name, only)) or "base")
     tiny_model("clip", seed=1).save_pretrained("full")
     merge("--fine_tuned", "full", zero_shot="owner/model")
     (name, only), patterns = asked[0], asked[0][1]["allow_patterns"]

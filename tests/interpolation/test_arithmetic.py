@@ -11,7 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_robust.errors import ConfigError, NonFiniteError
-from hf_robust.interpolation.arithmetic import check_alpha, check_finite, interpolate_, interpolate_tensor, is_finite
+from hf_robust.interpolation.arithmetic import (
+    check_alpha,
+    check_finite,
+    interpolate_,
+    interpolate_tensor,
+    is_finite,
+    mean_,
+    mean_tensor,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 alphas = st.floats(0, 1)
@@ -99,6 +107,32 @@ def test_the_official_formula_with_fisher_information(alpha):
     torch.testing.assert_close(merged[1], plain, rtol=1e-12, atol=1e-12)  # weights that are equal
     interpolate_tensor(first, second, alpha, (fishers[0], fishers[1]))
     assert fishers[0, 0, 0] == 0  # the caller's tensors stay
+
+
+@given(tensors(n=3))
+def test_a_mean_of_several_is_at_most_one_ulp_from_the_exact_one(several):
+    merged = mean_tensor(tensor for tensor in several)
+    assert merged.dtype == several[0].dtype
+    for *values, got in zip(*(tensor.double().tolist() for tensor in (*several, merged)), strict=True):
+        exact = sum(map(Fraction, values)) / 3
+        cancelled = Fraction(2) ** -50 * max(abs(Fraction(value)) for value in values)  # what float64 cannot hold
+        assert abs(Fraction(got) - exact) <= ulp(exact, merged.dtype) + cancelled
+
+
+@given(tensors(dtypes=[*DTYPES, torch.float64]), st.integers(1, 7))
+@example([torch.tensor([-0.0, 0.0, 1 / 3]), torch.tensor([0.0, -0.0, 0.0])], 3)
+def test_a_mean_of_equal_ones_and_of_two(pair, count):
+    assert bits(mean_tensor([pair[0]] * count)) == bits(pair[0])
+    assert bits(mean_tensor(pair)) == bits(interpolate_tensor(*pair, 0.5))
+
+
+def test_a_mean_leaves_its_tensors_alone_and_in_place_takes_no_memory():
+    parameters = [torch.nn.Parameter(torch.full((3,), value).double()) for value in (1.0, 2.0, 6.0)]
+    merged = mean_tensor(parameters)
+    assert merged.tolist() == [3, 3, 3] and not merged.requires_grad
+    assert [parameter[0].item() for parameter in parameters] == [1, 2, 6]
+    first = torch.ones(3).double()
+    assert mean_(first, [torch.zeros(3).double()]) is first
 
 
 def test_inputs_and_gradients_are_left_alone():

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from hf_robust.interpolation import checkpoints
+from hf_robust.interpolation import streaming
 from hf_robust.interpolation.arithmetic import interpolate_tensor
 from hf_robust.interpolation.checkpoints import interpolate_checkpoints
 from tests.interpolation.folders import content, load, pair, same, save
@@ -28,7 +28,7 @@ def merged(first, second, alpha):
 
 @pytest.fixture
 def small_slices(monkeypatch):
-    monkeypatch.setattr(checkpoints, "SLICE", 4)
+    monkeypatch.setattr(streaming, "SLICE", 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +66,7 @@ def test_shards_are_those_of_the_fine_tuned_side(tmp_path, first, second):
 def test_layout_and_slices_do_not_matter(seed, alpha, first_shards, second_shards, values):
     first, second = pair(seed)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "SLICE", values)
+        patch.setattr(streaming, "SLICE", values)
         folder = Path(name)
         save(folder / "a", dict(reversed(first.items())), first_shards)
         save(folder / "b", second, second_shards)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_robust.errors import ConfigError, MergeError, NonFiniteError
-from hf_robust.interpolation import checkpoints, publish
+from hf_robust.interpolation import publish, streaming
 from hf_robust.interpolation.checkpoints import interpolate_checkpoints
 from tests.interpolation.folders import content, load, pair, put, refused, same, save, save_pair
 
@@ -59,7 +59,7 @@ def test_other_shapes_and_dtypes(folders, alpha):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["tower__weight", "tower__half", "tower__brain"])
 def test_not_finite(folders, monkeypatch, bad, name):
-    monkeypatch.setattr(checkpoints, "SLICE", 4)
+    monkeypatch.setattr(streaming, "SLICE", 4)
     tensor = pair()[0][name.replace("__", ".")]
     tensor.view(-1)[[0, 5]] = bad
     put(folders, "a", **{name: tensor})
@@ -168,13 +168,13 @@ def test_source_changes_during_the_merge(folders, monkeypatch, alpha, name):
 
 
 def test_source_shrinks_during_the_merge(folders, monkeypatch):
-    merge = checkpoints._merge_tensor
+    merge = streaming._merge_tensor
 
     def cutting(*arguments):
         os.truncate(folders / "a" / WEIGHTS, 700)
         merge(*arguments)
 
-    monkeypatch.setattr(checkpoints, "_merge_tensor", cutting)
+    monkeypatch.setattr(streaming, "_merge_tensor", cutting)
     with pytest.raises(MergeError, match="source changed during the merge"):
         interpolate_checkpoints(folders / "a", folders / "b", folders / "out", 0.5, overwrite=True)
     assert content(folders / "out") == {"old": b"old"} and not list(folders.glob(".hf_robust-tmp-*"))

@@ -10,7 +10,7 @@ import torch
 from peft import LNTuningConfig, LoraConfig, PeftModel, ShiraConfig
 from torch import Tensor, nn
 
-from hf_robust import ACLIPConfig, SAFTConfig
+from hf_robust import ACLIPConfig, RAdapterConfig, SAFTConfig
 from tests.methods import CLIP, Method, trained
 
 ATTENTION = ["q_proj", "v_proj", "query", "value"]
@@ -21,9 +21,13 @@ LORA = Method("LoRA", lambda: LoraConfig(r=2, target_modules=ATTENTION, modules_
 RANKS = {"rank_pattern": {"fc1": 3}, "alpha_pattern": {"fc1": 5}}
 RSLORA = Method("rsLoRA", lambda: LoraConfig(r=2, target_modules=["q_proj", "fc1"], use_rslora=True, **RANKS))
 SHIRA = Method("SHiRA", lambda: ShiraConfig(r=1, target_modules=["q_proj", "fc2"], random_seed=0))
+AVERAGED = {"scale": 1.0, "average_decay": 0.5}
 METHODS = [
     SAFT,
     ACLIP,
+    Method("R-Adapter", lambda: RAdapterConfig(**AVERAGED)),
+    Method("R-Adapter, low rank", lambda: RAdapterConfig(r=2, modules_to_save=["visual_projection"], **AVERAGED)),
+    Method("R-Adapter, not averaged", lambda: RAdapterConfig(scale=1.0, average_decay=None)),
     LORA,
     RSLORA,
     Method("LoRA with bias", lambda: LoraConfig(r=2, target_modules=["q_proj", "fc1"], lora_bias=True)),

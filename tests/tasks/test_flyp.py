@@ -48,6 +48,24 @@ def test_loss_is_over_the_prompts_of_the_batch(positives):
     assert task.model.logit_scale.grad != 0
 
 
+def test_mpm_nce_smooths_and_makes_wrong_prompts_harder():
+    settings = {"positives": "positive", "label_smoothing": 0.1, "margin": 0.05}
+    task = flyp(**settings).train()
+    assert {name: task.settings()[name] for name in settings} == settings
+    loss = task(PIXELS, LABELS).loss
+    drawn = torch.randint(3, (4,), generator=task.progress.generator("templates"))
+    prompts = [TEMPLATES[t].replace("{}", NAMES[c]) for c, t in zip(LABELS.tolist(), drawn.tolist(), strict=True)]
+    texts = text_embeds(task.model, **tokenize(PROCESSOR, prompts, task.model))
+    positive = (LABELS[:, None] == LABELS).double()
+    of_each = positive.sum(dim=1, keepdim=True)
+    targets = 0.9 * positive / of_each + 0.1 * (1 - positive) / (4 - of_each)  # ỹ
+    similarity = image_embeds(task.model, PIXELS) @ texts.T
+    sides = [logit_scale(task.model) * (side + 0.05 * (1 - positive)) for side in (similarity, similarity.T)]
+    expected = sum(-(targets * side.log_softmax(dim=1)).sum(dim=1).mean() for side in sides) / 2
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=0)
+    assert loss != flyp(positives="positive").train()(PIXELS, LABELS).loss
+
+
 def test_templates_are_drawn_anew_in_every_step_and_only_the_batch_is_encoded():
     task, encoded = flyp().train(), []
     task.model.text_model.register_forward_hook(lambda module, args, out: encoded.append(len(out[0])))
@@ -84,5 +102,9 @@ def test_what_it_does_not_train_is_refused():
         flyp(head="frozen")
     with pytest.raises(ConfigError, match="repeated_texts"):
         flyp(positives="diag")
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        flyp(label_smoothing=1.0)
+    with pytest.raises(ConfigError, match="margin"):
+        flyp(margin=-0.1)
     with pytest.raises(DataError, match="label is no class.*got 3"):
         flyp().train()(PIXELS, torch.tensor([0, 1, 2, 3]))

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarni
 @pytest.mark.parametrize(
     ("method", "head"),
     [("saft", "live"), ("saft", "frozen"), ("saft", "trainable"), ("lora", "frozen")]
-    + [("full", "trainable"), ("full", "frozen"), ("ln_tuning", "live")],
+    + [("full", "trainable"), ("full", "frozen"), ("ln_tuning", "live"), ("radapter", "live")],
 )
 def test_resumed_run_ends_bit_identical(tmp_path, method, head, monkeypatch):
     settings = {"head": head, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...encoders.dual_encoder import family, tower_modules
-from ...errors import ConfigError
-from ..base import RobustTuner, check_unquantized
-from ..matching import in_layers, matching, modules_to_save, outside
+from ...encoders.dual_encoder import family
+from ..base import RobustTuner
+from ..linears import find_linears
 from .config import ACLIPConfig
 from .layer import ACLIPLayer
 
@@ -48,30 +45,11 @@ class ACLIPModel(RobustTuner):
         Raises:
             ConfigError: a name matches nothing, a tower has no projection of a known name, or one is quantised.
         """
-        linears = _linears(model)
-        chosen = matching(config.target_modules, set(linears), "target_modules") if config.target_modules else None
-        if chosen is None:
-            chosen = _attention(model, config, set(linears))
-        chosen = outside(chosen, modules_to_save(model, config))
-        if config.towers != "both":
-            chosen = {name for name in chosen if _is_in_tower(name, model, config.towers)}
-        chosen = in_layers(chosen, config)
-        if config.exclude_modules:
-            chosen = chosen - matching(config.exclude_modules, set(linears), "exclude_modules")
-        if not chosen:
-            raise ConfigError("no module is left to train", remedy="Widen target_modules, or exclude less.")
-        check_unquantized(model, {f"{unit}.{n}": p for unit in chosen for n, p in linears[unit].named_parameters()})
-        for name in sorted(chosen):
-            if type(linears[name]) is not nn.Linear:
-                remedy = "Load the model unquantised, or leave the module out with exclude_modules."
-                got = type(linears[name]).__name__
-                raise ConfigError("A-CLIP trains plain Linear modules", where=name, got=got, remedy=remedy)
-        owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-        shared = sorted(name for name in chosen if any(owners[id(p)] > 1 for p in linears[name].parameters()))
-        if shared:
-            remedy = "Load the model untied, or leave them out with exclude_modules."
-            raise ConfigError("A-CLIP cannot train what several modules share", got=shared[:3], remedy=remedy)
-        return {name: linears[name] for name in chosen}
+        row = None if config.target_modules else family(model)
+        kinds = {} if row is None else {"query, key and value projections": row.qkv}
+        if row is not None and config.train_out_proj:
+            kinds["output projections of attention"] = row.out_proj
+        return find_linears(model, config, kinds, "A-CLIP")
 
     def _create_and_replace(
         self,
@@ -86,33 +64,3 @@ class ACLIPModel(RobustTuner):
         layer.update_layer(adapter_name, peft_config)
         if layer is not target:
             setattr(parent, target_name, layer)
-
-
-def _linears(model: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:
-    """The Linear modules by name, outside `modules_to_save`; wrapped ones by the name of their wrapper."""
-    found: dict[str, nn.Linear] = {}
-    for name, child in model.named_children():
-        if isinstance(child, ACLIPLayer):
-            found[prefix + name] = child.base_layer
-        elif isinstance(child, nn.Linear):
-            found[prefix + name] = child
-        elif not isinstance(child, AuxiliaryTrainingWrapper):
-            found |= _linears(child, f"{prefix}{name}.")
-    return found
-
-
-def _attention(model: nn.Module, config: ACLIPConfig, names: set[str]) -> set[str]:
-    """The projections of the model's family, at least one in every tower."""
-    row = family(model)
-    endings = row.qkv + (row.out_proj if config.train_out_proj else ())
-    chosen = {name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)}
-    for tower in ("vision", "text"):
-        if not any(_is_in_tower(name, model, tower) for name in chosen):
-            remedy = "Name its query, key and value projections in target_modules."
-            what = f"the {tower} tower has no projection of a known name"
-            raise ConfigError(what, allowed=", ".join(endings), remedy=remedy)
-    return chosen
-
-
-def _is_in_tower(name: str, model: nn.Module, tower: Any) -> bool:
-    return any(name.startswith(f"{prefix}.") or name == prefix for prefix in tower_modules(model, tower))

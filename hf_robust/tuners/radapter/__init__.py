@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""R-Adapter: linear residual adapters behind attention and MLP, averaged over training, that merge into the base."""
+
+from ...peft_types import RobustPeftType, register
+from .config import RAdapterConfig
+from .layer import RAdapterLayer, averages
+from .model import RAdapterModel
+
+__all__ = ["RAdapterConfig", "RAdapterLayer", "RAdapterModel", "averages"]
+register(RobustPeftType.RADAPTER, config_cls=RAdapterConfig, model_cls=RAdapterModel)
