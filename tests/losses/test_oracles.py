@@ -29,7 +29,6 @@ from tests.losses.formulas import (
     units,
 )
 
-NAMES = ["red", "green", "blue"]
 LABELS = [0, 1, 0, 2, 1]
 SMALL = given_settings(max_examples=15)
 SHAPES = [(1, 3, 2), (4, 5, 3), (6, 2, 7)]
