@@ -36,7 +36,6 @@ from tests.tiny_models import tiny_batch, tiny_model, tiny_processor
 NAMES = ["red", "green", "blue"]
 LABELS = [0, 1, 0, 2, 1]
 SMALL = given_settings(max_examples=15)
-seeds = st.integers(0, 2**31 - 1)
 
 
 def of_images(model, inputs):
