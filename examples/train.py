@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 from transformers import set_seed
 
-from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
+from hf_robust import ACLIPConfig, RAdapterConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig
 from hf_robust.data.rows import LabelledImages
 from hf_robust.errors import ConfigError, close_matches
 from hf_robust.evaluation.report import write_json
@@ -73,13 +73,15 @@ class ScriptArguments:
     class_names_file: str | None = field(default=None, metadata={"help": "Names by line, or .json by label."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels or texts; else label, text, …"})
-    method: str = field(default="saft", metadata={"help": "zero_shot, full, saft, aclip, lora, ln_tuning."})
-    target_modules: list[str] | None = field(default=None, metadata={"help": "saft, aclip, lora: which modules."})
+    method: str = field(default="saft", metadata={"help": "zero_shot, full, saft, aclip, radapter, lora, …"})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "Adapters: which modules."})
     density: float = field(default=0.001, metadata={"help": "saft: share of the parameters to train."})
     score: str = field(default="signed_mean", metadata={"help": "saft: what ranks the parameters."})
     scope: str = field(default="global", metadata={"help": "saft: rank all at once, or per_tensor."})
-    towers: str = field(default="both", metadata={"help": "saft, aclip: both, vision or text."})
+    towers: str = field(default="both", metadata={"help": "saft, aclip, radapter: both, vision or text."})
     exclude_input_embeddings: bool = field(default=True, metadata={"help": "saft: none in patch, token embeddings."})
+    radapter_rank: int | None = field(default=None, metadata={"help": "radapter: rank, by default full."})
+    average_decay: float = field(default=0.999, metadata={"help": "radapter: 0.9 for a short training."})
     lora_rank: int = field(default=8, metadata={"help": "lora: rank."})
     wise_ft: bool = field(default=False, metadata={"help": "Go back to the alpha that is best on validation_data."})
 
@@ -113,6 +115,12 @@ def add_aclip(model: nn.Module, args: ScriptArguments) -> nn.Module:
     return get_peft_model(model, ACLIPConfig(towers=args.towers, target_modules=args.target_modules))
 
 
+def add_radapter(model: nn.Module, args: ScriptArguments) -> nn.Module:
+    """R-Adapter."""
+    where: Any = {"towers": args.towers, "target_modules": args.target_modules}
+    return get_peft_model(model, RAdapterConfig(r=args.radapter_rank, average_decay=args.average_decay, **where))
+
+
 def add_lora(model: nn.Module, args: ScriptArguments) -> nn.Module:
     """LoRA."""
     targets = args.target_modules or "all-linear"
@@ -130,6 +138,7 @@ METHODS = {
     "full": keep_as_is,
     "saft": add_saft,
     "aclip": add_aclip,
+    "radapter": add_radapter,
     "lora": add_lora,
     "ln_tuning": add_ln_tuning,
 }

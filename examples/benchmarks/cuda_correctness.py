@@ -30,7 +30,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PrinterCallback, SiglipConfig, SiglipModel
 
-from hf_robust import ACLIPConfig, RobustTrainer, RobustTrainingArguments, SAFTConfig, select_saft, wise_ft
+from hf_robust import (
+    ACLIPConfig,
+    RAdapterConfig,
+    RobustTrainer,
+    RobustTrainingArguments,
+    SAFTConfig,
+    select_saft,
+    wise_ft,
+)
 from hf_robust.encoders.dual_encoder import at_least_float32
 from hf_robust.interpolation.adapters import zero_shot_copy
 from hf_robust.scripting.results import package_versions
@@ -41,6 +49,7 @@ CLASSES, LEARNING_RATE = 10, 1e-3
 METHODS: dict[str, PeftConfig | None] = {
     "full": None,
     "A-CLIP": ACLIPConfig(),
+    "R-Adapter": RAdapterConfig(average_decay=0.9, drop_path=0.0),
     "SAFT 0.1 %": SAFTConfig(density=0.001),
     "SAFT 2 %": SAFTConfig(density=0.02),
     "LoRA r=8": LoraConfig(r=8, target_modules="all-linear"),
@@ -49,6 +58,8 @@ OGEN = {"losses": {"ogen": {"new_class_names": ["lynx", "otter", "heron"], "neig
 SIMILARITY = {"losses": {"similarity": {"weight": 10.0}}}
 TRAININGS: dict[str, tuple[PeftConfig | None, dict[str, Any]]] = {
     "full + similarity": (None, SIMILARITY),
+    **{f"full + {name}": (None, {"losses": {name: {}}}) for name in ("lipsum", "context", "features", "weights")},
+    "full + spuriosity": (None, {"losses": {"spuriosity": {}}, "task": "flyp"}),
     "A-CLIP + similarity": (ACLIPConfig(), SIMILARITY),
     "SAFT + similarity": (SAFTConfig(density=0.01), SIMILARITY),
     "SAFT + similarity, cached": (SAFTConfig(density=0.01), {**SIMILARITY, "cache_reference_embeddings": True}),

@@ -63,9 +63,9 @@ def script(folder, monkeypatch):
     return load_training_script("train", folder, monkeypatch)
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "full", "saft", "aclip", "lora", "ln_tuning"])
+@pytest.mark.parametrize("method", ["zero_shot", "full", "saft", "aclip", "radapter", "lora", "ln_tuning"])
 def test_every_method_ends_in_results(script, tmp_path, method, capsys):
-    results = script.run(tmp_path, "--method", method)
+    results = script.run(tmp_path, "--method", method, "--average_decay", "0")
     assert results["zero_shot"].keys() == results["fine_tuned"].keys() == {"validation", "other", "photos"}
     assert results["images"] == {"train": 18, "validation": 7, "other": 9, "photos": 6}
     assert results["config"]["method"] == method and results["config"]["learning_rate"] == 0.01

@@ -18,17 +18,19 @@ DRAWINGS = ROOT / "examples/demo/clip-tiny-drawings"
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "vision-text-dual-encoder", "drawings"])
-def test_lipsum_trains(tmp_path, family):
-    (block,) = re.findall(r"```python\n([^`]*^class Lipsum[^`]*)```", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_a_term_of_ones_own_trains(tmp_path, family):
+    (block,) = re.findall(
+        r"```python\n([^`]*^class Relations[^`]*)```", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     names: dict = {}
     exec(block, names)
     if family == "drawings":
         model, processor = AutoModel.from_pretrained(DRAWINGS), AutoProcessor.from_pretrained(DRAWINGS)
     else:
         model, processor = tiny_model(family), tiny_processor(family)
-    losses = [SimilarityLoss(weight=10.0), names["Lipsum"](schedule="linear")]
+    losses = [SimilarityLoss(weight=10.0), names["Relations"](schedule="linear")]
     settings = {"max_steps": 2, "learning_rate": 1e-4, "logging_strategy": "steps", "logging_steps": 1}
     trainer = build(tmp_path, model=model, processing_class=processor, losses=losses, eval_dataset=None, **settings)
     trainer.train()
-    first, second, *_ = (log["loss_lipsum"] for log in trainer.state.log_history if "loss_lipsum" in log)
+    first, second, *_ = (log["loss_relations"] for log in trainer.state.log_history if "loss_relations" in log)
     assert abs(first) < 1e-6 < second

@@ -20,8 +20,8 @@ class RAdapterConfig(RobustConfig):
 
     R-Adapter (Kim et al., ECCV 2024, https://huggingface.co/papers/2408.05749) trains y + σ D(F y) in the place of
     what attention or MLP give to the residual stream, y, with D dropping the adapter at random. What is evaluated,
-    merged and published are averages of F and σ over the steps of training. They are saved beside F and σ, with which
-    training goes on.
+    merged and published are averages of F (in low rank of U and of D) and σ over the steps of training. They are saved
+    beside F and σ, with which training goes on.
 
     The released code re-scales the adapters by α = 0.5 when it merges them; that is `wise_ft(model, 0.5)`, with any α
     at any time, so that there is no setting for it here. (Its 0.8 of retrieval never takes effect.)
