@@ -30,6 +30,10 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from hf_robust import RobustTrainingArguments  # noqa: E402
+from hf_robust.comparison.methods import Chosen  # noqa: E402
+from hf_robust.comparison.runs import Runs  # noqa: E402
+from hf_robust.comparison.tables import collect  # noqa: E402
+from hf_robust.comparison.trainings import train_and_evaluate, zero_shot  # noqa: E402
 from hf_robust.scripting.arguments import parse_arguments  # noqa: E402
 from hf_robust.scripting.results import percent  # noqa: E402
 from hf_robust.scripting.run import run  # noqa: E402
@@ -74,17 +78,17 @@ some of what else you will meet in other_photos/<class>/*.jpg, by the row that f
 
 
 def compare_all() -> dict[str, dict[str, Any]]:
-    """Trains with every method and seed; returns what `compare_methods` makes of it."""
+    """Trains with every method and seed; returns the rows that the comparison makes of it."""
     flags = ["--config", CONFIG, "--output_dir", str(OUTPUT), "--seeds", *map(str, SEEDS), "--methods", *RATES]
     types = compare.ScriptArguments, RobustTrainingArguments
-    args, training_args = parse_arguments(types, compare.DEFAULTS, flags)
-    task = compare.load_task(args, training_args)
-    runs = compare.Runs(OUTPUT, compare.shared_settings(args, training_args))
-    zero_shot = runs.get("zero-shot", compare.zero_shot, task)
+    args, training_args = parse_arguments(types, compare.DEFAULTS, [*flags, "--after", "wise-ft"])
+    comparison, runs = compare.load(args, training_args), Runs(OUTPUT, compare.shared_settings(args, training_args))
+    before = runs.get("zero-shot", zero_shot, comparison)
     for seed in SEEDS:
         for name, rate in RATES.items():
-            runs.get(f"{name}_seed_{seed}", compare.train_and_evaluate, task, name, rate, seed, zero_shot)
-    return compare.collect(runs.found)
+            arguments = comparison, name, Chosen(rate), seed, before, seed == SEEDS[0]
+            runs.get(f"{name}_seed_{seed}", train_and_evaluate, *arguments)
+    return collect(runs.found)
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:

@@ -11,6 +11,8 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_robust import RobustTrainingArguments
+from hf_robust.comparison.methods import ALL_METHODS, Chosen
+from hf_robust.evaluation import RobustnessSuite
 from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import load_script
 from tests.programs import ROOT
@@ -50,7 +52,7 @@ def test_the_table_shows_means_intervals_and_costs_and_marks_the_best(capsys, mo
 
 def test_every_row_of_the_comparison_has_a_name():
     for method in demo.RATES:
-        assert method in demo.compare.ALL_METHODS and method in demo.NAMES and f"{method}+wise-ft" in demo.NAMES
+        assert method in ALL_METHODS and method in demo.NAMES and f"{method}+wise-ft" in demo.NAMES
 
 
 def test_the_picture_is_drawn(tmp_path):
@@ -82,23 +84,27 @@ def test_the_command_to_copy_is_one(monkeypatch):
 def test_the_settings_are_those_of_the_comparison(monkeypatch, tmp_path):
     ran = []
 
-    class Runs(demo.compare.Runs):
+    class Runs(demo.Runs):
         def get(self, name, run, *arguments):
-            ran.append((name, run.__name__, arguments[-2:-1] if "seed" in name else ()))
+            ran.append((name, run.__name__, arguments[2:4]))
             return {}
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
-    monkeypatch.setattr(demo.compare, "Runs", Runs)
-    monkeypatch.setattr(demo.compare, "load_task", lambda *arguments: arguments)
-    monkeypatch.setattr(demo.compare, "collect", lambda found: found)
+    monkeypatch.setattr(demo, "Runs", Runs)
+    monkeypatch.setattr(demo.compare, "load", lambda *arguments: arguments)
+    monkeypatch.setattr(demo, "collect", lambda found: found)
     demo.compare_all()
-    expected = [(f"{name}_seed_{seed}", "train_and_evaluate", (seed,)) for seed in demo.SEEDS for name in demo.RATES]
+    expected = [
+        (f"{name}_seed_{seed}", "train_and_evaluate", (Chosen(rate), seed))
+        for seed in demo.SEEDS
+        for name, rate in demo.RATES.items()
+    ]
     assert ran == [("zero-shot", "zero_shot", ()), *expected]
 
 
 def test_the_columns_of_the_table_are_the_sets_of_the_suite(monkeypatch):
     monkeypatch.chdir(ROOT)
-    suite = demo.compare.RobustnessSuite.from_yaml("examples/configs/compare_suite.yaml")
+    suite = RobustnessSuite.from_yaml("examples/configs/compare_suite.yaml")
     assert [one.name for one in suite.sets] == [*demo.TITLES]
     assert {Path(one.source).stem for one in suite.sets} <= set(data.CLASSES)
