@@ -85,6 +85,11 @@ class ScriptArguments:
         self.learning_rates, self.weights = sorted(self.learning_rates), sorted(self.weights)
         lists = {"seeds": self.seeds, "learning_rates": self.learning_rates, "weights": self.weights}
         check_values(self.methods, ALL_METHODS, **lists, alphas=self.alphas)
+        if not self.learning_rates[0] > 0:
+            got = self.learning_rates
+            raise ConfigError("learning rate is out of range", where="learning_rates", got=got, allowed="above 0")
+        if not self.weights[0] >= 0:
+            raise ConfigError("weight is out of range", where="weights", got=self.weights, allowed="from 0")
         if not self.new_class_names and any(ALL_METHODS[name].ogen for name in self.methods):
             raise ConfigError("context+ogen needs the names of new classes", where="new_class_names", got=None)
         for way in self.after:

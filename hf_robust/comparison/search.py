@@ -20,7 +20,7 @@ def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float]
     """Returns what to take for a method: its learning rate and the weight of its loss.
 
     The rate is chosen at the loss's own weight, and the weight at that rate. A soup's ingredients are full
-    fine-tuning at the rate chosen for that, and at the rates beside it.
+    fine-tuning at the rate chosen for that, and at those beside it where training did not stop.
 
     Args:
         comparison: what all share.
@@ -40,7 +40,8 @@ def search(comparison: Comparison, runs: Runs, name: str, rates: Sequence[float]
     before = runs.found["zero-shot"]["validation"]
     rate = find_learning_rate(rates, lambda rate: tried(Chosen(rate, head_learning_rate=head)), before)
     if ALL_METHODS[name].soup:
-        return Chosen(rate, rates_beside=_beside(rates, rate))
+        beside = [one for one in _beside(rates, rate) if "stopped" not in tried(Chosen(one))]
+        return Chosen(rate, rates_beside=tuple(beside))
     if ALL_METHODS[name].loss is None:
         return Chosen(rate, head_learning_rate=head)
     return Chosen(rate, choose_weight([tried(Chosen(rate, weight)) for weight in weights])["weight"])

@@ -29,7 +29,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def report(common: Mapping[str, Any], runs: Mapping[str, Run], folder: Path) -> None:
-    """Prints what there is, and writes it to results.json, table.md and scatter.png.
+    """Prints what there is, and writes it to results.json, table.md and, of several roles, scatter.png.
 
     Args:
         common: settings that all runs share.
@@ -41,7 +41,8 @@ def report(common: Mapping[str, Any], runs: Mapping[str, Run], folder: Path) -> 
     if any("method" in run for run in runs.values()):
         rows = collect(runs)
         text = f"{table(rows)}\n{NOTE}\n\n{text}"
-        draw(rows, folder / "scatter.png")
+        if rows["zero-shot"]["accuracy"].keys() != {"id"}:
+            draw(rows, folder / "scatter.png")
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -166,7 +167,7 @@ def search_table(runs: Mapping[str, Run]) -> str:
     cells = [["validation accuracy (loss)", "weight", *(f"{rate:g}" for rate in rates)]]
     for method in ALL_METHODS:
         of_method = [run for run in found if run["searched"] == method]
-        chosen = _chosen(method, of_method) if of_method else None
+        chosen = _chosen(method, of_method)
         for weight in sorted({run["weight"] for run in of_method}):
             by_rate = {run["learning_rate"]: run for run in of_method if run["weight"] == weight}
             times = "" if ALL_METHODS[method].loss is None else f"× {weight:g}"
@@ -174,7 +175,9 @@ def search_table(runs: Mapping[str, Run]) -> str:
     return aligned(cells)
 
 
-def _chosen(method: str, found: Sequence[Run]) -> Run:
+def _chosen(method: str, found: Sequence[Run]) -> Run | None:
+    if all("stopped" in run for run in found):  # another call may still be searching
+        return None
     rate = choose_rate([run for run in found if run["weight"] == 1])
     if ALL_METHODS[method].loss is None:
         return rate

@@ -75,10 +75,10 @@ def check_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
             return TEMPLATES[templates]
         templates = (templates,)
     allowed = f"text with {{}} in place of the class name, or one of {', '.join(map(repr, TEMPLATES))}"
-    if not templates:
-        raise ConfigError("no template", allowed=allowed)
+    if not templates or not isinstance(templates, Sequence):
+        raise ConfigError("no template", got=templates, allowed=allowed)
     for template in templates:
-        if "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise ConfigError("template without {}", got=template, allowed=allowed)
     return tuple(templates)
 

@@ -129,9 +129,23 @@ def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path, cast_up: bool = F
     first, second = (read_header(folder / WEIGHTS_FILE)[1] for folder in folders)
     check_same_tensors(first, second, cast_up)
     configs = [folder / CONFIG_FILE for folder in folders if (folder / CONFIG_FILE).exists()]
-    names = [read_json(config).get("class_names") for config in configs]
+    names = [classes_of_head(config) for config in configs]
     if len(names) == 2 and names[0] != names[1]:
         raise MergeError("heads are of other classes", where=str(zero_shot_dir), got=f"{names[0]} and {names[1]}")
+
+
+def classes_of_head(file: Path) -> list[str] | None:
+    """Returns the class names or identities that a saved task tells apart, in order; None where it has none.
+
+    Args:
+        file: `classifier.json` of the task.
+
+    Example:
+        >>> classes_of_head(Path("runs/full/classifier.json"))
+        ['cat', 'dog']
+    """
+    saved = read_json(file)
+    return saved.get("class_names") or saved.get("identities")
 
 
 def check_same_tensors(

@@ -141,8 +141,10 @@ class PerImageEnsemble(Ensemble):
             DataError: a set has no labels, or other classes than the classifier, or an image cannot be used.
             NonFiniteError: a model gives NaN or infinite values.
         """
-        if neighbour is not None and (isinstance(neighbour, bool) or neighbour < 1):
-            raise ConfigError("no such neighbour", where="neighbour", got=neighbour, allowed="1 or more, or None")
+        if neighbour is not None and (type(neighbour) is not int or neighbour < 1):
+            raise ConfigError(
+                "no such neighbour", where="neighbour", got=neighbour, allowed="whole numbers from 1, or None"
+            )
         _check_settings(classifier, midpoint, scale, metric)
         encoder = zero_shot_encoder(classifier, zero_shot)
         given, held_out = (labelled_rows(classifier, *one) for one in ((train, "train"), (validation, "validation")))
@@ -281,7 +283,11 @@ def _check_settings(classifier: ZeroShotClassifier, midpoint: float, scale: floa
         raise ConfigError("the prompts have a learned context, which says nothing to the zero-shot model")
     if metric not in METRICS:
         raise ConfigError("unknown metric", got=metric, allowed=", ".join(METRICS))
-    if not scale > 0:
-        raise ConfigError("scale is out of range", got=scale, allowed="above 0")
-    if not math.isfinite(midpoint):
+    if not _is_finite(scale) or scale <= 0:
+        raise ConfigError("scale is out of range", got=scale, allowed="a finite number above 0")
+    if not _is_finite(midpoint):
         raise ConfigError("midpoint is no number", got=midpoint, allowed="a finite number")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -65,6 +65,12 @@ def zero_shot_encoder(classifier: ZeroShotClassifier, zero_shot: ZeroShot) -> nn
     if isinstance(zero_shot, nn.Module):
         zero_shot = zero_shot.model if isinstance(zero_shot, Task) else zero_shot
         family(zero_shot)  # refuses what is no dual encoder
+        if type(base_model(zero_shot)) is not type(base_model(encoder)):
+            got, allowed = type(base_model(zero_shot)).__name__, type(base_model(encoder)).__name__
+            raise ConfigError("zero-shot model is of another family", where="zero_shot", got=got, allowed=allowed)
+    elif not isinstance(zero_shot, Mapping | None):
+        allowed = "a dual encoder, or copies of weights by name, as zero_shot_copy makes them"
+        raise ConfigError("no zero-shot model", where="zero_shot", got=type(zero_shot).__name__, allowed=allowed)
     given: Any = encoder if zero_shot is None else zero_shot
     if given is encoder and not adapter_layers(encoder):
         remedy = "Pass zero_shot=, a second model or copies of the weights from before the training."

@@ -115,6 +115,9 @@ def check_adapters(model: PeftModel, names: Sequence[str], adapter_name: str) ->
     """
     if not isinstance(model, PeftModel):
         raise ConfigError("model is no PeftModel, which holds the adapters", got=type(model).__name__)
+    for name in (*names, adapter_name):
+        if not isinstance(name, str):
+            raise ConfigError("no name of an adapter", got=type(name).__name__, allowed="text")
     if adapter_name in model.peft_config:
         remedy = "Choose another name, or delete that adapter first."
         raise ConfigError("the model has an adapter of this name", got=adapter_name, remedy=remedy)

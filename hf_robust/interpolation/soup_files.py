@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError, MergeError
 from ..tasks.task import CONFIG_FILE, WEIGHTS_FILE
 from .arithmetic import mean_
-from .checkpoints import check_same_tensors, describe_cast, growth_of, wider_dtypes
-from .files import COMPANION_FILES, Checkpoint, read_checkpoint, read_json
+from .checkpoints import check_same_tensors, classes_of_head, describe_cast, growth_of, wider_dtypes
+from .files import COMPANION_FILES, Checkpoint, read_checkpoint
 from .publish import check_output, publish_folder
 from .soups import check_different
 from .streaming import check_unchanged, merge_weights, same_bytes
@@ -116,7 +116,7 @@ def check_same_classes(folders: Sequence[Path]) -> None:
         what = f"only some of the folders have a trained head, {WEIGHTS_FILE}"
         raise MergeError(what, where=f"missing in {without[0]}", remedy="Train all with the same head.")
     named = [folder for folder in folders if (folder / CONFIG_FILE).exists()]
-    names = [read_json(folder / CONFIG_FILE).get("class_names") for folder in named]
+    names = [classes_of_head(folder / CONFIG_FILE) for folder in named]
     for folder, found in zip(named, names, strict=True):
         if found != names[0]:
             raise MergeError("heads are of other classes", where=str(folder), got=f"{found} and {names[0]}")

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import ConfigError, MergeError
 from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.identities import Identities
 from .arithmetic import mean_tensor
 from .linear import equal_bits
 from .models import check_alike, check_model, own_tensors
@@ -213,6 +214,9 @@ def _mean_model(models: Sequence[nn.Module]) -> nn.Module:
 
 
 def _check_ingredients(ingredients: Sequence[Any], model: PeftModel | None, adapter_name: str) -> None:
+    if isinstance(ingredients, str) or not isinstance(ingredients, Sequence):
+        allowed = "a list of models, or of names of adapters in model="
+        raise ConfigError("no list of ingredients", got=type(ingredients).__name__, allowed=allowed)
     if len(ingredients) == 0:
         raise ConfigError("a soup has no ingredients", allowed="at least one")
     if model is not None:
@@ -243,7 +247,7 @@ def check_different(names: Sequence[Any]) -> None:
 
 
 def _check_same(first: nn.Module, other: nn.Module, number: int) -> None:
-    names = [_class_names(model) for model in (first, other)]
+    names = [_classes(model) for model in (first, other)]
     if names[0] != names[1]:
         raise MergeError("heads are of other classes", where=f"model #{number}", got=f"{names[0]} and {names[1]}")
     tensors, others = own_tensors(first), own_tensors(other)
@@ -253,5 +257,6 @@ def _check_same(first: nn.Module, other: nn.Module, number: int) -> None:
             raise MergeError("models differ in whole numbers, which have no mean", where=name, got=f"model #{number}")
 
 
-def _class_names(model: nn.Module) -> list[list[str]]:
-    return [list(module.class_names) for module in model.modules() if isinstance(module, ZeroShotClassifier)]
+def _classes(model: nn.Module) -> list[list[str]]:
+    heads = [module for module in model.modules() if isinstance(module, ZeroShotClassifier | Identities)]
+    return [list(head.identities if isinstance(head, Identities) else head.class_names) for head in heads]

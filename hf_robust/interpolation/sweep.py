@@ -166,13 +166,15 @@ def check_metrics(metrics: Metrics, metric: str, where: str) -> Metrics:
         where: what was evaluated, for the message.
 
     Raises:
-        ConfigError: the metric is not among them.
+        ConfigError: they are none, or the metric is not among them.
         NonFiniteError: it is NaN or infinite.
 
     Example:
         >>> check_metrics({"validation_accuracy": 0.5}, "validation_accuracy", "alpha 0.5")
         {'validation_accuracy': 0.5}
     """
+    if not isinstance(metrics, Mapping):
+        raise ConfigError("evaluate returns no metrics", got=type(metrics).__name__, allowed="numbers by name")
     if metric not in metrics:
         raise ConfigError("evaluate does not return the metric", got=metric, allowed=", ".join(metrics))
     if not math.isfinite(metrics[metric]):

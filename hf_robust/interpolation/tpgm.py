@@ -79,7 +79,7 @@ def tpgm(
         >>> table.ratios["visual_projection.weight"]
         0.25
     """
-    if type(steps) is not int or steps < 0 or not learning_rate > 0:
+    if type(steps) is not int or steps < 0 or not isinstance(learning_rate, int | float) or not learning_rate > 0:
         got = f"steps={steps}, learning_rate={learning_rate}"
         raise ConfigError("training of the radii is out of range", got=got, allowed="steps from 0, a rate above 0")
     wise_ft(model, 1.0, zero_shot)  # refuses before anything is computed
@@ -132,7 +132,10 @@ def _ratios(radii: Tensor, norms: Tensor) -> Tensor:
     return (radii / (norms + FLOOR)).clamp(0, 1)  # ρ, (tensors,)
 
 
-def _gradient(loss: Tensor, radii: Tensor) -> Tensor:
+def _gradient(loss: Any, radii: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim > 0:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError("this is no loss", where="loss_fn", got=got, allowed="a 0-dim tensor")
     check_finite(loss, "loss on validation data")
     if not loss.requires_grad:
         raise ConfigError("the loss does not depend on what was trained", where="loss_fn")

@@ -66,7 +66,8 @@ class FeatureLoss(Term):
         super().__init__(weight, schedule)
         check_known("norm_axis", norm_axis, tuple(AXES))
         check_known("reduction", reduction, ("mean", "sum"))
-        if layers is not None and (isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) == 0):
+        several = isinstance(layers, Sequence) and not isinstance(layers, str) and len(layers) > 0
+        if layers is not None and not (several and all(isinstance(layer, str) for layer in layers)):
             allowed = "a list of names of modules, or None"
             raise ConfigError("no layers to compare", where="losses, features, layers", got=layers, allowed=allowed)
         self.layers = () if layers is None else tuple(layers)  # `attach` finds some
@@ -153,7 +154,8 @@ def _normalised(states: Tensor, axis: int) -> Tensor:
 
 
 def _of_tokens(layer: str, states: Tensor, mask: Tensor | None) -> Tensor:
-    if states.ndim != 3:
+    if not isinstance(states, Tensor) or states.ndim != 3:
         what, allowed = "a layer returns no hidden states of tokens", "(batch, tokens, width)"
-        raise ConfigError(what, where=f"losses, features, {layer}", got=tuple(states.shape), allowed=allowed)
+        got = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+        raise ConfigError(what, where=f"losses, features, {layer}", got=got, allowed=allowed)
     return states if mask is None or mask.shape != states.shape[:2] else states * mask[:, :, None]

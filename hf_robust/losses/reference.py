@@ -179,7 +179,8 @@ class Reference:
             ConfigError: a layer whose hidden states are compared has not run, or without gradient, or in chunks.
         """
         tuned = self.tuned.pop()
-        if any(len(states) != len(output.image_embeds) for states in tuned.values()):
+        sizes = {len(states) for states in tuned.values() if isinstance(states, Tensor)}
+        if sizes - {len(output.image_embeds)}:
             what = "hidden states are compared of images that are embedded in chunks"
             remedy = "Leave contrastive_chunk_size out, and set gradient_accumulation_steps=1."
             raise ConfigError(what, where="losses, layers", got=sorted(tuned), remedy=remedy)

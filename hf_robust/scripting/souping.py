@@ -105,6 +105,10 @@ def _load_adapters(folders: Sequence[Path], zero_shot: str | None) -> tuple[Peft
         if config.peft_type != configs[0].peft_type:
             got = f"{config.peft_type.value} and {configs[0].peft_type.value}"
             raise MergeError("adapters are of different methods", where=str(folder), got=got)
+    bases = sorted({str(config.base_model_name_or_path) for config in configs})
+    if len(bases) > 1 and not zero_shot:
+        remedy = "If these are one model, give it as --zero_shot."
+        raise MergeError("adapters name different base models", got=bases, remedy=remedy)
     name = zero_shot or configs[0].base_model_name_or_path
     if not name:
         raise ConfigError(

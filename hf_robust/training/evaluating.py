@@ -163,12 +163,15 @@ class EvaluatingTrainer(RepeatableTrainer):
             if bars_of_sets is not None:
                 self.add_callback(bars_of_sets)
 
-    def tpgm_sweep(self, validation_dataset: Any = None, steps: int = 200) -> ProjectionTable:
+    def tpgm_sweep(
+        self, validation_dataset: Any = None, steps: int = 200, learning_rate: float = 1e-2
+    ) -> ProjectionTable:
         """Sets every trained tensor to θ₀ + ρ Δ, with a ρ of its own that is learned on validation data: see `tpgm`.
 
         Args:
             validation_dataset: what ρ is learned on; by default the evaluation set named `validation`.
             steps: batches of `per_device_eval_batch_size` images (64 in the released code), in an order of the seed.
+            learning_rate: as in `tpgm`.
 
         Returns:
             ρ by tensor. `wise_ft(trainer.model, 1, trainer.zero_shot)` sets the trained model again.
@@ -193,7 +196,7 @@ class EvaluatingTrainer(RepeatableTrainer):
             return model(**self._prepare_inputs(batch)).loss
 
         with self._answering(rows, whole=False):
-            return tpgm(self.model, loader, loss_fn, self.zero_shot, steps)
+            return tpgm(self.model, loader, loss_fn, self.zero_shot, steps, learning_rate)
 
     def card_results(self) -> CardResults | None:
         """Returns what `wise_ft_sweep` found on the evaluation sets that α was not chosen on; None without a sweep."""

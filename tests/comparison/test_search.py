@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_robust.comparison.search import choose_weight, does_harm, find_learning_rate
+from hf_robust.comparison.search import choose_weight, does_harm, find_learning_rate, search
 from hf_robust.errors import ConfigError
 
 
@@ -77,3 +77,21 @@ def test_the_largest_weight_within_one_standard_error_of_the_best_is_taken():
         {"weight": w, "accuracy": a, "error": 0.04} for w, a in ((0.1, 0.50), (1, 0.53), (10, 0.495), (100, 0.48))
     ]
     assert choose_weight([*found, {"weight": 1000, "stopped": "loss is nan"}]) is found[2]
+
+
+class Ended:
+    """Runs that have ended, of which none is added."""
+
+    def __init__(self, accuracies):
+        run, _ = validated(accuracies)
+        self.found = {f"full_rate_{rate}": run(rate) for rate in (3, 4, 5)}
+        self.found["zero-shot"] = {"validation": accurate(0.3)}
+
+    def get(self, name, *arguments):
+        return self.found[name]
+
+
+def test_a_soup_has_no_ingredient_whose_training_stopped():
+    for accuracies, beside in (([0, 0, 0.4, 0.7, 0.5, 0, 0], (3, 5)), ([0, 0, 0.4, 0.7, None, 0, 0], (3,))):
+        chosen = search(None, Ended(accuracies), "full+soup", [3, 4, 5], [1.0])
+        assert (chosen.learning_rate, chosen.rates_beside) == (4, beside)

@@ -6,7 +6,7 @@ from statistics import stdev
 
 import pytest
 
-from hf_robust.comparison.tables import half_interval, mean_ranks, table
+from hf_robust.comparison.tables import half_interval, mean_ranks, report, search_table, table
 
 
 def test_ranks_are_mean_places_by_hand():
@@ -38,3 +38,18 @@ def test_the_best_rank_is_marked():
     rows["full"]["rank"] = 1.0
     marked = [line for line in table(rows).splitlines() if "**" in line]
     assert len(marked) == 1 and marked[0].startswith("| **full**")
+
+
+def test_a_search_of_which_only_a_stopped_training_has_ended_is_shown():
+    stopped = {"searched": "full", "learning_rate": 1.0, "weight": 1.0, "stopped": "loss is nan"}
+    ended = {"searched": "saft", "learning_rate": 1.0, "weight": 1.0, "accuracy": 0.5, "loss": 1.0, "error": 0.1}
+    shown = search_table({"full_rate_1": stopped, "saft_rate_1": ended}).splitlines()
+    assert [line.split("|")[3].strip() for line in shown[2:]] == ["–", "**50.0 (1.00)**"]
+
+
+def test_a_suite_of_one_role_has_a_table_and_no_picture(tmp_path):
+    found = {"means": {"id": 0.5}, "sets": {"photos": {"role": "id", "images": 4, "accuracy": 0.5}}}
+    full = {"method": "full", "trained_parameters": 7, "training_seconds": 1.0, "learning_rate": 0.1, "weight": 1.0}
+    report({}, {"zero-shot": found, "full_seed_1": {**full, "ways": {"fine-tuned": found}}}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "table.md"]
+    assert "| **full**" in (tmp_path / "table.md").read_text()

@@ -259,6 +259,8 @@ BAD_INPUT = {
     "repeated seed": (["--seeds", "1", "1"], r"seeds.*repeated.*\[1, 1\]"),
     "no fine-tuned model": (["--alphas", "0.5"], r"fine-tuned model.*alphas.*\[0.5\]"),
     "learning rate": (["--learning_rate", "1e-3"], "learning_rate.*Set learning_rates"),
+    "no learning rate": (["--learning_rates", "0", "1e-3"], "out of range.*learning_rates"),
+    "weight below 0": (["--weights", "1", "-1"], "out of range.*weights"),
     "seed": (["--seed", "7"], "seed.*Set seeds"),
     "frozen head": (["--head", "frozen"], "head.*'frozen'.*'live'"),
     "no names for OGEN": (["--methods", "context+ogen"], "names of new classes.*new_class_names"),

@@ -399,11 +399,16 @@ def test_wrong_settings_and_data_are_refused(photos, held_out):
         ((plain,), {}, "zero-shot model is not known"),
         ((plain, tiny_model("clip").vision_model), {}, "not a supported dual encoder"),
         ((plain, {"model.logit_scale": torch.tensor(1.0)}), {}, "zero_shot lacks"),
+        ((plain, tiny_model("siglip")), {}, "of another family.*SiglipModel.*CLIPModel"),
+        ((plain, "clip"), {}, "no zero-shot model.*'str'"),
         ((model.model,), {}, "not a model that an ensemble is made of"),
         ((model,), {"metric": "cosine"}, "unknown metric"),
         ((model,), {"scale": 0}, "scale is out of range"),
+        ((model,), {"scale": float("inf")}, "scale is out of range"),  # which JSON does not hold
+        ((model,), {"midpoint": "near"}, "midpoint is no number"),
         ((model,), {"midpoint": float("nan")}, "midpoint is no number"),
         ((model,), {"neighbour": 0}, "no such neighbour"),
+        ((model,), {"neighbour": 1.5}, "no such neighbour"),
     ]:
         given, zero_shot = (*arguments, None)[:2]
         with pytest.raises((ConfigError, MergeError), match=message):

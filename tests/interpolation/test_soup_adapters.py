@@ -195,6 +195,7 @@ def test_adapters_that_have_no_exact_mean_are_refused():
     refused(model, ["b", "b"], ConfigError, "twice.*'b'")
     refused(model, ["b", "defualt"], ConfigError, "no adapter of this name.*defualt.*Did you mean 'default'")
     refused(model, ["default", "b"], ConfigError, "has an adapter of this name.*'b'", adapter_name="b")
+    refused(model, ["default", tiny_model(CLIP)], ConfigError, "no name of an adapter.*CLIPModel")
     model.add_adapter("new", SAFTConfig(density=0.02))
     refused(model, ["b", "new"], SelectionError, "not selected its entries.*'new'")
     model.add_adapter("vision", SAFTConfig(density=0.02, towers="vision"))

@@ -80,6 +80,9 @@ def test_heads_are_averaged(folders):
     torch.testing.assert_close(found, sum(head["class_head.weight"] for head in heads) / 3)
     (folders / "c" / "classifier.json").write_text(json.dumps({"class_names": ["y", "x"]}))
     refused(folders, MergeError, r"other classes.*/c.*\['y', 'x'\] and \['x', 'y'\]")
+    for name, people in zip("abc", (["x", "y"], ["x", "y"], ["x", "z"]), strict=True):
+        (folders / name / "classifier.json").write_text(json.dumps({"identities": people}))
+    refused(folders, MergeError, r"other classes.*/c.*\['x', 'z'\] and \['x', 'y'\]")
     os.remove(folders / "b" / "classifier.safetensors")
     refused(folders, MergeError, "only some.*trained head.*missing in .*/b")
 

@@ -15,6 +15,7 @@ from hf_robust.errors import ConfigError, MergeError, NonFiniteError
 from hf_robust.interpolation.models import interpolate, own_tensors
 from hf_robust.interpolation.soups import GreedySoup, choose_greedily, greedy_soup, uniform_soup
 from hf_robust.tasks.class_names import ZeroShotClassifier
+from hf_robust.tasks.identities import Identities
 from tests.methods import assert_same
 from tests.tiny_models import tiny_model, tiny_processor
 
@@ -100,6 +101,9 @@ def test_models_that_do_not_fit_are_refused():
     refused(NonFiniteError, "bias of the #1 model.*1 of 2", [linear(0), broken])
     with pytest.raises(ConfigError, match="no model.*#0.*'a'.*Pass model="):
         uniform_soup(["a", "b"])
+    for wrong in (linear(0), (linear(seed) for seed in range(2)), "ab"):
+        with pytest.raises(ConfigError, match=f"no list of ingredients.*{type(wrong).__name__}"):
+            uniform_soup(wrong)
 
 
 def half_linear():
@@ -117,6 +121,9 @@ def test_heads_of_other_classes_are_refused():
     again.class_head.weight.data.add_(1)
     found = uniform_soup([first, again]).class_head.weight
     torch.testing.assert_close(found, first.class_head.weight + 0.5)
+    people = [Identities(model, tiny_processor("clip"), names) for names in (["ann", "bob"], ["bob", "ann"])]
+    with pytest.raises(MergeError, match="other classes.*#1.*'ann', 'bob'.*'bob', 'ann'"):
+        uniform_soup(people)
 
 
 # --- greedy ---
@@ -183,5 +190,7 @@ def test_what_cannot_be_chosen_by_is_refused():
         greedy_soup([*models, half_linear()], never, METRIC)
     with pytest.raises(ConfigError, match="does not return the metric.*allowed loss"):
         greedy_soup(models, lambda model: {"loss": 1.0}, METRIC)
+    with pytest.raises(ConfigError, match="evaluate returns no metrics.*NoneType"):
+        greedy_soup(models, lambda model: None, METRIC)
     with pytest.raises(NonFiniteError, match="validation_accuracy is nan .at 0"):
         greedy_soup(models, lambda model: {METRIC: float("nan")}, METRIC)

@@ -146,6 +146,8 @@ def test_the_table():
         (BATCHES, never, -1, ConfigError, "out of range.*steps=-1"),
         (BATCHES, lambda model, given: loss_fn(model, given) * float("nan"), 1, NonFiniteError, "loss on validation"),
         (BATCHES, lambda model, given: loss_fn(model, given).detach(), 1, ConfigError, "does not depend on"),
+        (BATCHES, lambda model, given: loss_fn(model, given).item(), 1, ConfigError, "no loss.*'float'.*0-dim"),
+        (BATCHES, lambda model, given: loss_fn(model, given)[None], 1, ConfigError, r"no loss.*\(1,\).*0-dim"),
     ],
 )
 def test_after_an_error_the_model_is_the_fine_tuned_one(given, function, steps, error, match):
@@ -179,6 +181,7 @@ def test_of_a_trainer(tmp_path):
     assert_same(own(first.model), before)
     assert first.tpgm_sweep(validation, steps=3) == table  # it draws nothing from elsewhere
     assert_same(own(first.model), after)
+    assert first.tpgm_sweep(validation, steps=3, learning_rate=1e-4) != table
     first.eval_dataset = {"test": validation}
     with pytest.raises(ConfigError, match=r"validation data.*\['test'\]"):
         first.tpgm_sweep()

@@ -104,6 +104,7 @@ def test_in_autocast_it_is_float32():
         ({"layers": "vision_model"}, "no layers to compare.*a list of names"),
         ({"layers": []}, "no layers to compare"),
         ({"layers": 5}, "no layers to compare"),
+        ({"layers": [0, 6, 11]}, "no layers to compare.*names of modules"),
         ({"norm_axis": "tokens"}, "unknown norm_axis.*'token', 'channel'"),
         ({"reduction": "max"}, "unknown reduction.*'mean', 'sum'"),
     ],
@@ -116,6 +117,8 @@ def test_bad_settings_are_refused(settings, message):
 def test_what_has_no_hidden_states_is_refused():
     with pytest.raises(ConfigError, match="no hidden states of tokens.*features, visual_projection.*4, 24"):
         with_terms(FeatureLoss(["visual_projection"]))(**batch())
+    with pytest.raises(ConfigError, match="no hidden states of tokens.*features, vision_model.*OutputWithPooling"):
+        with_terms(FeatureLoss(["vision_model"]))(**batch())
     with pytest.raises(ConfigError, match="no such layer"):
         with_terms(FeatureLoss(["vision_model.encoder.layers.7"]))
     with pytest.raises(ConfigError, match="embedded in chunks"):

@@ -58,9 +58,9 @@ def save_task(folder, model, head="live", names=NAMES):
     tiny_processor("clip").save_pretrained(Path(folder, "processor") if isinstance(model, PeftModel) else folder)
 
 
-def save_adapter(folder, config, seed, **settings):
+def save_adapter(folder, config, seed, base="base", **settings):
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModel.from_pretrained("base"), copy.deepcopy(config))
+    model = get_peft_model(AutoModel.from_pretrained(base), copy.deepcopy(config))
     if isinstance(config, SAFTConfig):
         select_saft(model)
     with torch.no_grad():
@@ -143,12 +143,15 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(soup):
     save_adapter("l", LoraConfig(r=2, target_modules=["q_proj"]), 0)
     save_adapter("h", saft(1), 0, head="trainable")
     save_adapter("n", saft(1), 0, names=["x", "y"])
+    tiny_model("clip", seed=5).save_pretrained("base2")
+    save_adapter("o", LoraConfig(r=2, target_modules=["q_proj"]), 0, base="base2")
     save_task("whole", tiny_model("clip", seed=1))
     before = content(Path())
     for flags, message in [
         (["--soup", "a", "whole"], "of adapters or of whole models"),
         (["--soup", "a", "a"], "there twice"),
         (["--soup", "a", "l"], "different methods .at l.: got 'LORA and SAFT'"),
+        (["--soup", "l", "o"], "name different base models: got .'base', 'base2'.*--zero_shot"),
         (["--soup", "a", "h"], "only some of the folders have a trained head"),
         (["--soup", "a", "n"], "heads are of other classes .at n."),
         (["--soup", "whole", "nowhere"], "no such folder"),

@@ -195,6 +195,7 @@ def test_names_that_only_the_tokenizer_takes_for_one_are_refused():
         ({"templates": ("a {}", "a {name}")}, "without {}.*'a {name}'"),
         ({"templates": "satelite"}, "without {}.*'satelite'.*'satellite'"),
         ({"templates": ()}, "no template"),
+        ({"templates": 3}, "no template.*got 3"),
         ({"head": "linear"}, "unknown head.*'linear'.*'frozen'"),
     ],
 )
