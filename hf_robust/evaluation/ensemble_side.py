@@ -25,11 +25,12 @@ class EnsembleSide(TextSide):
         suite: what they are evaluated on.
 
     Raises:
-        ConfigError: the suite has sets for another task than classification.
+        ConfigError: the suite has sets for another task than classification, or a model has changed.
     """
 
     def __init__(self, ensemble: Ensemble, processor: ProcessorMixin, suite: RobustnessSuite) -> None:
         super().__init__(ensemble.classifier, processor)
+        ensemble.check_unchanged()
         self.ensemble, self.of_zero_shot = ensemble, TextSide(ensemble.zero_shot, processor)
         for one in suite.sets:
             if one.task != CLASSIFICATION:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.embeds_cache import pretrained_image_embeds
 from ..encoders.class_embeds import evaluating
-from ..errors import ConfigError
+from ..errors import AdapterFileError, ConfigError
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.ensemble import Ensemble, EnsembleEmbeds
 from ..tasks.task import Inputs
@@ -51,7 +51,8 @@ class PerImageEnsemble(Ensemble):
     - p = w softmax(fine-tuned logits / T₁) + (1 - w) softmax(zero-shot logits / T₀).
 
     Nothing is trained. Every image is encoded by both models, so an answer costs twice as much; with adapters both are
-    one model, with the adapters on and off. Neither may change after `fit`, as `wise_ft` would change it.
+    one model, with the adapters on and off. Neither may change after `fit`, as `wise_ft` would change it:
+    `check_unchanged` tells, which `save` and `evaluate_suite` call.
     `evaluate_suite` takes the ensemble as any model, for sets of classification: where a set restricts or merges
     answers, each model's logits are restricted and merged before its softmax.
 
@@ -95,6 +96,7 @@ class PerImageEnsemble(Ensemble):
         super().__init__(classifier, zero_shot_encoder(classifier, zero_shot))
         self.fitted, self.midpoint, self.scale, self.metric = fitted, midpoint, scale, metric
         self._heads: tuple[Head, Head] | None = None  # of the classifier's own classes
+        self._models = describe_models(classifier, self.zero_shot)
 
     @classmethod
     @torch.no_grad()
@@ -216,6 +218,16 @@ class PerImageEnsemble(Ensemble):
         zero_shot = (zero_shot_logits / self.fitted.zero_shot_temperature.value).log_softmax(dim=1)
         return torch.logaddexp(weight.log() + fine_tuned, (-weight).log1p() + zero_shot)  # (batch, answers)
 
+    def check_unchanged(self) -> None:  # noqa: D102
+        try:
+            check_models(self._models, self.classifier, self.zero_shot, "classifier, zero_shot")
+        except AdapterFileError as error:
+            what, remedy = (
+                "a model has changed since the ensemble was fitted",
+                "Set it back, or fit the ensemble anew.",
+            )
+            raise ConfigError(what, where=error.what, got=error.got, remedy=remedy) from error
+
     def settings(self) -> dict[str, Any]:
         """Returns what was found and chosen, without the embeddings."""
         fitted = self.fitted
@@ -242,9 +254,11 @@ class PerImageEnsemble(Ensemble):
             overwrite: whether it may hold something, which is deleted.
 
         Raises:
+            ConfigError: a model has changed since `fit`.
             MergeError: the folder is in use, or the disk is full or fails.
         """
-        saved = {**self.settings(), "models": describe_models(self.classifier, self.zero_shot)}
+        self.check_unchanged()
+        saved = {**self.settings(), "models": self._models}
         write_ensemble(Path(folder), saved, self.fitted.failures, overwrite)
 
     @classmethod

@@ -60,5 +60,13 @@ class Ensemble(nn.Module, ABC):
         """
 
     @abstractmethod
+    def check_unchanged(self) -> None:
+        """Refuses models that are not what the ensemble was made of; looks at some of their numbers.
+
+        Raises:
+            ConfigError: one has changed.
+        """
+
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Returns what a report says of the ensemble, of what JSON can hold."""

@@ -112,8 +112,8 @@ def check_trained(task: Task) -> None:
         task: the task to train.
 
     Raises:
-        ConfigError: nothing is trained, an adapter is frozen, its name is none of a folder, weights are trained
-            beside it, or weights of 16 bits are trained themselves.
+        ConfigError: nothing is trained, an adapter is frozen or merged, its name is none of a folder, weights are
+            trained beside it, or weights of 16 bits are trained themselves.
     """
     for name in task.model.peft_config if isinstance(task.model, PeftModel) else ():
         check_adapter_name(name)  # of a stock method; those of this package have looked
@@ -138,6 +138,10 @@ def check_trained(task: Task) -> None:
 
 
 def _check_adapter(encoder: nn.Module, trained: Mapping[str, Any]) -> None:
+    merged = [n for n, module in encoder.named_modules() if isinstance(module, ADAPTERS) and module.merged_adapters]
+    if merged:
+        remedy = "Call unmerge_adapter() first."
+        raise ConfigError("adapters are merged, so they get no gradient", where=merged[0], remedy=remedy)
     has_adapter = any(isinstance(module, ADAPTERS) for module in encoder.modules())
     if has_adapter and not any(name.startswith("model.") for name in trained):
         what = "the adapter is frozen" + (", only the head beside it would be trained" if trained else "")

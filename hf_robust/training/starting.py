@@ -17,6 +17,7 @@ from ..data.draws import Draws
 from ..data.embeds_cache import is_cacheable, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError
+from ..tuners.radapter import slow_averages
 from ..tuners.saft import mask_summary, saft_unselected, select_saft
 from ..tuners.saft.selection import scores_single_images
 from .head_first import check_head_first, train_head, whole_set
@@ -76,6 +77,10 @@ class StartingTrainer(ModelInitTrainer):
         done = super()._init_training_state(*args)
         for epoch, loss in enumerate(self.head_losses, start=1):  # only now: what has been logged before is forgotten
             self.log({"head_first_loss": loss, "head_first_epoch": epoch})
+        slow = slow_averages(self.model, self.state.max_steps) if self.is_world_process_zero() else {}
+        for adapter, share in slow.items():
+            what = "In %d steps the average of R-Adapter %r, which is evaluated and saved, comes %.0f %% of the way: "
+            logger.warning(what + "set a smaller average_decay", self.state.max_steps, adapter, 100 * share)
         return done
 
     def _training_set_in_order(self) -> Iterator[dict[str, Tensor]]:

@@ -360,6 +360,22 @@ def test_an_adapter_from_disk_is_known_again(photos, held_out, tmp_path):
         PerImageEnsemble.load(tmp_path / "vrf", again)
 
 
+def test_a_model_that_has_changed_is_refused(photos, held_out, tmp_path):
+    model = classifier(tuned(SAFT))
+    ensemble = fit(model, photos, held_out)
+    suite = RobustnessSuite([SuiteSet("photos", "id", held_out)])
+    before = evaluate_suite(ensemble, PROCESSOR, suite, silent=True).means
+    wise_ft(model, 0.5)
+    with pytest.raises(ConfigError, match="has changed since the ensemble was fitted"):
+        evaluate_suite(ensemble, PROCESSOR, suite, silent=True)
+    with pytest.raises(ConfigError, match="has changed since the ensemble was fitted"):
+        ensemble.save(tmp_path / "vrf")
+    assert list(tmp_path.iterdir()) == []
+    wise_ft(model, 1.0)
+    assert evaluate_suite(ensemble, PROCESSOR, suite, silent=True).means == before
+    ensemble.save(tmp_path / "vrf")
+
+
 def test_other_models_are_refused(ensemble, photos, held_out, tmp_path):
     ensemble.save(tmp_path / "vrf")
     with pytest.raises(AdapterFileError, match="fitted with another fine-tuned model"):

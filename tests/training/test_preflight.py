@@ -48,6 +48,16 @@ def test_a_frozen_adapter_is_refused(tmp_path, method, head):
     build(tmp_path / "third", head=head, model=again, max_steps=1).train()
 
 
+@pytest.mark.parametrize("head", ["trainable", "live"])
+def test_a_merged_adapter_is_refused(tmp_path, head):
+    trainer = build(tmp_path, "aclip", head=head, max_steps=1)
+    trainer.model.model.merge_adapter()
+    with pytest.raises(ConfigError, match="adapters are merged.*unmerge_adapter"):
+        trainer.train()
+    trainer.model.model.unmerge_adapter()
+    trainer.train()
+
+
 def test_an_adapter_of_transformers_own_is_looked_at_too(tmp_path):
     model = tiny_model("clip")
     model.add_adapter(LoraConfig(target_modules=["q_proj"]))

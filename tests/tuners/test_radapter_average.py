@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from tests.methods import CLIP, adapter_tensors, assert_same, batch, loss_fn, ou
 from tests.tiny_models import tiny_model
 from tests.trainers import build, same, weights
 from tests.tuners.test_radapter import INNER, adapted, fill, linear
+
+
+@pytest.mark.parametrize(("decay", "told"), [(0.999, "In 3 steps .*'default'.* comes 0 % of the way"), (0.5, None)])
+def test_an_average_that_a_training_is_too_short_for_is_told(tmp_path, caplog, decay, told):
+    model = get_peft_model(tiny_model(CLIP), RAdapterConfig(average_decay=decay))
+    build(tmp_path, model=model, max_steps=3).train()
+    found = [record.getMessage() for record in caplog.records if "of the way" in record.getMessage()]
+    assert len(found) == (told is not None) and all(re.search(told, message) for message in found)
 
 
 @given(steps=st.integers(1, 6), decay=st.floats(0, 0.99))

@@ -4,7 +4,7 @@
 from ...peft_types import RobustPeftType, register
 from .config import RAdapterConfig
 from .layer import RAdapterLayer, averages
-from .model import RAdapterModel
+from .model import RAdapterModel, slow_averages
 
-__all__ = ["RAdapterConfig", "RAdapterLayer", "RAdapterModel", "averages"]
+__all__ = ["RAdapterConfig", "RAdapterLayer", "RAdapterModel", "averages", "slow_averages"]
 register(RobustPeftType.RADAPTER, config_cls=RAdapterConfig, model_cls=RAdapterModel)

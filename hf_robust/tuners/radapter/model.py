@@ -81,3 +81,25 @@ class RAdapterModel(RobustTuner):
         layer.update_layer(adapter_name, peft_config, torch.Generator().manual_seed(peft_config.seed + place))
         if layer is not target:
             setattr(parent, target_name, layer)
+
+
+def slow_averages(model: nn.Module, steps: int) -> dict[str, float]:
+    """Returns the active adapters whose averages come less than half of the way in a training, and how far.
+
+    Args:
+        model: any model.
+        steps: of an optimizer.
+
+    Returns:
+        1 - mᵗ, the share of a constant that its average comes to, by adapter.
+
+    Example:
+        >>> slow_averages(get_peft_model(clip, RAdapterConfig(average_decay=0.999)), steps=100)
+        {'default': 0.0952...}
+    """
+    layers: Any = layers_of(RAdapterModel, model).values()
+    configs = {
+        name: layer.configs[name] for layer in layers for name in layer.active_adapters if name in layer.configs
+    }
+    decays = {name: config.average_decay for name, config in configs.items() if config.average_decay is not None}
+    return {name: 1 - decay**steps for name, decay in decays.items() if decay**steps > 0.5}
