@@ -55,7 +55,7 @@ def train_and_evaluate(comparison: Comparison, name: str, chosen: Chosen, seed: 
     for way in (way for way in method.after if way in comparison.after):
         ways[way] = WAYS[way](comparison, trainer, ways[FINE_TUNED])
         wise_ft(trainer.model, 1.0, trainer.zero_shot)
-    if first and trainer.is_world_process_zero():
+    if first and not method.soup and trainer.is_world_process_zero():
         _save_cards(comparison, trainer, name, before, ways)
     return {
         "method": name,

@@ -64,7 +64,7 @@ def wise_ft(model: nn.Module, alpha: float, zero_shot: Mapping[str, Tensor] | No
     alpha = check_alpha(alpha)
     tensors = linear_tensors(model, zero_shot)
     if not tensors:
-        remedy = "Pass zero_shot=, copies of the weights from before the training."
+        remedy = "Pass zero_shot=, copies of the weights from before the training: RobustTrainer.zero_shot."
         raise ConfigError("the model has no active adapter, and its zero-shot weights are not known", remedy=remedy)
     tuned = _tuned_values(tensors)
     for tensor, value in zip(tensors, tuned, strict=True):
@@ -175,7 +175,7 @@ def _check_start(name: str, parameter: Tensor, start: Tensor) -> None:
 
 def _check_known(unknown: list[str], zero_shot: Mapping[str, Tensor] | None) -> None:
     if unknown and zero_shot is None:
-        remedy = "Pass zero_shot=, copies of these parameters from before the training, or freeze them."
+        remedy = "Pass zero_shot=, copies of them from before the training (RobustTrainer.zero_shot), or freeze them."
         raise ConfigError("θ₀ of trained parameters is not known", got=some(unknown), remedy=remedy)
     if unknown:
         remedy = "Names are those of model.named_parameters(), for the very model given here."

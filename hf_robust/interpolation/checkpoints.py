@@ -123,8 +123,8 @@ def check_same_head(zero_shot_dir: Path, fine_tuned_dir: Path, cast_up: bool = F
     if without:
         raise MergeError(
             f"only one of the folders has a trained head, {WEIGHTS_FILE}",
-            where=f"missing in {without[0]}",
-            remedy="Save the zero-shot classifier before training, RobustTrainer.save_model(), and merge with it.",
+            where=str(without[0]),
+            remedy="Merge with the zero-shot classifier: save_model() of a RobustTrainer that has not trained.",
         )
     first, second = (read_header(folder / WEIGHTS_FILE)[1] for folder in folders)
     check_same_tensors(first, second, cast_up)

@@ -19,7 +19,7 @@ from peft.tuners.shira.layer import ShiraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
-from ..errors import ConfigError, MergeError, close_matches
+from ..errors import ConfigError, MergeError
 from ..tuners.aclip import ACLIPLayer
 from ..tuners.config import RobustConfig
 from ..tuners.radapter import RAdapterConfig, RAdapterLayer
@@ -114,7 +114,8 @@ def check_adapters(model: PeftModel, names: Sequence[str], adapter_name: str) ->
         ConfigError, SelectionError, MergeError, NonFiniteError: as `uniform_soup`.
     """
     if not isinstance(model, PeftModel):
-        raise ConfigError("model is no PeftModel, which holds the adapters", got=type(model).__name__)
+        remedy = "Load them: PeftModel.from_pretrained(base, 'runs/a', 'a'), then model.load_adapter('runs/b', 'b')."
+        raise ConfigError("model is no PeftModel that holds the adapters", got=type(model).__name__, remedy=remedy)
     for name in (*names, adapter_name):
         if not isinstance(name, str):
             raise ConfigError("no name of an adapter", got=type(name).__name__, allowed="text")
@@ -123,8 +124,10 @@ def check_adapters(model: PeftModel, names: Sequence[str], adapter_name: str) ->
         raise ConfigError("the model has an adapter of this name", got=adapter_name, remedy=remedy)
     for name in names:
         if name not in model.peft_config:
-            remedy = close_matches(name, list(model.peft_config))
-            raise ConfigError("the model has no adapter of this name", got=name, remedy=remedy)
+            what, allowed = "the model has no adapter of this name", ", ".join(model.peft_config)
+            raise ConfigError(
+                what, got=name, allowed=allowed, remedy="Load a folder: model.load_adapter(folder, name)."
+            )
         method = model.peft_config[name].peft_type.value
         if method not in METHODS:
             what = f"the mean of changes by {method} is not known to be one"

@@ -37,8 +37,8 @@ class GreedySoup:
     Example:
         >>> row = {"ingredient": "a", "metric": 0.75, "soup": 0.75, "taken": True}
         >>> print(GreedySoup([row], "validation_accuracy", [0]))
-         ingredient  validation_accuracy  of the soup with it
-        *         a               0.7500               0.7500
+          ingredient  validation_accuracy  of the soup with it
+        *          a               0.7500               0.7500
     """
 
     rows: list[dict[str, Any]]
@@ -51,7 +51,7 @@ class GreedySoup:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         marks = [" ", *("*" if row["taken"] else " " for row in self.rows)]
         lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
-        return "\n".join(mark + line for mark, line in zip(marks, lines, strict=True))
+        return "\n".join(f"{mark} {line}" for mark, line in zip(marks, lines, strict=True))
 
 
 def uniform_soup(
@@ -135,10 +135,10 @@ def greedy_soup(
     Example:
         >>> soup, found = greedy_soup([first, second, third], evaluate, "validation_accuracy")
         >>> print(found)
-         ingredient  validation_accuracy  of the soup with it
-        *         1               0.7500               0.7500
-        *         0               0.7400               0.7700
-                  2               0.6000               0.7600
+          ingredient  validation_accuracy  of the soup with it
+        *          1               0.7500               0.7500
+        *          0               0.7400               0.7700
+                   2               0.6000               0.7600
     """
     check_validation(metric, "a soup is")
     _check_ingredients(ingredients, model, adapter_name)

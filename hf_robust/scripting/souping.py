@@ -50,6 +50,9 @@ def make_soup(args: Any) -> None:
     folders, output = [Path(name) for name in args.soup], Path(args.output)
     check_different([folder.resolve() for folder in folders])
     check_output(output, folders, args.overwrite)
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ConfigError("no such folder", where="soup", got=missing)
     adapters = [(folder / "adapter_config.json").exists() for folder in folders]
     if any(adapters) and not all(adapters):
         odd = folders[adapters.index(False)]
@@ -57,7 +60,8 @@ def make_soup(args: Any) -> None:
     if args.zero_shot and not any(adapters):
         raise ConfigError("a soup of whole models has no base", where="zero_shot")
     members = _soup_adapters(folders, output, args) if any(adapters) else _soup_models(folders, output, args)
-    print(f"soup of {len(members)} {'adapters' if any(adapters) else 'models'}: {output}")
+    kind = "adapter" if any(adapters) else "model"
+    print(f"soup of {len(members)} {kind}{'' if len(members) == 1 else 's'}: {output}")
 
 
 def _soup_models(folders: Sequence[Path], output: Path, args: Any) -> list[int]:
@@ -90,6 +94,7 @@ def _soup_adapters(folders: Sequence[Path], output: Path, args: Any) -> list[int
     head = _mean_head([folders[member] for member in members])
     with publish_folder(output, args.overwrite) as temporary:
         model.save_pretrained(str(temporary), selected_adapters=[SOUP], save_embedding_layers=False)
+        (temporary / "README.md").unlink()  # PEFT's card, with nothing in it but a path of this machine
         if (folders[0] / CONFIG_FILE).exists():
             shutil.copyfile(folders[0] / CONFIG_FILE, temporary / CONFIG_FILE)
         if (folders[0] / PROCESSOR_FOLDER).is_dir():

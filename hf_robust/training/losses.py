@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..data.text_files import parse_json
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..interpolation.adapters import linear_tensors
 from ..interpolation.linear import LinearTensor
 from ..losses.context import ContextLoss
@@ -43,16 +43,18 @@ def settings_of(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
         given: settings by the names of terms, or JSON of them.
 
     Raises:
-        ConfigError: a name or setting is unknown or out of range.
-        DataError: it is no JSON.
+        ConfigError: it is no JSON, or a name or setting is unknown or out of range.
 
     Example:
         >>> settings_of('{"similarity": {"weight": 10.0}}')
         {'similarity': {'weight': 10.0}}
     """
-    found: Any = parse_json(given, "losses") if isinstance(given, str) else given
+    allowed = '{"name": {"setting": value, …}}'
+    try:
+        found: Any = parse_json(given, "losses") if isinstance(given, str) else given
+    except DataError as error:
+        raise ConfigError("settings of losses cannot be read", where="losses", got=given, allowed=allowed) from error
     if not isinstance(found, Mapping | None):
-        allowed = "{name: {setting: value, …}}"
         raise ConfigError("settings of losses are no mapping", where="losses", got=given, allowed=allowed)
     terms_of(found, TERMS)
     return None if found is None else dict(found)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hf_robust import RobustTrainingArguments
-from hf_robust.comparison.methods import ALL_METHODS, METHODS, SAFT_VARIANTS
+from hf_robust.comparison.methods import ALL_METHODS, SAFT_VARIANTS
 from hf_robust.comparison.search import GRID, choose_rate, choose_weight
 from hf_robust.comparison.tables import half_interval
 from hf_robust.errors import ConfigError

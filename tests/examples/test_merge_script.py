@@ -191,7 +191,7 @@ def test_a_head_trained_beside_an_adapter(merge):
     heads = [{"class_head.weight": torch.randn(2, 24)} for _ in range(2)]
     Path("adapter/classifier.json").write_text(json.dumps({"class_names": ["x", "y"]}))
     save_file(heads[1], "adapter/classifier.safetensors")
-    with pytest.raises(MergeError, match="only one.*trained head.*missing in base"):
+    with pytest.raises(MergeError, match="only one.*trained head.*at base.*that has not trained"):
         merge("--fine_tuned", "adapter")
     save_file(heads[0], "base/classifier.safetensors")
     merge("--fine_tuned", "adapter", "--alpha", "0.25")

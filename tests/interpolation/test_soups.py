@@ -146,10 +146,10 @@ def test_the_best_comes_first_and_the_others_must_be_strictly_better():
     found, asked = chosen(values)
     assert asked == [(0,), (1,), (2,), (1, 2), (1, 0)] and found.members == [1, 0]
     assert str(found).splitlines() == [
-        " ingredient  validation_accuracy  of the soup with it",
-        "*        m1               0.7000               0.7000",
-        "         m2               0.7000               0.7000",
-        "*        m0               0.5000               0.8000",
+        "  ingredient  validation_accuracy  of the soup with it",
+        "*         m1               0.7000               0.7000",
+        "          m2               0.7000               0.7000",
+        "*         m0               0.5000               0.8000",
     ]
 
 
