@@ -19,12 +19,19 @@ PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --ed
 demo: .venv/demo  ## fine-tune a small CLIP several ways and compare what they gain and keep: three minutes
 	$(BIN)/python examples/demo/demo.py
 
-compare: .venv/demo  ## compare all methods on the demo's drawings, over three seeds: 15 minutes; goes on where it stopped
+compare: .venv/demo  ## compare all methods on the demo's drawings, over three seeds: an hour and a half; goes on where it stopped
 	$(BIN)/python examples/demo/data.py
 	$(BIN)/python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml
 
 cards: compare  ## write the figures of the comparison into model_cards/
 	cp runs/compare/cards/aclip.md model_cards/a_clip.md
+	cp runs/compare/cards/radapter.md model_cards/r_adapter.md
+	cp runs/compare/cards/lp-ft.md model_cards/lp_ft.md
+	cp runs/compare/cards/full+lipsum-ft.md model_cards/lipsum_ft.md
+	cp runs/compare/cards/full+car-ft.md model_cards/car_ft.md
+	cp runs/compare/cards/full+ldifs.md model_cards/ldifs.md
+	cp runs/compare/cards/full+l2-sp.md model_cards/l2_sp.md
+	cp runs/compare/cards/flyp+starft.md model_cards/starft.md
 	cp runs/compare/cards/context+ogen.md model_cards/ogen.md
 	cp runs/compare/cards/full+similarity.md model_cards/similarity_loss.md
 	cp runs/compare/cards/saft-per-tensor-0.01.md model_cards/saft.md
