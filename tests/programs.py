@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import runpy
 import signal
@@ -98,6 +99,7 @@ class _Forked(ForkServerProcess):
         os.environ.update(self.variables)
         os.chdir(ROOT)
         importlib.reload(datasets.config)  # it reads the variables when it is imported
+        multiprocessing.set_start_method(None, force=True)  # as of a program: the server is not for what a rank starts
         np.random.seed()  # else all ranks would draw the same
         sys.argv = self.args
         runpy.run_path(self.args[0], run_name="__main__")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from itertools import chain, repeat
@@ -48,7 +49,7 @@ def test_a_stuck_program_ends_the_test_with_the_stacks_of_all(monkeypatch, tmp_p
 RANK = """
 import sys
 loaded = "hf_robust.training.trainer" in sys.modules
-import json, os, random, warnings
+import json, multiprocessing, os, random, warnings
 import datasets, numpy, torch
 
 def main(folder):
@@ -57,6 +58,7 @@ def main(folder):
     found = {"loaded": loaded, "argv": sys.argv, "cwd": os.getcwd(), "variable": os.environ["SET_BY_TEST"]}
     found |= {"threads": torch.get_num_threads(), "cache": str(datasets.config.HF_DATASETS_CACHE)}
     found |= {"ranks": [torch.distributed.get_rank(), int(os.environ["LOCAL_RANK"])]}
+    found["start"] = multiprocessing.get_start_method()
     print(json.dumps({**found, "drawn": [random.random(), numpy.random.rand()]}))
     warnings.warn("as a script's", DeprecationWarning)
 """
@@ -78,6 +80,7 @@ def test_ranks_are_as_programs_of_their_own_that_have_imported_everything(monkey
     monkeypatch.setenv("SET_BY_TEST", "yes")
     expected = {"loaded": True, "argv": [str(tmp_path / "script.py"), str(tmp_path)], "cwd": str(ROOT)}
     expected |= {"variable": "yes", "threads": 1, "cache": str(tmp_path / "datasets")}
+    expected["start"] = multiprocessing.get_start_method()
     drawn = []
     for rank, (out, err) in enumerate(run_on_ranks(2, RANK, tmp_path)):
         (found,) = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
