@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, variance
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
@@ -218,6 +219,7 @@ def draw(rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(1.8 + 5 * len(roles), 5), layout="constrained")
     panels = figure.subplots(1, len(roles), squeeze=False)[0]
     for role, axes in zip(roles, panels, strict=True):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]  # one for each of 20 methods
         plot_id_ood({name: _way(rows, name, role) for name in ALL_METHODS if name in rows}, axes, lines=role == "ood")
         axes.set_ylabel(f"accuracy (%), {TITLES[role]}")
         axes.get_legend().remove()
