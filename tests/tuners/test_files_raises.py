@@ -22,9 +22,9 @@ from peft import get_peft_model
 from hf_robust import select_saft
 from hf_robust.errors import HfRobustError
 from hf_robust.tuners import files, fingerprint, loading
-from hf_robust.tuners.aclip.layer import ACLIPLayer
 from hf_robust.tuners.base import RobustLayer, RobustTuner
 from hf_robust.tuners.config import RobustConfig
+from hf_robust.tuners.linear_layer import LinearLayer
 from hf_robust.tuners.saft.config import SAFTConfig
 from hf_robust.tuners.saft.layer import SAFTLayer
 
@@ -37,7 +37,7 @@ MODULES = (files, fingerprint, loading)
 MEMBERS = [
     *[(RobustConfig, name) for name in ("from_json_file", "from_pretrained")],
     *[(RobustTuner, "_remap_adapter_state_dict_for_load"), (RobustLayer, "check_values")],
-    *[(SAFTConfig, "check_weights"), (SAFTLayer, "check_tensors"), (ACLIPLayer, "check_tensors")],
+    *[(SAFTConfig, "check_weights"), (SAFTLayer, "check_tensors"), (LinearLayer, "check_tensors")],
 ]
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ...encoders.dual_encoder import at_least_float32
-from ...errors import AdapterFileError, ConfigError, NonFiniteError
-from ..base import Arrival, RobustLayer, keep_precision
+from ...errors import ConfigError
+from ..base import RobustLayer, keep_precision
+from ..linear_layer import LinearLayer
 from .average import tell_of_steps
 from .config import RAdapterConfig
 
@@ -26,7 +26,7 @@ AVERAGE_OF = {
 }
 
 
-class RAdapterLayer(RobustLayer):
+class RAdapterLayer(LinearLayer):
     """A Linear of the base, y = W x + b, with the adapters behind it: y + Σ σ D(F y).
 
     In training F and σ are used as they are trained, outside of training their averages, as the weight (I + Σ σ F) W
@@ -44,19 +44,14 @@ class RAdapterLayer(RobustLayer):
     other_param_names = (*AVERAGE_OF.values(), "radapter_sha256", "expected_files", "configs", "_unheard")
 
     def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer: Any = base_layer
+        super().__init__(base_layer)
         self.training = base_layer.training  # which decides what the forward uses
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         for trained, average in AVERAGE_OF.items():
             setattr(self, trained, nn.ParameterDict())
             setattr(self, average, BufferDict(persistent=True))
         self.radapter_sha256 = BufferDict(persistent=True)
-        self.expected_files: dict[str, Arrival] = {}
         self.configs: dict[str, RAdapterConfig] = {}
         self._unheard: dict[str, bool] = {}  # that have run in training: as new ones, and no step has been heard of
-        self.merged_adapters: list[str] = []
-        self._theta0 = BufferDict(persistent=False)  # the base's own tensors, while adapters are merged into it
         tell_of_steps(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,9 +78,6 @@ class RAdapterLayer(RobustLayer):
             getattr(self, name)[adapter_name] = nn.Parameter(tensor)
             if config.average_decay is not None:
                 getattr(self, AVERAGE_OF[name])[adapter_name] = tensor.clone()
-
-    def _start(self, name: str) -> Tensor:
-        return self._theta0[name] if name in self._theta0 else getattr(self.base_layer, name)
 
     @torch.no_grad()
     def follow(self, stepped: set[int]) -> None:
@@ -187,14 +179,6 @@ class RAdapterLayer(RobustLayer):
         change = _times(weight, down, scale / (1 - config.drop_path), outputs.index_select(dim, kept))
         return tuned.index_add(dim, kept, change)
 
-    def enable_adapters(self, enabled: bool) -> None:  # noqa: D102
-        if not enabled and self.merged:
-            self.unmerge()
-        super().enable_adapters(enabled)
-
-    # --- merging ---
-
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Makes the adapters a part of the base, which then is saved with them.
 
@@ -203,58 +187,13 @@ class RAdapterLayer(RobustLayer):
             adapter_names: which ones; by default the active ones.
 
         Raises:
+            ConfigError: an average has not followed the training.
             NonFiniteError: `safe_merge`, and a value is NaN or infinite; nothing is changed then.
         """
         self.check_followed()
-        merged = self.merged_adapters + check_adapters_to_merge(self, adapter_names)
-        if safe_merge:
-            self.check_finite(merged)
-        tensors = {name: self.effective(name, merged) for name, _ in self.base_layer.named_parameters()}
-        for name, tensor in tensors.items():
-            parameter = getattr(self.base_layer, name)
-            if name not in self._theta0:
-                self._theta0[name] = parameter.detach().clone()
-            parameter.copy_(tensor)
-        self.merged_adapters = merged
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Makes the merged adapters adapters again; the base is θ₀ bit for bit."""
-        for name in list(self._theta0):
-            getattr(self.base_layer, name).copy_(self._theta0[name])
-            del self._theta0[name]
-        self.merged_adapters = []
-
-    @torch.no_grad()
-    def check_finite(self, adapter_names: list[str]) -> None:
-        """Refuses adapters that would write NaN or infinity into the base.
-
-        Args:
-            adapter_names: the adapters to merge.
-
-        Raises:
-            NonFiniteError: one would.
-        """
-        for name, _ in self.base_layer.named_parameters():
-            if not self.effective(name, adapter_names).isfinite().all():
-                what = "merging would write NaN or infinity into the base"
-                raise NonFiniteError(what, where=name, got=adapter_names)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Gives the base back: with the adapters merged, or bit for bit as it was."""
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        else:
-            self.unmerge()
-        return self.base_layer
+        super().merge(safe_merge, adapter_names)
 
     # --- moving, saving, loading ---
-
-    def pretrained_parameters(self) -> dict[str, Tensor]:
-        """The base's parameters as they were before any adapter, by name."""
-        return {name: self._start(name) for name, _ in self.base_layer.named_parameters()}
 
     @property
     def seals(self) -> BufferDict:
@@ -266,28 +205,6 @@ class RAdapterLayer(RobustLayer):
         owners: Any = [getattr(self, name) for name in ("radapter_weight", "radapter_average_weight")]
         mine = [owner[adapter_name] for owner in owners if adapter_name in owner]
         return all(tensor.is_meta or not tensor.any() for tensor in mine)
-
-    def check_tensors(self, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-        """Looks whether tensors can be those of an adapter; nothing is changed.
-
-        Args:
-            adapter_name: the adapter.
-            tensors: its tensors, by name.
-
-        Raises:
-            AdapterFileError: one is missing, or has a wrong form.
-            NonFiniteError: a value is NaN or infinite.
-        """
-        owners: Any = {name: getattr(self, name) for name in self.tensor_names}
-        expected = {name: owner[adapter_name] for name, owner in owners.items() if adapter_name in owner}
-        if set(tensors) != set(expected):
-            allowed = ", ".join(expected) or "none"
-            raise AdapterFileError("an adapter has other tensors", got=sorted(tensors), allowed=allowed)
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                got, allowed = tuple(tensor.shape), str(tuple(expected[name].shape))
-                raise AdapterFileError("tensor has a wrong shape", where=name, got=got, allowed=allowed)
-            self.check_values(tensor, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.base_layer._apply(fn)
@@ -302,13 +219,6 @@ class RAdapterLayer(RobustLayer):
                 else:
                     means[adapter] = moved
         return self
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = device or self.base_layer.weight.device
-        for name in self.tensor_names:
-            tensors: Any = getattr(self, name)
-            if adapter_name in tensors and not tensors[adapter_name].is_meta:
-                tensors[adapter_name].data = tensors[adapter_name].data.to(device)
 
     def __repr__(self) -> str:
         return "radapter." + super().__repr__()
