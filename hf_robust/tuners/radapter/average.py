@@ -39,6 +39,8 @@ def tell_of_steps(follower: Follower) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _FOLLOWERS:  # of every optimizer of the process
+        return
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     stepped = {id(parameter) for parameter in parameters if parameter.grad is not None}
     for follower in list(_FOLLOWERS.values()):
