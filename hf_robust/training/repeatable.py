@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import SaveStrategy
 
 from ..data.collator import ImageCollator
 from ..data.draws import DrawingCollator, Draws
@@ -20,7 +19,7 @@ from ..data.target_collators import TargetCollator, TextCollator
 from .evaluation_loop import EvaluationLoopTrainer
 from .preflight import lacks_targets
 from .replaced import replaced
-from .stopping import leave_signals
+from .stopping import StopAtSignal, leave_signals
 
 Rows = LabelledImages | LabelledStream
 
@@ -34,6 +33,7 @@ class RepeatableTrainer(EvaluationLoopTrainer):
     """
 
     data_collator: Any  # of images; the task adds the rest
+    stop: StopAtSignal
 
     _draws: Draws | None = None
 
@@ -67,9 +67,8 @@ class RepeatableTrainer(EvaluationLoopTrainer):
         Args:
             loader: of a set.
         """
-        if self.args.save_strategy != SaveStrategy.NO:
-            base: Any = getattr(loader, "base_dataloader", loader)
-            base.worker_init_fn = partial(leave_signals, base.worker_init_fn)
+        base: Any = getattr(loader, "base_dataloader", loader)
+        base.worker_init_fn = partial(leave_signals, base.worker_init_fn, self.stop.listens)
         return loader
 
     def drawing_by_row(self, rows: Rows, collator: Any, draws: Draws) -> tuple[Rows, Callable[..., Any]]:

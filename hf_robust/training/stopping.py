@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import torch
+from torch import Tensor
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CheckpointError
@@ -45,6 +47,9 @@ class StopAtSignal(TrainerCallback):
     is_extra = False  # it is not one of those that the settings ask for
     waits = False  # a checkpoint waits for the evaluation at the end of the epoch
 
+    def __init__(self) -> None:
+        self.listens = torch.zeros((), dtype=torch.bool).share_memory_()  # as workers see, too
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside the context signals are noted, and nothing else happens when they come."""
@@ -54,9 +59,11 @@ class StopAtSignal(TrainerCallback):
             for number in SIGNALS:
                 if signal.getsignal(number) in DEFAULTS:
                     before[number] = signal.signal(number, self._note)
+            self.listens.fill_(True)
         try:
             yield
         finally:
+            self.listens.fill_(False)
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.received:  # after the last step: there was nothing left to stop
@@ -130,17 +137,23 @@ class StopAtSignal(TrainerCallback):
             raise SystemExit(128 + self.agreed)
 
 
-def leave_signals(then: Callable[[int], None] | None, worker: int) -> None:
+def leave_signals(then: Callable[[int], None] | None, listens: Tensor, worker: int) -> None:
     """Makes a worker of a `DataLoader` ignore signals to stop, which a scheduler sends to all processes of a job.
 
-    It ends with the process that it works for.
+    After the training they end it: Python ends its workers by one, and waits for them, when it exits.
 
     Args:
         then: what else to do when the worker starts.
+        listens: of the `StopAtSignal` of the process that it works for, 0-dim, in shared memory.
         worker: its number.
     """
+
+    def leave(number: int, frame: Any) -> None:
+        if not listens:
+            os._exit(0)  # as torch's own handler: any other end is an error of the process that waits
+
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, leave)
     if then is not None:
         then(worker)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_robust.errors import CheckpointError
 from hf_robust.training.stopping import HOLDER, LOCK, StopAtSignal, locked
-from tests.programs import run_programs
+from tests.programs import ABORT_LIMIT, run_programs
 from tests.trainers import build, same, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 100, "lr_scheduler_type": "cosine"}
@@ -132,6 +133,24 @@ def test_a_signal_between_steps_stops_after_the_next(tmp_path, event):
     run = build(tmp_path, "saft", **settings, callbacks=[Signals(event, 2, signal.SIGTERM, signal.SIGTERM)])
     assert stopped(run) == 143
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_workers_that_are_left_end_when_python_tells_them_to(tmp_path):
+    """It does so when it exits, by SIGTERM, and waits for them: the program would never end."""
+
+    class Fails(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise ZeroDivisionError
+
+    others = multiprocessing.active_children()
+    run = build(tmp_path, **SAVING, dataloader_num_workers=1, callbacks=[Fails()])
+    with pytest.raises(ZeroDivisionError) as caught:  # its traceback holds the iterator, as that of a program's end
+        run.train()
+    left = [process for process in multiprocessing.active_children() if process not in others]
+    for process in left:
+        process.terminate()
+        process.join(ABORT_LIMIT)
+    assert [process.exitcode for process in left] == [0] and caught
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
