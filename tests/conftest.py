@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ from .methods import METHODS, Method
 # The same examples in every run, and as much time as a busy machine takes for them
 settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: each training collects garbage, and need not look through all of that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -93,6 +94,7 @@ class _Forked(ForkServerProcess):
             self.start()
 
     def run(self) -> None:
+        gc.freeze()  # as in conftest.py
         for name, stream in zip(self.files, (sys.stdout, sys.stderr), strict=True):
             os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), stream.fileno())
         os.environ.clear()

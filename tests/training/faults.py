@@ -7,6 +7,7 @@ It reads orders from stdin, one JSON object a line, and answers each with the ex
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import os
@@ -118,6 +119,7 @@ def train(order):
 def main():
     torch.set_num_threads(1)
     trainer("saft", sys.argv[1])  # imports what the children need
+    gc.freeze()  # as in conftest.py
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
