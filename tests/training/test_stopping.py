@@ -22,6 +22,14 @@ from tests.trainers import build, same, weights
 SAVING = {"save_strategy": "steps", "save_steps": 100, "lr_scheduler_type": "cosine"}
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """Ctrl-C is ignored by what a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Signals(TrainerCallback):
     """Sends signals to this process: before a step, in it, or while the set is evaluated after it."""
 
