@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import torch
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import SaveStrategy
 
 from ..data.collator import ImageCollator
 from ..data.draws import DrawingCollator, Draws
@@ -67,8 +68,9 @@ class RepeatableTrainer(EvaluationLoopTrainer):
         Args:
             loader: of a set.
         """
-        base: Any = getattr(loader, "base_dataloader", loader)
-        base.worker_init_fn = partial(leave_signals, base.worker_init_fn, self.stop.listens)
+        if self.args.save_strategy != SaveStrategy.NO:
+            base: Any = getattr(loader, "base_dataloader", loader)
+            base.worker_init_fn = partial(leave_signals, base.worker_init_fn, self.stop.listens)
         return loader
 
     def drawing_by_row(self, rows: Rows, collator: Any, draws: Draws) -> tuple[Rows, Callable[..., Any]]:

@@ -140,7 +140,7 @@ class StopAtSignal(TrainerCallback):
 def leave_signals(then: Callable[[int], None] | None, listens: Tensor, worker: int) -> None:
     """Makes a worker of a `DataLoader` ignore signals to stop, which a scheduler sends to all processes of a job.
 
-    After the training they end it: Python ends its workers by one, and waits for them, when it exits.
+    After the training SIGTERM ends it: so Python ends its workers, and waits for them, when it exits.
 
     Args:
         then: what else to do when the worker starts.
@@ -153,7 +153,7 @@ def leave_signals(then: Callable[[int], None] | None, listens: Tensor, worker: i
             os._exit(0)  # as torch's own handler: any other end is an error of the process that waits
 
     for number in SIGNALS:
-        signal.signal(number, leave)
+        signal.signal(number, leave if number == signal.SIGTERM else signal.SIG_IGN)
     if then is not None:
         then(worker)
 

@@ -124,9 +124,12 @@ def test_workers_leave_signals_to_the_trainer(tmp_path):
     class ToAll(Signals):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == self.step:
-                for child in set(psutil.Process().children()) - {*others}:
+                workers = set(psutil.Process().children()) - {*others}
+                for child in workers:
                     for number in self.numbers:
                         child.send_signal(number)
+                ended, alive = psutil.wait_procs(workers, timeout=0.5)
+                assert alive and not ended
             super().on_step_begin(args, state, control, **kwargs)
 
     numbers = signal.SIGTERM, signal.SIGUSR1
@@ -154,11 +157,17 @@ def test_workers_that_are_left_end_when_python_tells_them_to(tmp_path):
     run = build(tmp_path, **SAVING, dataloader_num_workers=1, callbacks=[Fails()])
     with pytest.raises(ZeroDivisionError) as caught:  # its traceback holds the iterator, as that of a program's end
         run.train()
-    left = [process for process in multiprocessing.active_children() if process not in others]
-    for process in left:
-        process.terminate()
-        process.join(ABORT_LIMIT)
-    assert [process.exitcode for process in left] == [0] and caught
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    try:
+        for number in (signal.SIGINT, signal.SIGUSR1):  # of others, as before
+            os.kill(worker.pid, number)
+        worker.join(0.5)
+        assert worker.is_alive() and caught
+        worker.terminate()
+        worker.join(ABORT_LIMIT)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()  # else a failure of this test would wait for it, too
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
