@@ -67,6 +67,7 @@ FLOORS = [
     {"training"},
     {"scripting"},
     {"comparison"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
