@@ -90,8 +90,9 @@ def _check_packages() -> None:
 def _export_towers(task: Task, folder: Path) -> None:
     images, texts = towers(task)
     _export(images, _images(task), "image_embeds", folder / "image_encoder.onnx", _about_images(task))
-    prompts = tokenize(task.processor, ["a photo of a cat.", "a photo."], task.model)
-    _export(texts, prompts, "text_embeds", folder / "text_encoder.onnx", _about_texts(task))
+    about, prompts = _about_texts(task), tokenize(task.processor, ["a photo of a cat.", "a photo."], task.model)
+    tokens = about["max_length"] if about["padding"] == "longest" else None
+    _export(texts, prompts, "text_embeds", folder / "text_encoder.onnx", about, tokens)
     task.processor.save_pretrained(folder)
 
 
@@ -127,11 +128,16 @@ def _images(task: Task) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _export(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, about: Mapping[str, Any]) -> None:
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
-    shapes = {name: {0: batch, 1: tokens} if name == "attention_mask" else {0: batch} for name in inputs}
-    if "attention_mask" in inputs:  # else the tower takes its full length alone
-        shapes["input_ids"] = shapes["attention_mask"]
+def _export(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    output: str,
+    path: Path,
+    about: Mapping[str, Any],
+    tokens: int | None = None,  # at most; None where the second dimension is fixed
+) -> None:
+    sizes = {0: torch.export.Dim("batch")} | ({} if tokens is None else {1: torch.export.Dim("tokens", max=tokens)})
+    shapes = dict.fromkeys(inputs, sizes)
     with _quiet():  # torch.onnx alone would fix a size where it cannot keep it free; torch.export says so
         exported = torch.export.export(module, (), inputs, dynamic_shapes=shapes)
         program: Any = torch.onnx.export(exported, dynamo=True, output_names=[output], verbose=False)
