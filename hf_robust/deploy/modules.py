@@ -61,14 +61,15 @@ class ImageClassifier(nn.Module):
         encoder: of the images.
         weight: of the head, `(classes, dim)`.
         bias: of the head, `(classes,)` or 0-dim; None for none.
+        class_names: one per class.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, encoder: ImageEncoder, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, encoder: ImageEncoder, weight: Tensor, bias: Tensor | None, class_names: list[str]) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.class_names = encoder, class_names
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
@@ -81,7 +82,7 @@ class ImageClassifier(nn.Module):
 
 
 @torch.no_grad()
-def image_classifier(classifier: ZeroShotClassifier) -> ImageClassifier:
+def image_classifier(classifier: Task) -> ImageClassifier:
     """Returns a classifier as it answers now: the vision tower, and its class names baked into a linear head.
 
     Adapters are merged in a copy, which is in float32, on the CPU and in eval mode; the classifier itself stays as it
@@ -103,7 +104,8 @@ def image_classifier(classifier: ZeroShotClassifier) -> ImageClassifier:
     with evaluating(classifier):
         weight, bias = classifier.linear_head()
     encoder = ImageEncoder(merged_copy(classifier.model))
-    return ImageClassifier(encoder, _plain(weight), None if bias is None else _plain(bias)).eval()
+    head = _plain(weight), None if bias is None else _plain(bias), list(classifier.class_names)
+    return ImageClassifier(encoder, *head).eval()
 
 
 def towers(task: Task) -> tuple[ImageEncoder, TextEncoder]:

@@ -22,7 +22,6 @@ from ..data.embeds_cache import IMAGE_INPUTS
 from ..data.publish import TEMPORARY, seal, sync
 from ..encoders.dual_encoder import logit_bias, logit_scale, text_tokenizer, tokenize
 from ..errors import ConfigError
-from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.several_labels import SeveralLabels
 from ..tasks.task import Task
 from .modules import image_classifier, towers
@@ -37,8 +36,8 @@ def to_onnx(task: Task, path: str | Path, parts: Literal["classifier", "towers"]
 
     - `"classifier"`: one file, from `pixel_values` to `logits`: the vision tower, and the class names baked into a
       linear head as the classifier answers now; inside `classifier.classes(names)` it is the head of these names. Its
-      metadata are `class_names`, `activation` (which makes probabilities of logits, `"softmax"` or `"sigmoid"`) and
-      `image_processor`, each as JSON.
+      metadata, each as JSON, are `class_names`, `activation` (which makes probabilities of logits, `"softmax"` or
+      `"sigmoid"`), `image_processor`, and of `SeveralLabels` the `threshold`.
     - `"towers"`: a folder of `image_encoder.onnx` (`pixel_values` to `image_embeds`) and `text_encoder.onnx`
       (`input_ids` and, where the tower uses one, `attention_mask` to `text_embeds`), both to unit vectors, with the
       files of the processor. Metadata of the first: `image_processor`; of the second: `padding`, `max_length`, and
@@ -70,7 +69,9 @@ def to_onnx(task: Task, path: str | Path, parts: Literal["classifier", "towers"]
         if path.suffix != ".onnx" or path.is_dir():
             raise ConfigError("no name of an ONNX file", where="path", got=str(path), allowed="a file *.onnx")
         with _written_whole(path.parent) as folder:
-            _export(image_classifier(task), _images(task), "logits", folder / path.name, _about_classes(task))
+            module = image_classifier(task)
+            about = {"class_names": module.class_names, **_about_answers(task), **_about_images(task)}
+            _export(module, _images(task), "logits", folder / path.name, about)
     elif parts == "towers":
         if path.suffix == ".onnx" or path.is_file():
             raise ConfigError("no name of a folder", where="path", got=str(path), allowed="a folder for two files")
@@ -103,9 +104,10 @@ def _about_images(task: Task) -> dict[str, Any]:
     return {"image_processor": json.loads(task.processor.image_processor.to_json_string())}
 
 
-def _about_classes(task: ZeroShotClassifier) -> dict[str, Any]:
-    activation = "sigmoid" if isinstance(task, SeveralLabels) else "softmax"
-    return {"class_names": list(task.class_names), "activation": activation, **_about_images(task)}
+def _about_answers(task: Task) -> dict[str, Any]:
+    if isinstance(task, SeveralLabels):
+        return {"activation": "sigmoid", "threshold": task.threshold}
+    return {"activation": "softmax"}
 
 
 def _about_texts(task: Task) -> dict[str, Any]:

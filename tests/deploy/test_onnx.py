@@ -13,7 +13,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoProcessor
 
@@ -22,30 +21,23 @@ from hf_robust.encoders.dual_encoder import image_embeds, logit_bias, logit_scal
 from hf_robust.errors import ConfigError
 from hf_robust.tasks.task import Task
 
-from ..methods import METHODS, prepared, train
-from ..methods import batch as training_batch
+from ..methods import METHODS
 from ..tiny_models import image_dataset, tiny_lora, tiny_model, tiny_processor
+from .models import NAMES, tuned
 
-NAMES = ["cat", "dog", "owl"]
 BATCHES = (1, 2, 5)  # the example has 2
 TEXTS = ["a cat", "two dogs on a mat", "x", 10 * "a b ", "an owl."]
 CLOSE = 1e-4  # of embeddings and probabilities, absolute; of logits, relative to the largest
 
 
-def tuned(index: int, family: str) -> PeftModel:
-    model = prepared(METHODS[index], tiny_model(family), family)
-    train(model, training_batch(family), steps=2)
-    return model
-
-
 def clip_live_saft() -> Task:
-    model = tuned(0, "clip")
+    model = tuned(METHODS[0])
     larger = with_image_size(tiny_processor("clip"), 64, model)
     return ZeroShotClassifier(model, larger, NAMES, "photo", head="live")
 
 
 def siglip_several_labels() -> Task:
-    return SeveralLabels(tiny_model("siglip"), tiny_processor("siglip"), NAMES, head="frozen")
+    return SeveralLabels(tiny_model("siglip"), tiny_processor("siglip"), NAMES, head="frozen", threshold=0.5)
 
 
 def siglip2_frozen() -> Task:
@@ -59,7 +51,7 @@ def vision_text_trainable_lora() -> Task:
 
 
 def metaclip_2_pairs_aclip() -> Task:
-    return ImageTextPairs(tuned(1, "metaclip_2"), tiny_processor("metaclip_2"))
+    return ImageTextPairs(tuned(METHODS[1], "metaclip_2"), tiny_processor("metaclip_2"))
 
 
 def siglip_identities() -> Task:
@@ -136,7 +128,8 @@ def test_the_file_says_how_it_is_used_and_answers_among_other_names(tmp_path: Pa
         expected = task(**inputs).logits
     assert largest_difference(run(file, inputs), expected) < CLOSE * expected.abs().max()
     settings = json.loads(task.processor.image_processor.to_json_string())
-    assert metadata(file) == {"class_names": ["owl", "cat"], "activation": "sigmoid", "image_processor": settings}
+    answers = {"class_names": ["owl", "cat"], "activation": "sigmoid", "threshold": 0.5}
+    assert metadata(file) == {**answers, "image_processor": settings}
     assert file.stat().st_mode & 0o444 == 0o444 & file.parent.stat().st_mode
 
 
