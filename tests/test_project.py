@@ -114,7 +114,7 @@ FLOORS = [
     {"data"},
     {"tasks"},
     {"tuners", "losses"},
-    {"ogen"},
+    {"ogen", "deploy"},
     {"interpolation", "evaluation"},
     {"cards"},
     {"training"},
