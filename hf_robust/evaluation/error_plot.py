@@ -17,7 +17,7 @@ from ..data.rows import LabelledImages, labelled_images
 from ..encoders.templates import readable
 from ..errors import ConfigError, DataError
 from .difficulty_plot import drawn_name
-from .plots import BLUE, DARK, GREY, ORANGE
+from .plots import BLUE, DARK, ORANGE
 from .report import SetResult
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CELL = 1.75, 2.2  # inches: width and height of an image with its two lines
-COLUMNS, LABEL_SIZE, LONGEST_NAME = 5, 8.5, 22
+COLUMNS, LABEL_SIZE, LONGEST_NAME = 5, 8.5, 20
 PIXELS = 320  # of the longer side, more than a cell has at 150 dpi
 
 
@@ -151,11 +151,11 @@ def _draw(axes: Axes, content: Any, answers: Answers, index: int) -> None:
     axes.set(xlim=(-side, side), ylim=(-side, side))  # all cells are squares, whatever the image
     lines = [
         (f"{_name(answers, answers.predictions[index])} {100 * answers.confidences[index]:.0f} %", ORANGE),
-        (_name(answers, answers.targets[index]), BLUE),
+        (f"label: {_name(answers, answers.targets[index])}", BLUE),
     ]
     for line, (text, colour) in enumerate(lines):
         place = {"xy": (0.5, 0), "xycoords": "axes fraction", "xytext": (0, -4 - 11 * line)}
-        axes.annotate(text, **place, textcoords="offset points", ha="center", va="top", color=colour, fontsize=8.5)
+        axes.annotate(text, **place, textcoords="offset points", ha="center", va="top", color=colour, fontsize=LABEL_SIZE)
 
 
 def _name(answers: Answers, answer: int) -> str:
