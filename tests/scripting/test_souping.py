@@ -19,7 +19,8 @@ from hf_robust import RobustTrainer, RobustTrainingArguments, SAFTConfig, select
 from hf_robust.cli import main
 from hf_robust.interpolation.soups import uniform_soup
 from hf_robust.tasks.class_names import ZeroShotClassifier
-from hf_robust.training.checkpoint import save_encoder, save_head
+from hf_robust.tasks.files import save_head
+from hf_robust.training.checkpoint import save_encoder
 from tests.interpolation.folders import content
 from tests.methods import assert_same
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
