@@ -35,6 +35,7 @@ METHODS = {  # other adapters go by PEFT's own name
     "RADAPTER": "R-Adapter",
     "TRAINABLE_TOKENS": "CoOp",
 }
+MODEL_SOUP = "model soup"
 OURS = {"SAFT", "ACLIP", "RADAPTER"}  # those that PEFT alone cannot load
 
 # Allow-lists: paths, tokens, user names and names of runs are in other settings.
@@ -124,7 +125,7 @@ def model_card(
         base_model=base,
         library_name="peft" if configs else "transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=_tags(methods, encoder.config.model_type, base if configs else None),
+        tags=tags(methods, encoder.config.model_type, base if configs else None),
         datasets=list(datasets) or None,
         license=license,
         metrics=[metric],
@@ -137,6 +138,7 @@ def model_card(
         title=title,
         methods=methods,
         adapters=[_type(config) for config in configs],
+        is_ours=bool(OURS & {_type(config) for config in configs}),
         base=base,
         architecture=type(encoder).__name__,
         repository=REPOSITORY,
@@ -149,13 +151,15 @@ def model_card(
         purpose=task.purpose,
         head=of_task.get("head"),
         alpha=None if results is None else results.chosen_alpha,
+        ingredients=None,
+        fisher=False,
         metric=metric,
         table=results_table(results) if results is not None and results.sets else None,
         more=None if results is None else more_table(results),
         chosen_on=_chosen_on(args, results),
         picture=picture,
         settings=_settings(args, configs, task),
-        class_names=_listed(class_names, MOST_CLASSES),
+        class_names=listed(class_names, MOST_CLASSES),
         n_classes=len(class_names),
         new_class_names=_new_class_names(task),
         prompts=[code(template) for template in templates],
@@ -219,9 +223,21 @@ def _title(name: str) -> str:
     return TERMS.get(name, name.replace("_", " "))
 
 
-def _tags(methods: list[str], model_type: str, adapted_base: str | None) -> list[str]:
-    tags = ["hf-robust", "robust-fine-tuning", model_type, *(name.lower().replace(" ", "-") for name in methods)]
-    return tags + ([f"base_model:adapter:{adapted_base}"] if adapted_base else [])
+def tags(methods: list[str], model_type: str | None, adapted_base: str | None) -> list[str]:
+    """Returns the tags of a card.
+
+    Args:
+        methods: as the card names them.
+        model_type: of the dual encoder; None where it is not known.
+        adapted_base: the base's id, of an adapter.
+
+    Example:
+        >>> tags(["LP-FT"], "clip", None)
+        ['hf-robust', 'robust-fine-tuning', 'clip', 'lp-ft']
+    """
+    known = ["hf-robust", "robust-fine-tuning", *([model_type] if model_type else [])]
+    known += [name.lower().replace(" ", "-") for name in methods]
+    return known + ([f"base_model:adapter:{adapted_base}"] if adapted_base else [])
 
 
 def _settings(args: RobustTrainingArguments | None, configs: list[Any], task: Task) -> dict[str, dict[str, str]]:
@@ -260,9 +276,19 @@ def _preprocessing(task: Task) -> dict[str, str]:
 
 def _new_class_names(task: Task) -> str | None:
     names = [name for term in task.terms.values() for name in term.told().get("new_class_names", [])]
-    return _listed(names, len(names)) if names else None
+    return listed(names, len(names)) if names else None
 
 
-def _listed(names: Sequence[str], most: int) -> str:
+def listed(names: Sequence[str], most: int) -> str:
+    """Returns names as Markdown shows them, with commas between.
+
+    Args:
+        names: text of users.
+        most: how many at most.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(escape, names[:most])) + more

@@ -149,13 +149,11 @@ def _draw(axes: Axes, content: Any, answers: Answers, index: int) -> None:
     side = max(width, height) / 2
     axes.imshow(image, extent=(-width / 2, width / 2, -height / 2, height / 2))
     axes.set(xlim=(-side, side), ylim=(-side, side))  # all cells are squares, whatever the image
-    lines = [
-        (f"{_name(answers, answers.predictions[index])} {100 * answers.confidences[index]:.0f} %", ORANGE),
-        (f"label: {_name(answers, answers.targets[index])}", BLUE),
-    ]
-    for line, (text, colour) in enumerate(lines):
-        place = {"xy": (0.5, 0), "xycoords": "axes fraction", "xytext": (0, -4 - 11 * line)}
-        axes.annotate(text, **place, textcoords="offset points", ha="center", va="top", color=colour, fontsize=LABEL_SIZE)
+    answer = f"{_name(answers, answers.predictions[index])} {100 * answers.confidences[index]:.0f} %"
+    label = f"label: {_name(answers, answers.targets[index])}"
+    how: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+    axes.annotate(answer, (0.5, 0), (0, -4), color=ORANGE, fontsize=LABEL_SIZE, **how)
+    axes.annotate(label, (0.5, 0), (0, -15), color=BLUE, fontsize=LABEL_SIZE, **how)
 
 
 def _name(answers: Answers, answer: int) -> str:
