@@ -2,6 +2,7 @@
 
 from . import cards as cards
 from . import data as data
+from . import deploy as deploy
 from . import encoders as encoders
 from . import errors as errors
 from . import evaluation as evaluation
@@ -21,6 +22,7 @@ from .cards.results import results_from_reports as results_from_reports
 from .cards.results import results_from_sweep as results_from_sweep
 from .data.collator import ImageCollator as ImageCollator
 from .data.embeds_cache import with_image_embeds as with_image_embeds
+from .deploy.onnx_files import to_onnx as to_onnx
 from .encoders.context import context_prompt as context_prompt
 from .encoders.dual_encoder import image_embeds as image_embeds
 from .encoders.dual_encoder import text_embeds as text_embeds

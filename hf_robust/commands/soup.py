@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PrinterCallback, ProcessorMixin
 
+from ..cards.merged import merged_card
+from ..cards.push import write_card
 from ..data.class_spaces import class_space
 from ..data.rows import LabelledImages
 from ..data.text_files import read_json
@@ -26,11 +28,11 @@ from ..interpolation.publish import check_output, publish_folder
 from ..interpolation.soup_adapters import trying
 from ..interpolation.soup_files import check_same_classes, check_soup, soup_checkpoints
 from ..interpolation.soups import check_different, choose_greedily, uniform_soup
+from ..scripting.loading import load_adapter_config, load_images, load_processor, read_class_names
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE
 from ..training.arguments import RobustTrainingArguments
 from ..training.trainer import RobustTrainer
-from .loading import load_adapter_config, load_images, load_processor, read_class_names
 
 METRIC = "validation_accuracy"
 SOUP = "default"  # the adapter that PEFT saves in the folder itself
@@ -60,6 +62,8 @@ def make_soup(args: Any) -> None:
     if args.zero_shot and not any(adapters):
         raise ConfigError("a soup of whole models has no base", where="zero_shot")
     members = _soup_adapters(folders, output, args) if any(adapters) else _soup_models(folders, output, args)
+    base = load_adapter_config(str(output)).base_model_name_or_path if any(adapters) else None
+    write_card(output, merged_card(output, ingredients=len(members), base_model_id=args.zero_shot or base))
     kind = "adapter" if any(adapters) else "model"
     print(f"soup of {len(members)} {kind}{'' if len(members) == 1 else 's'}: {output}")
 
