@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 from ..data.embeds_cache import IMAGE_INPUTS
 from ..data.publish import TEMPORARY, seal, sync
 from ..encoders.dual_encoder import logit_bias, logit_scale, text_tokenizer, tokenize
-from ..errors import ConfigError
+from ..errors import ConfigError, needs_extra
 from ..tasks.several_labels import SeveralLabels
 from ..tasks.task import Task
 from .modules import image_classifier, towers
 
-PACKAGES = ("onnx", "onnxscript")  # what torch.onnx.export needs
 TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir")  # loggers that name what they skip
 BLANK = Image.new("RGB", (60, 40))
 
@@ -64,7 +62,9 @@ def to_onnx(task: Task, path: str | Path, parts: Literal["classifier", "towers"]
         (8, 200)
     """
     path = Path(path)
-    _check_packages()
+    with needs_extra("onnx"):  # torch.onnx.export needs them
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
     if parts == "classifier":
         if path.suffix != ".onnx" or path.is_dir():
             raise ConfigError("no name of an ONNX file", where="path", got=str(path), allowed="a file *.onnx")
@@ -79,13 +79,6 @@ def to_onnx(task: Task, path: str | Path, parts: Literal["classifier", "towers"]
             _export_towers(task, folder)
     else:
         raise ConfigError("unknown parts", where="parts", got=parts, allowed="'classifier', 'towers'")
-
-
-def _check_packages() -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        remedy = 'Install them: pip install "hf_robust[onnx]".'
-        raise ConfigError("packages are not installed", where="to_onnx", got=missing, remedy=remedy)
 
 
 def _export_towers(task: Task, folder: Path) -> None:
