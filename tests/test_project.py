@@ -145,6 +145,14 @@ def test_imports_run_downwards(path: Path) -> None:
     assert imported_rooms(ast.parse(path.read_text(encoding="utf-8")), package) <= below | {room}
 
 
+def test_the_map_names_every_file() -> None:
+    rows = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    for room in set().union(*FLOORS):
+        files = [path.name for path in (PACKAGE / room).rglob("*.py") if path.name != "__init__.py"]
+        shown = " ".join(row for row in rows if row.startswith(f"| `{room}/` |"))
+        assert [name for name in files if f"`{name}`" not in shown] == [], room
+
+
 EXAMPLES = PACKAGE.parent / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("**/*.py") if path.parent.name != "demo")
 
