@@ -27,13 +27,7 @@ from tests.trainers import NAMES
 from .saved import PICTURES, TEST, Saved, captioned, people, save_base, save_trained, several
 
 BY_HEAD = [(method, "live") for method in ("full", "saft", "aclip", "radapter", "lora")]
-BY_HEAD += [
-    ("saft", "frozen"),
-    ("saft", "trainable"),
-    ("full", "trainable"),
-    ("full", "frozen"),
-    ("lora", "trainable"),
-]
+BY_HEAD += [("saft", "frozen"), ("full", "frozen")] + [(method, "trainable") for method in ("full", "saft", "lora")]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +89,13 @@ def test_flyp_and_its_class(root, base):
     with pytest.raises(ConfigError, match=r"trained as FLYP.*got 'ZeroShotClassifier'.*Use FLYP.from_pretrained"):
         loaded(saved.folder)
     assert type(loaded(saved.folder, Task)) is FLYP
+
+
+def test_a_class_of_the_users_own(saft):
+    class Mine(ZeroShotClassifier):
+        pass
+
+    assert type(loaded(saft.folder, Mine)) is Mine
 
 
 def test_several_labels_with_scale_bias_and_threshold(root, base):
