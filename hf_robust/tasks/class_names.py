@@ -23,10 +23,11 @@ from . import heads
 from .accuracy import AccuracyAndLoss
 from .gather import n_ranks
 from .measure import Measure
+from .prediction import NamedClassesTask
 from .prompts import Prompts
 from .sampled_classes import SampledClasses, check_sampled_loss
 from .settings import task_settings
-from .task import Rows, Task, TaskOutput
+from .task import Rows, TaskOutput
 from .task_loss import TaskLoss, class_weights
 
 __all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]
@@ -54,7 +55,7 @@ class ZeroShotClassifierOutput(TaskOutput):
     terms: dict[str, Tensor] | None = None
 
 
-class ZeroShotClassifier(Task):
+class ZeroShotClassifier(NamedClassesTask):
     """An image classifier around a dual encoder: images are compared with prompts that hold the class names.
 
     At the start every `head` gives the zero-shot predictions of `model`, as it is when the classifier is built:
