@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hf_robust import WiSEFTCallback
+from hf_robust import SAFTConfig, WiSEFTCallback
 from tests.tiny_models import image_dataset, tiny_model
 from tests.trainers import METHODS, NAMES, OTHER_NAMES, build
 from tests.training.test_identities_trainer import of as identities
@@ -237,6 +237,17 @@ def test_what_was_left_out_is_counted_and_listed_without_paths(tmp_path):
     assert "- Left out: 2 of 18 images of the training set: row 2, image cannot be opened; row 11, image" in text
     assert "- Left out: 1 of 7 images of the set id: row 3, image cannot be opened\n" in text
     assert text.count("Left out") == 2 and "11.png" not in text
+
+
+def test_export_shira_is_offered_in_the_log_and_on_the_card(tmp_path, caplog):
+    for where, offered in (({"target_modules": ["q_proj"], "exclude_modules": ["bias"]}, True), ({}, False)):
+        caplog.clear()
+        model = get_peft_model(tiny_model("clip"), SAFTConfig(density=0.01, **where))
+        trainer = build(tmp_path, model=model, max_steps=1)
+        with caplog.at_level("INFO", "hf_robust"):
+            trainer.train()
+        trainer.save_model()
+        assert ("export_shira" in caplog.text) == offered == ("export_shira" in (tmp_path / "README.md").read_text())
 
 
 def test_several_labels_of_a_plain_set(tmp_path):
