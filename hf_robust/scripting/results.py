@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from statistics import stdev
+from typing import Any
 
 from ..cards.card import model_card
 from ..cards.results import Column, results_from_accuracies, role_of
@@ -57,6 +58,6 @@ def save_with_card(
         if name != "validation":
             roles[name] = role_of(name, not trainer.model.knows(rows)), len(rows)
     results = results_from_accuracies(accuracies, roles, chosen_alpha, trainer.model.metrics[0])
-    images = len(trainer.train_dataset)
-    trainer.create_model_card(model_card(trainer.model, trainer.args, results, train_images=images))
+    how: Any = {"train_images": len(trainer.train_dataset), "left_out": trainer.card_left_out()}
+    trainer.create_model_card(model_card(trainer.model, trainer.args, results, **how))
     trainer.save_model()

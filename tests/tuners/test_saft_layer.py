@@ -13,9 +13,8 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import Tensor, nn
 
 from hf_robust import SAFTConfig, export_shira, select_saft
-from hf_robust.tuners.saft import exports_to_shira
 from hf_robust.errors import AdapterFileError, BaseWeightsError, ConfigError
-from hf_robust.tuners.saft import resident
+from hf_robust.tuners.saft import exports_to_shira, resident
 from hf_robust.tuners.saft.plan import Plan, same_bits
 
 from ..programs import run_programs
