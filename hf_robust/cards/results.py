@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from scipy.stats import binomtest
-
 from ..errors import DataError
 from ..evaluation.roles import ROLES, Role
 from ..interpolation.sweep import AlphaSweep
@@ -239,6 +237,8 @@ def with_interval(share: float, images: int) -> Accuracy:
         >>> str(with_interval(0.5, 100))
         '50.0 (40.4–59.6)'
     """
+    from scipy.stats import binomtest  # slow to import
+
     interval = binomtest(round(share * images), images).proportion_ci(method="wilson")
     return Accuracy(share, (float(interval.low), float(interval.high)))
 

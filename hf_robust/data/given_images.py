@@ -16,13 +16,31 @@ from PIL import Image
 
 from ..errors import DataError
 from .columns import IMAGE
-from .images import UnopenedImage
+from .images import UnopenedImage, load_rgb
 from .rows import LabelledImages, images_alone
 
 WEB = ("http://", "https://")
 MOST_BYTES = 100 * 2**20  # of a file that is downloaded
 PATIENCE = 30  # seconds without a byte
 ALLOWED = "paths, http(s) addresses of files, PIL images, uint8 arrays (height, width, 3), or a dataset of images"
+
+
+@dataclass(frozen=True)
+class GivenImage(UnopenedImage):
+    """An image that may be an array, or the address of a file, which is downloaded when the image is opened."""
+
+    def open(self) -> Image.Image:
+        """Returns the image as upright 8-bit RGB.
+
+        Raises:
+            DataError: what `load_rgb` and `download` raise, or it is an array and no image.
+        """
+        image = self.content
+        if isinstance(image, np.ndarray):
+            image = _from_array(image, self.where)
+        if isinstance(image, str) and image.startswith(WEB):
+            image = {"bytes": download(image, self.where), "path": image}
+        return load_rgb(image, self.where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +57,7 @@ class GivenImages(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        where = f"image {index}"
-        return {IMAGE: UnopenedImage(_content(self.images[index], where), where)}
+        return {IMAGE: GivenImage(self.images[index], f"image {index}")}
 
 
 def given_images(images: Any) -> GivenImages | LabelledImages:
@@ -73,15 +90,6 @@ def _is_one(images: Any) -> bool:
     if isinstance(images, np.ndarray | torch.Tensor):
         return images.ndim < 4
     return isinstance(images, str | Path | Image.Image | Mapping)
-
-
-def _content(image: Any, where: str) -> Any:
-    """What `load_rgb` takes."""
-    if isinstance(image, np.ndarray):
-        return _from_array(image, where)
-    if isinstance(image, str) and image.startswith(WEB):
-        return {"bytes": download(image, where), "path": image}
-    return image
 
 
 def _from_array(image: np.ndarray, where: str) -> Image.Image:

@@ -302,6 +302,12 @@ class ZeroShotClassifier(NamedClassesTask):
         """Returns weight `(classes, dim)` and bias `(classes,)` of `head="trainable"`, in float32 or better."""
         return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
 
+    def linear_head(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight `(classes, dim)`, and the bias if any, that make the logits of image embeddings now."""
+        weight, bias = self._weight_and_bias(self._class_embeds())
+        rows = slice(None) if self._order is None else self._order
+        return weight[rows], bias if bias is None or bias.dim() == 0 else bias[rows]
+
     def _build_head(self) -> None:
         with torch.no_grad(), evaluating(self.model):
             if self.head == "frozen":

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModel, AutoProcessor, ProcessorMixin
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.text_files import read_json
 from ..encoders.dual_encoder import family
@@ -53,6 +54,7 @@ class SavedModel:
             AdapterFileError: there are several, and it is not said which of them were active; or one is missing.
         """
         found = {path.parent.name: path.parent for path in sorted(self.folder.glob(f"*/{ADAPTER_CONFIG}"))}
+        found = {name: path for name, path in found.items() if not name.startswith(PREFIX_CHECKPOINT_DIR)}
         if (self.folder / ADAPTER_CONFIG).exists():
             found = {IN_THE_FOLDER: self.folder, **found}
         elif (self.folder / MODEL_CONFIG).exists() or not found:
@@ -113,31 +115,12 @@ def load_encoder(
     Raises:
         AdapterFileError: the folder holds no model, an adapter does not name its base or does not fit it, or weights
             are missing.
-        ConfigError: the base is not there or no dual encoder, or there is no adapter that had one.
+        ConfigError: the base is not there or no dual encoder, or a base is given for a whole model.
     """
     if not adapters:
-        if base is not None:
-            raise ConfigError("a whole model has no base", where="base", got=str(base), remedy="Leave it out.")
-        if not (model.folder / MODEL_CONFIG).exists():
-            checkpoints = sorted(path.name for path in model.folder.glob("checkpoint-*"))
-            remedy = f"Give one of the checkpoints in it: {', '.join(checkpoints)}." if checkpoints else None
-            remedy = remedy or "Save the model with trainer.save_model()."
-            allowed = f"a folder with {ADAPTER_CONFIG} or {MODEL_CONFIG}"
-            raise AdapterFileError("there is no model", where=model.name, allowed=allowed, remedy=remedy)
+        _check_whole(model, base)
         return _whole_model(model, dtype), _processor(model.folder)
-    config = PeftConfig.from_pretrained(str(next(iter(adapters.values()))))
-    named = base is None
-    name = config.base_model_name_or_path if base is None else base
-    if not name:
-        what, remedy = "the adapter does not name its base", "Give it: base='openai/clip-vit-base-patch32', say."
-        raise AdapterFileError(what, where=model.name, remedy=remedy)
-    try:
-        of_base = find_model(name, config.revision if named and not Path(name).is_dir() else None)
-    except ConfigError as error:
-        remedy = "Give the place where it is now: base=…."
-        raise ConfigError(
-            f"the adapter's base: {error.what}", where=model.name, got=str(name), remedy=remedy
-        ) from error
+    of_base = _base(model, next(iter(adapters.values())), base)
     encoder = _with_adapters(_whole_model(of_base, dtype), adapters)
     own = model.folder / PROCESSOR_FOLDER
     beside = (model.folder / "tokenizer_config.json").exists()  # as early versions wrote it
@@ -175,6 +158,31 @@ def _explained(what: str, where: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
         raise AdapterFileError(f"{what} ({type(error).__name__}: {in_short(error)})", where=where) from error
+
+
+def _check_whole(model: SavedModel, base: str | Path | None) -> None:
+    if not (model.folder / MODEL_CONFIG).exists():
+        checkpoints = ", ".join(sorted(path.name for path in model.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")))
+        remedy = f"Give one of its checkpoints: {checkpoints}." if checkpoints else "trainer.save_model() saves one."
+        allowed = f"a folder with {ADAPTER_CONFIG} or {MODEL_CONFIG}"
+        raise AdapterFileError("there is no model", where=model.name, allowed=allowed, remedy=remedy)
+    if base is not None:
+        raise ConfigError("a whole model has no base", where="base", got=str(base), remedy="Leave it out.")
+
+
+def _base(model: SavedModel, adapter: Path, given: str | Path | None) -> SavedModel:
+    with _explained("the adapter's settings cannot be read", str(adapter)):
+        config = PeftConfig.from_pretrained(str(adapter))
+    name = config.base_model_name_or_path if given is None else str(given)
+    if not name:
+        what, remedy = "the adapter does not name its base", "Give it: base='openai/clip-vit-base-patch32', say."
+        raise AdapterFileError(what, where=model.name, remedy=remedy)
+    of_hub = given is None and not Path(name).is_dir()
+    try:
+        return find_model(name, config.revision if of_hub else None)
+    except ConfigError as error:
+        what, remedy = f"the adapter's base: {error.what}", "Give the place where it is now: base=…."
+        raise ConfigError(what, where=model.name, got=name, remedy=remedy) from error
 
 
 def _whole_model(model: SavedModel, dtype: str | torch.dtype) -> Any:

@@ -59,6 +59,10 @@ class Task(InferenceModule):
     Args:
         model: a dual encoder, plain or a `PeftModel` around one.
         processor: its processor.
+
+    Example:
+        >>> type(Task.from_pretrained("my-adapter"))  # whichever was trained
+        <class 'hf_robust.tasks.class_names.ZeroShotClassifier'>
     """
 
     main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs

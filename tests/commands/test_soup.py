@@ -37,8 +37,9 @@ def soup(monkeypatch, tmp_path, capsys):
 
     def run(*flags, output="soup"):
         capsys.readouterr()
+        status = 0
         try:
-            status = main(["merge", "--output", output, "--use_cpu", *flags])
+            main(["merge", "--output", output, "--use_cpu", *flags])
         except SystemExit as leaving:
             status = leaving.code
         printed = capsys.readouterr()
@@ -99,7 +100,7 @@ def test_adapters_become_an_adapter_that_goes_part_of_the_way(soup):
     heads = [load_file(f"{name}/classifier.safetensors")["class_head.weight"] for name in ("soup", "a", "b")]
     torch.testing.assert_close(heads[0], (heads[1] + heads[2]) / 2)
     assert Path("soup/processor/tokenizer.json").exists() and json.loads(Path("soup/classifier.json").read_text())
-    assert main(["check", "soup"]) == 0
+    main(["check", "soup"])  # else it leaves
 
 
 def merged(folder):
