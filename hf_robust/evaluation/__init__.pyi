@@ -2,11 +2,13 @@
 
 from . import answers as answers
 from . import classification as classification
+from . import corrupted_sets as corrupted_sets
 from . import corruptions as corruptions
 from . import difficulty as difficulty
 from . import difficulty_plot as difficulty_plot
 from . import difficulty_report as difficulty_report
 from . import ensemble_side as ensemble_side
+from . import error_plot as error_plot
 from . import label_sets as label_sets
 from . import loaded as loaded
 from . import metrics as metrics
