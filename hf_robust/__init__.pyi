@@ -59,6 +59,7 @@ from .tasks.flyp import FLYP as FLYP
 from .tasks.identities import Identities as Identities
 from .tasks.pairs import ImageTextPairs as ImageTextPairs
 from .tasks.several_labels import SeveralLabels as SeveralLabels
+from .tasks.task import Task as Task
 from .training.arguments import RobustTrainingArguments as RobustTrainingArguments
 from .training.trainer import RobustTrainer as RobustTrainer
 from .tuners.aclip import ACLIPConfig as ACLIPConfig

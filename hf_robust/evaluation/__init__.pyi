@@ -1,28 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from . import answers as answers
-from . import classification as classification
-from . import corrupted_sets as corrupted_sets
-from . import corruptions as corruptions
-from . import difficulty as difficulty
-from . import difficulty_plot as difficulty_plot
-from . import difficulty_report as difficulty_report
-from . import ensemble_side as ensemble_side
-from . import error_plot as error_plot
-from . import label_sets as label_sets
-from . import loaded as loaded
-from . import metrics as metrics
-from . import passes as passes
-from . import plots as plots
-from . import protocols as protocols
-from . import report as report
-from . import retrieval_sets as retrieval_sets
-from . import roles as roles
-from . import run as run
-from . import statistics as statistics
-from . import suite as suite
-from . import task_metrics as task_metrics
-from . import text_side as text_side
 from .classification import accuracies as accuracies
 from .classification import expected_calibration_error as expected_calibration_error
 from .corruptions import CORRUPTIONS as CORRUPTIONS
