@@ -21,7 +21,7 @@ demo: .venv/demo  ## fine-tune a small CLIP several ways and compare what they g
 
 compare: .venv/demo  ## compare all methods on the demo's drawings, over three seeds: an hour and a half; goes on where it stopped
 	$(BIN)/python examples/demo/data.py
-	$(BIN)/python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml
+	$(BIN)/hf-robust compare --config examples/configs/compare_methods.yaml
 
 cards: compare  ## write the figures of the comparison into model_cards/
 	cp runs/compare/cards/aclip.md model_cards/a_clip.md

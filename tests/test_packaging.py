@@ -134,7 +134,7 @@ import hf_robust
 reveal_type(SAFTConfig(density=0.001).density)
 reveal_type(harmonic_mean(0.5, 0.5))
 reveal_type(hf_robust.TEMPLATES)
-hf_robust.evaluation.statistics.paired_test([True], [False])
+hf_robust.evaluation.paired_test([True], [False])
 harmonic_mean("a half", 0.5)
 hf_robust.no_such_name
 """
