@@ -12,30 +12,56 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-LINK = re.compile(r"\]\((?P<target>(?:\.\./)+[^)#\s]+)")
+COPIES = "repository"  # folder of the site
+LINK = re.compile(r"(?<=\]\()(?!https?:|#)[^)#\s]+(?=[)#])")
 
 
-def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Points links that lead out of docs/ to copies of what they name.
+def on_files(files: Files, config: Any) -> Files:
+    """Adds what pages link to, and what pages that are added link to.
+
+    Args:
+        files: of the site.
+        config: of the site.
+
+    Returns:
+        The files, with copies.
+    """
+    pages = list(files.documentation_pages())
+    for page in pages:
+        for link in LINK.findall(page.content_string):
+            path = _repository_path(page.src_uri, link)
+            if path is None or files.get_file_from_path(f"{COPIES}/{path}"):
+                continue
+            file = File.generated(config, f"{COPIES}/{path}", abs_src_path=str(ROOT / path))
+            files.append(file)
+            if file.is_documentation_page():
+                pages.append(file)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
+    """Points links that lead out of docs/ to the copies.
 
     Args:
         markdown: of the page.
         page: the page.
-        config: of the site.
-        files: of the site; what is linked is added.
+        **kwargs: of mkdocs.
 
     Returns:
-        The markdown with other links. A link to no file is left, and mkdocs warns of it.
+        The markdown. A link to no file is left, and mkdocs warns of it.
     """
-    folder = PurePosixPath("docs", page.file.src_uri).parent
+    source = page.file.src_uri
 
-    def taken_along(match: re.Match[str]) -> str:
-        path = os.path.normpath(folder / match["target"])
-        if path.startswith("docs/") or not (ROOT / path).is_file():
-            return match[0]
-        name = f"repository/{path}.txt" if path.endswith((".yaml", ".py", ".md")) else f"repository/{path}"
-        if files.get_file_from_path(name) is None:
-            files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
-        return "](" + os.path.relpath(name, PurePosixPath(page.file.src_uri).parent)
+    def copied(match: re.Match[str]) -> str:
+        path = _repository_path(source, match[0])
+        return match[0] if path is None else os.path.relpath(f"{COPIES}/{path}", PurePosixPath(source).parent)
 
-    return LINK.sub(taken_along, markdown)
+    return LINK.sub(copied, markdown)
+
+
+def _repository_path(source: str, link: str) -> str | None:
+    """What a link of a page means in the repository, if that is a file and no page of docs/."""
+    copied = source.startswith(f"{COPIES}/")
+    written = PurePosixPath(source).relative_to(COPIES) if copied else PurePosixPath("docs", source)
+    path = os.path.normpath(written.parent / link)
+    return path if (ROOT / path).is_file() and not path.startswith("docs/") else None
