@@ -53,7 +53,9 @@ def test_docstrings_are_shown(site):
 
 def test_nothing_is_fetched_when_a_page_is_viewed(site):
     for page in site.rglob("*.html"):
-        loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?://[^"]+)"', page.read_text(encoding="utf-8"))
+        loaded = re.findall(
+            r'<(?:script|img|link)[^>]*(?:src|href)="(https?://[^"]+)"', page.read_text(encoding="utf-8")
+        )
         assert not [one for one in loaded if "squidfunk" not in one], page
 
 
