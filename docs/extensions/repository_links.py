@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Links out of docs/ into the repository work on the site as they do in the repository: what they name is taken along."""
+"""Links out of docs/ into the repository work on the site as they do there: what they name is taken along."""
 
 from __future__ import annotations
 

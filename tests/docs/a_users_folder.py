@@ -56,8 +56,7 @@ def save_adapter(folder: Path) -> None:
     """An adapter as pages leave behind that a reader has seen before."""
     model = get_peft_model(tiny_model("clip"), SAFTConfig(density=0.01, score="magnitude"))
     args = RobustTrainingArguments(str(folder / "runs"), max_steps=1, disable_tqdm=True, save_strategy="no")
-    trainer = RobustTrainer(
-        model, args, train_dataset=image_dataset(8, CLASSES), processing_class=tiny_processor("clip")
-    )
+    data = {"train_dataset": image_dataset(8, CLASSES), "processing_class": tiny_processor("clip")}
+    trainer = RobustTrainer(model, args, **data)
     trainer.train()
     trainer.save_model(str(folder / "my-adapter"))

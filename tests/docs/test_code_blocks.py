@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in README.md and docs/ can be copied and run: every block of code, with a tiny model of the same name."""
+"""What stands in README.md and docs/ can be copied and run: every block of code, with a tiny model of the name."""
 
 from __future__ import annotations
 
