@@ -1,59 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune CLIP-like models without forgetting: robust fine-tuning methods as a PEFT extension."""
 
-from .cards.card import model_card as model_card
-from .cards.push import push as push
-from .cards.push import write_card as write_card
-from .cards.results import CardResults as CardResults
-from .cards.results import results_from_reports as results_from_reports
-from .cards.results import results_from_sweep as results_from_sweep
-from .data.collator import ImageCollator as ImageCollator
-from .data.embeds_cache import with_image_embeds as with_image_embeds
-from .encoders.context import context_prompt as context_prompt
-from .encoders.dual_encoder import image_embeds as image_embeds
-from .encoders.dual_encoder import text_embeds as text_embeds
-from .encoders.dual_encoder import tokenize as tokenize
-from .encoders.image_size import with_image_size as with_image_size
-from .interpolation import AlphaSweep as AlphaSweep
-from .interpolation import GreedySoup as GreedySoup
-from .interpolation import PerImageEnsemble as PerImageEnsemble
-from .interpolation import WiSEFTCallback as WiSEFTCallback
-from .interpolation import alpha_sweep as alpha_sweep
-from .interpolation import diagonal_fisher as diagonal_fisher
-from .interpolation import greedy_soup as greedy_soup
-from .interpolation import interpolate as interpolate
-from .interpolation import interpolate_checkpoints as interpolate_checkpoints
-from .interpolation import soup_checkpoints as soup_checkpoints
-from .interpolation import tpgm as tpgm
-from .interpolation import uniform_soup as uniform_soup
-from .interpolation import wise_ft as wise_ft
-from .losses import ContextLoss as ContextLoss
-from .losses import FeatureLoss as FeatureLoss
-from .losses import LipsumLoss as LipsumLoss
-from .losses import SimilarityLoss as SimilarityLoss
-from .losses import SpuriosityLoss as SpuriosityLoss
-from .losses import Term as Term
-from .losses import WeightLoss as WeightLoss
-from .losses import add_terms as add_terms
-from .ogen import FeatureGenerator as FeatureGenerator
-from .ogen import OGENConfig as OGENConfig
-from .ogen import OGENLoss as OGENLoss
-from .tasks.class_names import TEMPLATES as TEMPLATES
-from .tasks.class_names import ZeroShotClassifier as ZeroShotClassifier
-from .tasks.class_names import class_embeddings as class_embeddings
-from .tasks.flyp import FLYP as FLYP
-from .tasks.identities import Identities as Identities
-from .tasks.pairs import ImageTextPairs as ImageTextPairs
-from .tasks.several_labels import SeveralLabels as SeveralLabels
-from .training.arguments import RobustTrainingArguments as RobustTrainingArguments
-from .training.trainer import RobustTrainer as RobustTrainer
-from .tuners.aclip import ACLIPConfig as ACLIPConfig
-from .tuners.aclip import ACLIPModel as ACLIPModel
-from .tuners.radapter import RAdapterConfig as RAdapterConfig
-from .tuners.radapter import RAdapterModel as RAdapterModel
-from .tuners.saft import SAFTConfig as SAFTConfig
-from .tuners.saft import SAFTModel as SAFTModel
-from .tuners.saft import export_shira as export_shira
-from .tuners.saft import mask_summary as mask_summary
-from .tuners.saft import saft_unselected as saft_unselected
-from .tuners.saft import select_saft as select_saft
+from importlib.metadata import version
+
+import lazy_loader
+
+from . import tuners as tuners  # from here on PEFT knows the methods
+
+__version__ = version("hf_robust")
+# Names and rooms are loaded when they are first used; the stub lists them, for type checkers too
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,92 +5,81 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+COMMANDS = {
+    "train": "fine-tune a model; see what it gained and cost",
+    "evaluate": "a model and its base on several sets",
+    "compare": "all methods on one task, over several seeds",
+    "difficulty": "how hard a task is; which method to start with",
+    "merge": "WiSE-FT and soups of models on disk",
+    "predict": "classify images",
+    "check": "look whether a saved adapter is whole",
+}
+DESCRIPTION = "Fine-tune CLIP-like models so that they do not forget."
+EPILOG = """example: hf-robust train photos
+More on each: hf-robust COMMAND --help"""
+SHELLS = ("bash", "zsh", "tcsh")
 
-from .data.text_files import read_json
-from .errors import AdapterFileError, HfRobustError
-from .peft_types import RobustPeftType
-from .scripting.merging import MergeArguments, merge
-from .scripting.run import run
-from .tuners.files import CONFIG_FILE, WEIGHTS_FILE, check_digest
 
-CONFIGS: dict[str, Any] = {method.value: PEFT_TYPE_TO_CONFIG_MAPPING[method] for method in RobustPeftType}
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `hf-robust COMMAND …`.
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `hf-robust check FOLDER` or `hf-robust merge --zero_shot …`.
+    A command's module is imported when it is called.
 
     Args:
-        arguments: of the command; by default those of the process.
-
-    Returns:
-        The exit status: 0 for an adapter that is whole, 1 for one that is refused.
+        arguments: of the command line; by default those of the process.
 
     Raises:
-        SystemExit: with status 2, where the command line is wrong or models cannot be merged.
+        SystemExit: with status 2, where the command line or what it names is wrong.
 
     Example:
         >>> main(["check", "runs/saft"])
         runs/saft: whole
         ...
-        0
     """
-    parser = argparse.ArgumentParser(prog="hf-robust", description="Robust fine-tuning of CLIP-like models.")
-    commands = parser.add_subparsers(required=True)
-    check = commands.add_parser("check", help="look whether the folder of a saved adapter is whole")
-    check.add_argument("folder", type=Path, help="with adapter_config.json and adapter_model.safetensors")
-    commands.add_parser("merge", help="WiSE-FT and soups of models on disk; merge --help says more", add_help=False)
-    flags = list(sys.argv[1:] if arguments is None else arguments)
-    if flags[:1] == ["merge"]:
-        run(merge, MergeArguments, flags=flags[1:], program="hf-robust merge")
-        return 0
-    folder = parser.parse_args(flags).folder
-    try:
-        verdict, *found = check_folder(folder)
-    except (HfRobustError, ValueError, OSError) as error:
-        print(f"{folder}: refused\n  {type(error).__name__}: {error}")
-        return 1
-    print("\n".join([f"{folder}: {verdict}", *(f"  {line}" for line in found)]))
-    return 0
+    name, *flags = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name not in COMMANDS:
+        return _without_command([name, *flags])
+    from .scripting.run import run
+
+    command = _module(name)
+    run(command.main, *command.TYPES, flags=flags, program=f"hf-robust {name}", example=command.EXAMPLE)
 
 
-def check_folder(folder: Path) -> list[str]:
-    """Looks at an adapter's folder as loading does, but for what only the base can tell.
+def _module(name: str) -> ModuleType:
+    return import_module(f".commands.{name}", __package__)
 
-    Args:
-        folder: of a saved SAFT or A-CLIP adapter.
 
-    Returns:
-        The verdict; what was looked at, and what could not be, in words.
+def _without_command(flags: Sequence[str]) -> None:
+    """Shows the help, writes what completes commands in a shell, or says what is wrong."""
+    text: Any = {"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("hf-robust", "%(prog)s COMMAND …", allow_abbrev=False, **text)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, help in COMMANDS.items():
+        commands.add_parser(name, help=help)
+    completion = 'for a shell to complete commands: eval "$(hf-robust --completion bash)"'
+    parser.add_argument("--completion", choices=SHELLS, help=completion)
+    if flags[:1] == ["--completion"] and flags[1:] and flags[1] in SHELLS:
+        print(_completion(flags[1]))
+        return
+    parser.parse_args(flags)
 
-    Raises:
-        AdapterFileError: the folder is not that of an adapter, or is not as it was saved.
-        UnsafeFileError: a file is no regular file.
-    """
-    settings = read_json(folder / CONFIG_FILE)
-    method = settings.get("peft_type") if isinstance(settings, dict) else None
-    if method not in CONFIGS:
-        allowed = ", ".join(CONFIGS)
-        raise AdapterFileError("not an adapter of hf_robust", where=str(folder), got=method, allowed=allowed)
-    if not (folder / WEIGHTS_FILE).exists():
-        raise AdapterFileError("adapter's tensors are not there", where=str(folder), allowed=WEIGHTS_FILE)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        config = CONFIGS[method].from_pretrained(str(folder))
-        check_digest(folder, config.saved, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
-    verdict = "whole" if config.saved else "of an older version, maybe not whole"
-    lines = [verdict, f"settings: of {method}, each of the right kind"]
-    if config.saved is None:
-        lines.append("not looked at: tensors and base, which older versions of hf_robust did not describe")
-    else:
-        base = config.base_model_name_or_path or "a base without a name"
-        if method == "SAFT" and config.entry_counts is None:
-            lines.append("note: no entries have been selected, it changes nothing")
-        lines.append(f"tensors: format {config.saved['format_version']}, SHA-256 {config.saved['sha256'][:16]}…")
-        lines.append(f"not looked at: the base; loading compares it with {base}, as described in the settings")
-    return lines + [f"note: {warning.message}" for warning in caught]
+
+def _completion(shell: str) -> str:
+    import shtab
+
+    from .scripting.arguments import Parser
+
+    whole = argparse.ArgumentParser(prog="hf-robust")
+    commands = whole.add_subparsers(parser_class=argparse.ArgumentParser)
+    for name, help in COMMANDS.items():
+        parser = Parser(_module(name).TYPES, f"hf-robust {name}")
+        for action in parser._actions:
+            if not action.option_strings or action.dest in ("config", "output_dir", "output"):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        commands.add_parser(name, help=help, parents=[parser], add_help=False)
+    return shtab.complete(whole, shell)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from .shown import printable, sendable, shown
 
 LONGEST = 500  # characters of a part of a message; each may hold what was read from a file
@@ -101,6 +104,27 @@ class UnsafeFileError(HfRobustError, ValueError):
 
 class HubError(HfRobustError, OSError):
     """A model could not be pushed to the Hub; the local copy is complete, and the message says how to go on."""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Says how to install what an import needs, where that belongs to an extra and is not there.
+
+    Args:
+        extra: its name, as `identities`.
+
+    Raises:
+        ConfigError: a package that is imported inside is not installed.
+
+    Example:
+        >>> with needs_extra("identities"):
+        ...     from pytorch_metric_learning.losses import ArcFaceLoss
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f"pip install 'hf_robust[{extra}]'"
+        raise ConfigError(f"package {error.name!r} is not installed", remedy=remedy) from error
 
 
 def close_matches(name: str, known: list[str]) -> str:

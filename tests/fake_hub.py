@@ -28,6 +28,7 @@ ENDPOINTS = {
     "preupload": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
     "commit": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
     "info": r"GET /api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?",
+    "tree": r"GET /api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)",
     "lfs_batch": r"POST /(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
     "lfs_upload": r"PUT /lfs/(?P<oid>\w+)",
     "resolve": r"(GET|HEAD) /(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)",
@@ -60,6 +61,9 @@ class FakeHub:
     def sha(self, repo: str, revision: str) -> str:
         return hashlib.sha1(f"{repo} {revision} {self.commits(repo, revision)}".encode()).hexdigest()
 
+    def branch_of(self, repo: str, revision: str) -> str:
+        return next(name for name in self.branches[repo] if revision in (name, self.sha(repo, name)))
+
     def create(self, body: Any, **_: Any) -> tuple[int, Any]:
         repo = f"{body['organization'] or 'alice'}/{body['name']}"
         if repo in self.branches:
@@ -80,6 +84,13 @@ class FakeHub:
     def info(self, repo: str, revision: str | None, **_: Any) -> tuple[int, Any]:
         siblings = [{"rfilename": name} for name in self.files(repo, revision or "main")]
         return 200, {"id": repo, "sha": self.sha(repo, revision or "main"), "siblings": siblings}
+
+    def tree(self, repo: str, revision: str, **_: Any) -> tuple[int, Any]:
+        files = self.files(repo, self.branch_of(repo, revision))
+        return 200, [
+            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for name, content in files.items()
+        ]
 
     def preupload(self, body: Any, repo: str, revision: str) -> tuple[int, Any]:
         files = []
@@ -118,8 +129,7 @@ class FakeHub:
         return 200, {"commitUrl": f"{self.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True}
 
     def resolve(self, repo: str, revision: str, file: str, **_: Any) -> tuple[int, Any]:
-        branch = next(name for name in self.branches[repo] if revision in (name, self.sha(repo, name)))
-        files = self.files(repo, branch)
+        files = self.files(repo, self.branch_of(repo, revision))
         return (200, files[file]) if file in files else (404, {"error": "Entry not found"})
 
 

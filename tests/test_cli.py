@@ -3,102 +3,88 @@
 
 from __future__ import annotations
 
-import json
 import runpy
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 
-from hf_robust import SAFTConfig
-from hf_robust.cli import main
+from hf_robust.cli import COMMANDS, main
+from hf_robust.scripting.arguments import parse_arguments
 
-from .methods import CLIP, Method, prepared
+from .methods import CLIP
 from .tiny_models import tiny_model
 
 
-@pytest.fixture
-def folder(method: Method, tmp_path: Path) -> Path:
-    prepared(method, tiny_model(CLIP), CLIP).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    return tmp_path / "adapter"
-
-
-def changed(folder: Path, **settings: object) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-
-
-def test_a_whole_adapter(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["check", str(folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    sha256 = json.loads((folder / "adapter_config.json").read_text())["saved"]["sha256"]
-    assert lines[0] == f"{folder}: whole" and sha256[:16] in lines[2] and "not looked at: the base" in lines[3]
-
-
-def test_a_damaged_adapter(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    name = max(tensors, key=lambda name: tensors[name].numel())
-    tensors[name].view(-1)[0] += 1
-    save_file(tensors, file)
-    assert main(["check", str(folder)]) == 1
-    out = capsys.readouterr().out
-    assert out.startswith(f"{folder}: refused\n  AdapterFileError: an adapter's tensors are not those that were saved")
-
-
-def test_an_adapter_of_an_older_version_says_what_is_not_known(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    changed(folder, saved=None)
-    assert main(["check", str(folder)]) == 1  # that of a new file
-    file = folder / "adapter_model.safetensors"
-    save_file({name: t for name, t in load_file(file).items() if not name.endswith("sha256")}, file)
-    assert main(["check", str(folder)]) == 0
-    out = capsys.readouterr().out
-    assert "maybe not whole" in out and "not looked at: tensors and base, which older" in out and "SHA-256" not in out
-
-
-def test_an_adapter_without_entries_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    get_peft_model(tiny_model(CLIP), SAFTConfig()).save_pretrained(tmp_path, save_embedding_layers=False)
-    assert main(["check", str(tmp_path)]) == 0
-    assert "no entries have been selected" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
-def test_half_an_adapter(folder: Path, missing: str, capsys: pytest.CaptureFixture) -> None:
-    (folder / missing).unlink()
-    assert main(["check", str(folder)]) == 1
-    assert missing in capsys.readouterr().out
-
-
-def test_another_method_and_no_method(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    LoraConfig().save_pretrained(str(tmp_path))
-    assert main(["check", str(tmp_path)]) == 1
-    (tmp_path / "adapter_config.json").write_text("[]")
-    assert main(["check", str(tmp_path)]) == 1
-    assert main(["check", str(tmp_path / "nowhere")]) == 1
-    out = capsys.readouterr().out
-    assert "got 'LORA'; allowed SAFT, ACLIP" in out and out.count("not an adapter of hf_robust") == 2
-
-
-def test_as_a_module(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["hf_robust", "check", str(folder)])
-    with pytest.raises(SystemExit, match="0"):
+def test_as_a_module(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf_robust", "check", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
         runpy.run_module("hf_robust", run_name="__main__")
-    assert "whole" in capsys.readouterr().out
+    assert "refused" in capsys.readouterr().out
 
 
-def test_merge_is_the_script_of_that_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("flags", [[], ["--help"], ["-h"]], ids=str)
+def test_the_help_shows_every_command(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(flags)
+    out = capsys.readouterr().out
+    assert all(f"    {name} " in out and help in out for name, help in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_an_example_that_is_one(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    out = capsys.readouterr().out
+    command = import_module(f"hf_robust.commands.{name}")
+    assert out.startswith(f"usage: hf-robust {name} ") and out.endswith(f"example: {command.EXAMPLE}\n")
+    program, called, *flags = command.EXAMPLE.split()
+    assert (program, called) == ("hf-robust", name)
+    if "--config" not in flags:  # of a file that the user has
+        parse_arguments(command.TYPES, flags=flags)
+
+
+def test_the_help_of_a_training_shows_what_is_used_and_all_on_request(capsys: pytest.CaptureFixture) -> None:
+    texts = []
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["train", flag])
+        texts.append(capsys.readouterr().out)
+    assert "--learning_rate" in texts[0] and "--torch_compile" not in texts[0]
+    assert "--torch_compile" in texts[1] and "(default: openai/clip-vit-base-patch32)" in texts[0]
+    assert texts[0].index("\ndata:") < texts[0].index("\nmethod:") < texts[0].index("\ntraining:")
+    assert "--learning-rate" not in texts[0] and "--corruptions" not in texts[0] and "--no_corruptions" in texts[0]
+
+
+@pytest.mark.parametrize("flags", [["trian"], ["--completion"], ["--completion", "fish"], ["--verbose"]], ids=str)
+def test_what_is_no_command_is_refused(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    assert "usage: hf-robust COMMAND" in capsys.readouterr().err
+
+
+def test_an_error_of_a_command_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", "--zero_shot", "a", "--output", "b"])
+    assert capsys.readouterr().err == "hf-robust merge: error: not given (at fine_tuned). Set --fine_tuned.\n"
+
+
+def test_merging_writes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name, seed in (("base", 0), ("full", 1)):
         tiny_model(CLIP, seed=seed).save_pretrained(tmp_path / name)
     flags = ["--zero_shot", str(tmp_path / "base"), "--output", str(tmp_path / "merged"), "--alpha", "0.25"]
-    assert main(["merge", *flags, "--fine_tuned", str(tmp_path / "full")]) == 0
+    main(["merge", *flags, "--fine_tuned", str(tmp_path / "full")])
     assert capsys.readouterr().out == f"alpha 0.25: {tmp_path / 'merged'}\n"
     assert (tmp_path / "merged" / "model.safetensors").exists()
-    with pytest.raises(SystemExit, match="2"):
-        main(["merge", *flags])
-    assert capsys.readouterr().err == "hf-robust merge: error: not given (at fine_tuned). Set --fine_tuned.\n"
-    with pytest.raises(SystemExit, match="0"):
-        main(["merge", "--help"])
-    out = capsys.readouterr().out
-    assert out.startswith("usage: hf-robust merge ") and "--soup_greedy" in out
+
+
+def test_bash_completes_commands_and_flags(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    main(["--completion", "bash"])
+    (tmp_path / "complete.sh").write_text(capsys.readouterr().out)
+    script = f"source {tmp_path}/complete.sh; COMP_WORDS=(hf-robust {{}}); COMP_CWORD=${{{{#COMP_WORDS[@]}}}}; "
+    script += "((COMP_CWORD--)); $(complete -p hf-robust | sed 's/.* -F \\([^ ]*\\).*/\\1/'); echo ${{COMPREPLY[@]}}"
+    for typed, expected in (("tr", "train"), ("train --learning_ra", "--learning_rate"), ("merge --so", "--soup")):
+        found = subprocess.run(["bash", "-c", script.format(typed)], capture_output=True, text=True, check=True).stdout
+        assert expected in found.split(), (typed, found)

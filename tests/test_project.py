@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import ast
 import pickle
+import pydoc
 import socket
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 from pytest_socket import SocketConnectBlockedError
 
@@ -25,13 +30,61 @@ def test_no_network_in_tests() -> None:
 
 
 def test_public_names_are_documented() -> None:
-    public = [value for name, value in vars(hf_robust).items() if not name.startswith("_") and callable(value)]
+    public = [value for value in map(hf_robust.__getattr__, hf_robust.__all__) if callable(value)]
     assert hf_robust.RobustTrainer in public
     for value in public:
         assert value.__doc__ and "Example" in value.__doc__ + str(value.__init__.__doc__), value
 
 
-@pytest.mark.parametrize("kind", [e for e in vars(errors).values() if isinstance(e, type)])
+def test_public_names_are_there_in_every_way() -> None:
+    everything: dict[str, object] = {}
+    exec("from hf_robust import *", everything)
+    assert {"SAFTConfig", "RobustTrainer", "push", "training"} <= set(dir(hf_robust)) <= everything.keys()
+    assert hf_robust.SAFTConfig is everything["SAFTConfig"] is PEFT_TYPE_TO_CONFIG_MAPPING["SAFT"]
+    assert pickle.loads(pickle.dumps(hf_robust.RobustTrainer)) is everything["RobustTrainer"]
+    assert "class SAFTConfig" in pydoc.plain(pydoc.render_doc(hf_robust))
+    assert hf_robust.__version__ == version("hf_robust")
+    with pytest.raises(AttributeError, match="nonsense"):
+        hf_robust.nonsense  # noqa: B018
+
+
+LIGHT = """
+import functools, pkgutil, sys
+import peft, transformers, datasets
+others = set(sys.modules)
+
+import hf_robust
+slow = {"scipy.stats", "matplotlib", "evaluate", "sklearn", "torchmetrics", "pytorch_metric_learning", "jinja2"}
+loaded = sys.modules.keys() - others
+assert not loaded & {*slow, "transformers.trainer", "hf_robust.cards.card", "hf_robust.training.trainer"}, loaded
+assert {"SAFT", "ACLIP", "RADAPTER"} <= peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.keys()
+
+hf_robust.RobustTrainer
+assert not (sys.modules.keys() - others) & slow, sys.modules.keys() & slow
+assert "transformers.trainer" in sys.modules
+
+for module in pkgutil.walk_packages(hf_robust.__path__, "hf_robust."):
+    room, *path = module.name.split(".")[1:]
+    if room in hf_robust.__all__:
+        assert functools.reduce(getattr, path, getattr(hf_robust, room)), module
+"""
+
+
+def test_what_is_slow_to_import_is_imported_when_it_is_used() -> None:
+    """And every file is an attribute of its room."""
+    subprocess.run([sys.executable, "-c", LIGHT], check=True)
+
+
+def test_a_missing_extra_is_named() -> None:
+    with pytest.raises(errors.ConfigError, match=r"'not_there' is not installed. pip install 'hf_robust\[photos\]'"):
+        with errors.needs_extra("photos"):
+            import not_there  # noqa: F401
+
+
+ERRORS = [one for name, one in vars(errors).items() if name.endswith("Error")]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
 def test_errors_survive_pickling(kind: type[errors.HfRobustError]) -> None:
     """A DataLoader worker sends its error through a pipe."""
     error = kind("what", where="there", got=1.5, allowed="(0, 1]", remedy="Do it so.")
@@ -61,12 +114,13 @@ FLOORS = [
     {"data"},
     {"tasks"},
     {"tuners", "losses"},
-    {"ogen"},
+    {"ogen", "deploy"},
     {"interpolation", "evaluation"},
     {"cards"},
     {"training"},
     {"scripting"},
     {"comparison"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -20,23 +20,20 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import data
+from pictures import draw_story
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
-import compare_methods as compare  # noqa: E402
-import data  # noqa: E402
-from pictures import draw_story  # noqa: E402
-from rich.box import SIMPLE_HEAD  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from hf_robust import RobustTrainingArguments  # noqa: E402
-from hf_robust.comparison.methods import Chosen  # noqa: E402
-from hf_robust.comparison.runs import Runs  # noqa: E402
-from hf_robust.comparison.tables import collect  # noqa: E402
-from hf_robust.comparison.trainings import train_and_evaluate, zero_shot  # noqa: E402
-from hf_robust.scripting.arguments import parse_arguments  # noqa: E402
-from hf_robust.scripting.results import percent  # noqa: E402
-from hf_robust.scripting.run import run  # noqa: E402
+from hf_robust.commands import compare
+from hf_robust.comparison.methods import Chosen
+from hf_robust.comparison.runs import Runs
+from hf_robust.comparison.tables import collect
+from hf_robust.comparison.trainings import train_and_evaluate, zero_shot
+from hf_robust.scripting.arguments import parse_arguments
+from hf_robust.scripting.results import percent
+from hf_robust.scripting.run import run
 
 CONFIG = "examples/configs/compare_methods.yaml"
 OUTPUT = Path("runs/demo")
@@ -71,17 +68,15 @@ OWN_PHOTOGRAPHS = """
 To do it with your own photographs in photos/{{train,validation,test}}/<class>/*.jpg, and
 some of what else you will meet in other_photos/<class>/*.jpg, by the row that forgets least:
 
-{python} examples/train.py --config examples/configs/own_images.yaml --train_data photos:train \\
-    --validation_data photos:validation --eval_data '{{"id": "photos:test", "ood": "other_photos"}}' --wise_ft true \\
-    --method saft --density 0.01 --scope per_tensor --exclude_input_embeddings false --learning_rate 1e-3
+{command} train photos --eval_data '{{"ood": "other_photos"}}' --density 0.01 --scope per_tensor \\
+    --no_exclude_input_embeddings
 """
 
 
 def compare_all() -> dict[str, dict[str, Any]]:
     """Trains with every method and seed; returns the rows that the comparison makes of it."""
     flags = ["--config", CONFIG, "--output_dir", str(OUTPUT), "--seeds", *map(str, SEEDS), "--methods", *RATES]
-    types = compare.ScriptArguments, RobustTrainingArguments
-    args, training_args = parse_arguments(types, compare.DEFAULTS, [*flags, "--after", "wise-ft"])
+    args, training_args = parse_arguments(compare.TYPES, flags=[*flags, "--after", "wise-ft"])
     comparison, runs = compare.load(args, training_args), Runs(OUTPUT, compare.shared_settings(args, training_args))
     before = runs.get("zero-shot", zero_shot, comparison)
     for seed in SEEDS:
@@ -120,7 +115,7 @@ def main(arguments: ScriptArguments) -> None:
     show(rows)
     draw_story({NAMES[name]: rows[name] for name in DRAWN}, sets, OUTPUT / "story.png")
     print(f"\nAs a picture: {OUTPUT / 'story.png'}")
-    print(OWN_PHOTOGRAPHS.format(python=os.path.relpath(sys.executable)))
+    print(OWN_PHOTOGRAPHS.format(command=os.path.relpath(Path(sys.executable).with_name("hf-robust"))))
 
 
 if __name__ == "__main__":

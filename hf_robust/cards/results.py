@@ -10,7 +10,6 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import EvalResult
-from scipy.stats import binomtest
 
 from ..errors import DataError
 from ..evaluation.roles import ROLES, Role
@@ -216,6 +215,8 @@ def _curve(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, float
 
 
 def _with_interval(share: float, images: int) -> Accuracy:
+    from scipy.stats import binomtest  # slow to import
+
     interval = binomtest(round(share * images), images).proportion_ci(method="wilson")
     return Accuracy(share, (float(interval.low), float(interval.high)))
 

@@ -10,7 +10,7 @@ from ..errors import ConfigError, NonFiniteError
 from ..evaluation import one_standard_error_rule
 from .methods import ALL_METHODS, FULL, PROBE, Chosen
 from .runs import Run, Runs
-from .task import SEARCH_SEED, Comparison, make_trainer, validate
+from .task import SEARCH_SEED, Comparison, make_trainer, validated_by
 
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WEIGHTS = (0.1, 1.0, 10.0)  # times that of a loss
@@ -58,7 +58,7 @@ def try_settings(comparison: Comparison, name: str, chosen: Chosen) -> Run:
     trainer = make_trainer(comparison, ALL_METHODS[name], chosen, SEARCH_SEED)
     try:
         trainer.train()
-        figures: Run = {**validate(comparison, trainer)}
+        figures: Run = {**validated_by(comparison, trainer)}
     except NonFiniteError as error:
         figures = {"stopped": str(error)}
     return {"searched": name, **asdict(chosen), **figures}

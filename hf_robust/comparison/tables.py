@@ -9,10 +9,6 @@ from pathlib import Path
 from statistics import mean, variance
 from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from scipy.stats import rankdata
-
 from ..cards.results import TITLES
 from ..evaluation import plot_id_ood, standard_error
 from ..evaluation.report import write_json
@@ -126,6 +122,8 @@ def mean_ranks(accuracies: Sequence[Mapping[str, Sequence[float]]]) -> list[floa
     Args:
         accuracies: of each row, by role.
     """
+    from scipy.stats import rankdata  # slow to import
+
     places = [rankdata([-mean(row[role]) for row in accuracies]) for role in accuracies[0]]  # (roles, rows)
     return [float(mean(of_row)) for of_row in zip(*places, strict=True)]
 
@@ -215,6 +213,9 @@ def draw(rows: Rows, path: Path) -> None:
         rows: what `collect` returned.
         path: of a PNG file.
     """
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure
+
     roles = [role for role in rows["zero-shot"]["accuracy"] if role != "id"]
     figure = Figure(figsize=(1.8 + 5 * len(roles), 5), layout="constrained")
     panels = figure.subplots(1, len(roles), squeeze=False)[0]

@@ -160,21 +160,34 @@ def evaluate(comparison: Comparison, model: nn.Module, task: ZeroShotClassifier)
     return {"means": report.means, "sets": sets}
 
 
-def validate(comparison: Comparison, trainer: RobustTrainer) -> dict[str, float]:
-    """Returns what settings are chosen by: accuracy, its standard error, and loss on validation data.
-
-    Where other tasks have a say, each is the mean of what it is on the validation data and of the mean of theirs.
+def validated_by(comparison: Comparison, trainer: RobustTrainer) -> dict[str, float]:
+    """Returns what `validate` does, on the sets of a comparison.
 
     Args:
         comparison: what all share.
         trainer: its model as it is now.
     """
-    others = comparison.other_validation
-    metrics = trainer.evaluate({"id": comparison.validation, **others})
+    return validate(trainer, comparison.validation, comparison.other_validation)
+
+
+def validate(
+    trainer: RobustTrainer, validation: LabelledImages, others: Mapping[str, LabelledImages] | None = None
+) -> dict[str, float]:
+    """Returns what settings are chosen by: accuracy, its standard error, and loss on validation data.
+
+    Where other tasks have a say, each is the mean of what it is on the validation data and of the mean of theirs.
+
+    Args:
+        trainer: its model as it is now.
+        validation: of its task.
+        others: of other tasks, by name.
+    """
+    others = others or {}
+    metrics = trainer.evaluate({"id": validation, **others})
     accuracy, loss = (
         {name: metrics[f"eval_{name}_{what}"] for name in ("id", *others)} for what in ("accuracy", "loss")
     )
-    images = {"id": len(comparison.validation), **{name: len(rows) for name, rows in others.items()}}
+    images = {"id": len(validation), **{name: len(rows) for name, rows in others.items()}}
     share = {"id": 1.0} if not others else {"id": 0.5, **dict.fromkeys(others, 0.5 / len(others))}
     errors = [share[name] * standard_error(accuracy[name], images[name]) for name in share]
     means = {"accuracy": _weighted(share, accuracy), "loss": _weighted(share, loss), "error": math.hypot(*errors)}

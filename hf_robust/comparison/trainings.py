@@ -22,7 +22,7 @@ from ..training.replaced import replaced
 from ..training.trainer import RobustTrainer
 from .methods import ALL_METHODS, After, Chosen, Method
 from .runs import Run
-from .task import SEARCH_SEED, Comparison, evaluate, make_trainer, validate
+from .task import SEARCH_SEED, Comparison, evaluate, make_trainer, validated_by
 
 FINE_TUNED = "fine-tuned"
 
@@ -34,7 +34,7 @@ def zero_shot(comparison: Comparison) -> Run:
         comparison: what all share.
     """
     trainer = make_trainer(comparison, Method(), Chosen(learning_rate=0.0), SEARCH_SEED)
-    return {**evaluate(comparison, trainer.model, trainer.model), "validation": validate(comparison, trainer)}
+    return {**evaluate(comparison, trainer.model, trainer.model), "validation": validated_by(comparison, trainer)}
 
 
 def train_and_evaluate(comparison: Comparison, name: str, chosen: Chosen, seed: int, before: Run, first: bool) -> Run:
@@ -83,7 +83,7 @@ def _soup(comparison: Comparison, method: Method, chosen: Chosen, seed: int) -> 
 
     def validated(model: nn.Module) -> dict[str, float]:
         with replaced(first, model=model):
-            return {f"validation_{name}": value for name, value in validate(comparison, first).items()}
+            return {f"validation_{name}": value for name, value in validated_by(comparison, first).items()}
 
     soup, _ = greedy_soup([trainer.model for trainer in trainers], validated, "validation_accuracy")
     first.model.load_state_dict(soup.state_dict())
@@ -94,10 +94,10 @@ def _wise_ft(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) ->
     """WiSE-FT to the smallest α within one standard error of the best on validation data."""
 
     def validated(model: Any) -> dict[str, float]:
-        figures = validate(comparison, trainer)
+        figures = validated_by(comparison, trainer)
         return {f"validation_{name}": value for name, value in figures.items()}
 
-    how: Any = {"zero_shot": trainer.zero_shot, "tolerance": validate(comparison, trainer)["error"]}
+    how: Any = {"zero_shot": trainer.zero_shot, "tolerance": validated_by(comparison, trainer)["error"]}
     sweep = alpha_sweep(trainer.model, comparison.alphas, validated, "validation_accuracy", **how)
     found = fine_tuned if sweep.best_alpha == 1 else evaluate(comparison, trainer.model, trainer.model)
     return {**found, "alpha": sweep.best_alpha, "sweep": sweep.rows}

@@ -128,10 +128,10 @@ def kind_of(files: Sequence[str], source: str, where: str) -> tuple[str, list[st
         ('images', ['cat/0.jpg', 'dog/0.png'])
     """
     kinds: dict[str, list[str]] = {}
-    with_images = any(map(_is_image, files))
+    with_images = any(map(is_image, files))
     for file in files:
         name, suffix = file.rpartition("/")[2], os.path.splitext(file)[1].lower()
-        if _is_image(file) or with_images and name in METADATA:
+        if is_image(file) or with_images and name in METADATA:
             kinds.setdefault(IMAGES, []).append(file)
         elif suffix in (PARQUET, *TABLES) and name not in NO_TABLES:
             kinds.setdefault(suffix, []).append(file)
@@ -153,7 +153,12 @@ def _has_classes(images: Sequence[str]) -> bool:
     return described or bool(image_splits(images)) or (len(folders) > 1 and not all(map(split_word, folders)))
 
 
-def _is_image(file: str) -> bool:
+def is_image(file: str) -> bool:
+    """Whether a file is an image, by its ending.
+
+    Args:
+        file: its name, with or without folder.
+    """
     return os.path.splitext(file)[1].lower() in _image_suffixes()
 
 

@@ -27,7 +27,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..errors import DataError
 from .files import IMAGES, PARQUET, exists, files_of, kind_of, reading, split_off
 from .image_folders import load_image_folder
-from .splits import choose_split, file_splits, image_splits
+from .splits import choose_split, file_splits, image_splits, split_name
 from .tables import check_same_columns, load_tables
 from .text_files import check_regular, read_json
 
@@ -72,6 +72,27 @@ def load_source(
     return _undecoded(source)
 
 
+def split_names(source: str, where: str = "source") -> list[str]:
+    """Returns what the splits of a source are called, as it spells them; nothing for one set without splits.
+
+    Args:
+        source: a `PATH` or id as of `load_source`, without `:split`.
+        where: the setting, for the messages.
+
+    Raises:
+        DataError: there is no such thing, or it cannot be read.
+
+    Example:
+        >>> split_names("photos")  # photos/{train,test}/<class>/*.jpg
+        ['test', 'train']
+    """
+    with _silent_datasets(), reading(source, where):
+        if not exists(source):
+            return _hub_splits(source, source, where)
+        saved = _saved_splits(source)
+        return saved if saved is not None else [split_name(place) for place in _places(source, where)[2]]
+
+
 def _load(source: str, where: str) -> Dataset:
     name, split = split_off(source)
     if not exists(name):
@@ -83,13 +104,19 @@ def _load(source: str, where: str) -> Dataset:
         return _load_files(name, split, where)
 
 
-def _load_files(name: str, split: str | None, where: str) -> Dataset:
+def _places(name: str, where: str) -> tuple[str, str, dict[str, list[str]], list[str]]:
+    """The folder, what kind of files there are, these by the place of their split, and all of them."""
     folder, files = files_of(name)
     kind, files = kind_of(files, name, where)
     splits = image_splits(files) if kind == IMAGES else file_splits(files)
     if "" in splits:
         remedy = "Move it into one of them."
         raise DataError("file lies beside the folders of splits", where=where, got=splits[""][0], remedy=remedy)
+    return folder, kind, splits, files
+
+
+def _load_files(name: str, split: str | None, where: str) -> Dataset:
+    folder, kind, splits, files = _places(name, where)
     place = choose_split([*splits], split, name, where)
     files = files if place is None else splits[place]
     if kind == IMAGES:
@@ -126,19 +153,29 @@ def _saved_splits(folder: str) -> list[str] | None:
 
 
 def _load_from_hub(name: str, split: str | None, source: str, where: str) -> Dataset:
-    if "://" in source:
-        raise DataError(
-            "source is not on this machine", where=where, got=source, remedy="Download it, and name the file."
-        )
     with reading(source, where):
-        try:
-            validate_repo_id(name)
-            if split is None or "[" not in split:  # datasets reads its own slices
-                splits = get_dataset_split_names(name)
-                split = split if split in splits else choose_split(splits, split, name, where)
+        if split is None or "[" not in split:  # datasets reads its own slices
+            splits = _hub_splits(name, source, where)
+            split = split if split in splits else choose_split(splits, split, name, where)
+        with _named(source, where):
             return load_dataset(name, split=split)
-        except (HFValidationError, ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is of these
-            raise DataError(NOTHING, where=where, got=source) from error
+
+
+def _hub_splits(name: str, source: str, where: str) -> list[str]:
+    if "://" in source:
+        remedy = "Download it, and name the file."
+        raise DataError("source is not on this machine", where=where, got=source, remedy=remedy)
+    with _named(source, where):
+        validate_repo_id(name)
+        return get_dataset_split_names(name)
+
+
+@contextmanager
+def _named(source: str, where: str) -> Iterator[None]:
+    try:
+        yield
+    except (HFValidationError, ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is of these
+        raise DataError(NOTHING, where=where, got=source) from error
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def choose_split(places: Sequence[str], asked: str | None, source: str, where: s
     if pair:
         what = f"{pair[0]} and {pair[1]} are the same split"
         raise DataError(what, where=where, got=source, remedy="Move one of them to a source of its own.")
-    names = [_name(place) for place in places]
+    names = [split_name(place) for place in places]
     if asked is None:
         if len(names) > 1:
             first = next((name for name in names if split_word(name) == "train"), names[0])
@@ -89,7 +89,7 @@ def file_splits(files: Sequence[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for file in files:
         splits.setdefault(_place(file), []).append(file)
-    names = [_name(place) for place in splits]
+    names = [split_name(place) for place in splits]
     within = {frozenset(map(split_word, re.split(r"[\W\d_]+", name))) - {None} for name in names}
     return splits if len(within) > 1 or any(map(split_word, names)) else {}
 
@@ -118,7 +118,7 @@ def image_splits(files: Sequence[str]) -> dict[str, list[str]]:
 
 def _is_split(place: str, files: Sequence[str]) -> bool:
     described = any(place + name in files for name in METADATA)
-    return bool(split_word(_name(place))) and (described or all(file.count("/") > 1 for file in files))
+    return bool(split_word(split_name(place))) and (described or all(file.count("/") > 1 for file in files))
 
 
 def _place(file: str) -> str:
@@ -135,7 +135,16 @@ def _place(file: str) -> str:
     return "/".join([*folders, stem])
 
 
-def _name(place: str) -> str:
+def split_name(place: str) -> str:
+    """Returns what a split is called, by its place.
+
+    Args:
+        place: as of `image_splits` and `file_splits`.
+
+    Example:
+        >>> split_name("photos/test_catalogue/")
+        'test_catalogue'
+    """
     return place.rstrip("/").rpartition("/")[2]
 
 
@@ -147,7 +156,7 @@ def _same_split(places: Sequence[str]) -> tuple[str, str] | None:
     """Two places of the same split."""
     seen: dict[str, str] = {}
     for place in places:
-        other = seen.setdefault(_meaning(_name(place)), place)
+        other = seen.setdefault(_meaning(split_name(place)), place)
         if other != place:
             return other, place
     return None

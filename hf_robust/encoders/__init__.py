@@ -1,2 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a dual encoder is: families and embeddings, prompts, class embeddings, learned context."""
+
+from pkgutil import iter_modules
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, [module.name for module in iter_modules(__path__)])

@@ -36,7 +36,7 @@ def in_chunks(function: Callable[..., Tensor], tensors: Sequence[Tensor | None],
         torch.Size([8, 512])
     """
     check_chunk_size(size, "size")
-    rows = len(next(tensor for tensor in tensors if tensor is not None))
+    rows = next(tensor for tensor in tensors if tensor is not None).shape[0]  # not len(), as torch.export follows it
     if size is None or rows <= size:
         return function(*tensors)
     parts = [[None if t is None else t[start : start + size] for t in tensors] for start in range(0, rows, size)]

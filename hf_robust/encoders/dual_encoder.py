@@ -159,7 +159,7 @@ def image_embeds(
         torch.Size([1, 512])
     """
     base = base_model(model)
-    if len(pixel_values) == 0:
+    if pixel_values.shape[0] == 0:  # not len(), by which torch.export would fix the batch size
         raise DataError("batch has no images", got=tuple(pixel_values.shape), allowed="at least one image")
     extras: dict[str, Any] = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
     extras = {name: tensor for name, tensor in extras.items() if tensor is not None}

@@ -8,9 +8,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from sklearn import config_context
-from sklearn.metrics import silhouette_samples
-from sklearn.utils import resample
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ProcessorMixin
@@ -219,6 +216,8 @@ def _similarities(images: Tensor, labels: Tensor, classes: Tensor) -> tuple[np.n
 
 def _sample(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Indices of at most `size` images, sorted."""
+    from sklearn.utils import resample  # slow to import
+
     rows = np.arange(len(labels))
     drawn = (
         rows
@@ -232,6 +231,9 @@ def _compare_all(
     images: Tensor, labels: Tensor, classes: Tensor, silhouette: Silhouette
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels and silhouettes of the points, `(points,)` each."""
+    from sklearn import config_context  # slow to import
+    from sklearn.metrics import silhouette_samples
+
     if silhouette == "joint":
         images = torch.cat([images.double(), classes.double()])  # (points, dim)
         labels = torch.cat([labels, torch.arange(len(classes))])  # (points,)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 
 from ..errors import DataError
-from .metrics import expected_calibration_error
+from .classification import expected_calibration_error
 from .statistics import LEAST_SHARE, as_fraction, baseline_line
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import accuracies, expected_calibration_error
+from .classification import accuracies, expected_calibration_error
 from .roles import ROLES
 from .statistics import bootstrap_interval
 from .suite import CLASSIFICATION

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
-from scipy.stats import binomtest
 
 from ..errors import ConfigError, DataError
 
@@ -257,6 +256,8 @@ def paired_test(first: ArrayLike, second: ArrayLike) -> PairedTest:
         >>> paired_test([True, True, True, True, False], [False, False, False, True, False])
         PairedTest(only_first=3, only_second=0, p_value=0.25)
     """
+    from scipy.stats import binomtest  # slow to import
+
     one, other = _pair(first, second)
     only_first, only_second = int(np.sum(one & ~other)), int(np.sum(other & ~one))
     different = only_first + only_second

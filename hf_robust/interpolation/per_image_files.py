@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..data.tensor_files import read_weights
 from ..data.text_files import read_json
 from ..encoders.class_embeds import evaluating
 from ..errors import AdapterFileError, DataError
 from ..tasks.class_names import ZeroShotClassifier
-from ..tuners.files import read_weights
 from ..tuners.fingerprint import check_base, fingerprint
 from .publish import check_output, publish_folder
 

@@ -24,6 +24,8 @@ from ..training.arguments import RobustTrainingArguments
 from ..training.checkpoint import checkpoint_to_resume
 from .progress import is_silent
 
+DEFAULT_MODEL = "openai/clip-vit-base-patch32"  # of commands
+
 
 def load_images(
     source: str,

@@ -35,6 +35,7 @@ def run(
     defaults: Mapping[str, Any] | None = None,
     flags: Sequence[str] | None = None,
     program: str | None = None,
+    example: str | None = None,
 ) -> None:
     """Reads the command line, and calls a script's `main` with what it says.
 
@@ -47,6 +48,7 @@ def run(
         defaults: as in `parse_arguments`.
         flags: the command line; by default that of the program.
         program: what it is called; by default the file's name.
+        example: a command line, for the help.
 
     Example:
         >>> if __name__ == "__main__":
@@ -55,7 +57,7 @@ def run(
     program = program or Path(sys.argv[0]).name
     flags, debug = _without_debug(sys.argv[1:] if flags is None else flags)
     try:
-        arguments = parse_arguments(types, defaults, flags, program)
+        arguments = parse_arguments(types, defaults, flags, program, example)
         trainings = [one for one in arguments if isinstance(one, TrainingArguments)]
         if debug or any(map(is_verbose, trainings)):
             talkative()

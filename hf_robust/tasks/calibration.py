@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from scipy.optimize import brentq
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ..errors import DataError
@@ -75,6 +74,8 @@ def _fitted(counts: np.ndarray) -> tuple[float, float]:
 
 
 def _slope(centres: np.ndarray, negatives: np.ndarray, positives: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression  # slow to import
+
     hit, false = (positives.sum() + 1) / (positives.sum() + 2), 1 / (negatives.sum() + 2)  # the two targets
     weight = hit * positives + false * negatives  # (filled bins,)
     weights = np.concatenate([weight, positives + negatives - weight])

@@ -23,10 +23,11 @@ from . import heads
 from .accuracy import AccuracyAndLoss
 from .gather import n_ranks
 from .measure import Measure
+from .prediction import NamedClassesTask
 from .prompts import Prompts
 from .sampled_classes import SampledClasses, check_sampled_loss
 from .settings import task_settings
-from .task import Rows, Task, TaskOutput
+from .task import Rows, TaskOutput
 from .task_loss import TaskLoss, class_weights
 
 __all__ = ["TEMPLATES", "ZeroShotClassifier", "ZeroShotClassifierOutput", "class_embeddings"]
@@ -54,7 +55,7 @@ class ZeroShotClassifierOutput(TaskOutput):
     terms: dict[str, Tensor] | None = None
 
 
-class ZeroShotClassifier(Task):
+class ZeroShotClassifier(NamedClassesTask):
     """An image classifier around a dual encoder: images are compared with prompts that hold the class names.
 
     At the start every `head` gives the zero-shot predictions of `model`, as it is when the classifier is built:
@@ -300,6 +301,12 @@ class ZeroShotClassifier(Task):
     def trained_head(self) -> tuple[Tensor, Tensor]:
         """Returns weight `(classes, dim)` and bias `(classes,)` of `head="trainable"`, in float32 or better."""
         return at_least_float32(self.class_head.weight), at_least_float32(self.class_head.bias)
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight `(classes, dim)`, and the bias if any, that make the logits of image embeddings now."""
+        weight, bias = self._weight_and_bias(self._class_embeds())
+        rows = slice(None) if self._order is None else self._order
+        return weight[rows], bias if bias is None or bias.dim() == 0 else bias[rows]
 
     def _build_head(self) -> None:
         with torch.no_grad(), evaluating(self.model):

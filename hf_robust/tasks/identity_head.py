@@ -5,24 +5,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError, DataError, NonFiniteError
+from ..errors import ConfigError, DataError, NonFiniteError, needs_extra
+
+if TYPE_CHECKING:
+    from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 
 SMALLEST_NORM = 1e-6  # of the mean of unit vectors; below, their directions cancel
-WITHIN = 1 - 1e-7  # arccos has an infinite slope at 1, where the images of an identity that are all alike start
 MARGINS = {"cosine": 0.0, "cosface": 0.35, "arcface": 0.5}
-
-
-class _ArcFace(ArcFaceLoss):
-    def modify_cosine_of_target_classes(self, cosine_of_target_classes: Tensor) -> Tensor:
-        return super().modify_cosine_of_target_classes(cosine_of_target_classes.clamp(-WITHIN, WITHIN))
 
 
 def identity_head(
@@ -42,7 +38,7 @@ def identity_head(
         What gives the mean loss of embeddings `(batch, dim)` with labels `(batch,)`; its `W` is `(dim, identities)`.
 
     Raises:
-        ConfigError: the loss is unknown, or scale or margin out of range.
+        ConfigError: the loss is unknown, scale or margin out of range, or `pytorch-metric-learning` not installed.
 
     Example:
         >>> identity_head(1000, 512, "cosface", 64.0, None, torch.zeros(())).W.shape
@@ -60,7 +56,11 @@ def identity_head(
     if not _is_number(margin) or not 0 <= margin < (math.pi / 2 if loss == "arcface" else 1):
         allowed = "[0, π/2), radians" if loss == "arcface" else "[0, 1)"
         raise ConfigError("margin is out of range", where="margin", got=margin, allowed=allowed)
-    kind, own = (_ArcFace, math.degrees(margin)) if loss == "arcface" else (CosFaceLoss, margin)
+    with needs_extra("identities"):
+        from pytorch_metric_learning.losses import CosFaceLoss
+
+        from .arcface import FiniteArcFace
+    kind, own = (FiniteArcFace, math.degrees(margin)) if loss == "arcface" else (CosFaceLoss, margin)
     head = kind(identities, dim, margin=own, scale=scale, weight_init_func=nn.init.zeros_)
     return head.to(like.device, torch.promote_types(like.dtype, torch.float32))
 

@@ -6,12 +6,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, needs_extra
 from .unit_embeds import unit_embeds
 from .verification import all_pairs_counts, rates_of_counts
 
@@ -36,7 +33,7 @@ def identity_metrics(
         fewer than 1,000 and 10,000 pairs of two identities, and count cosines rounded to a millionth.
 
     Raises:
-        ConfigError: `chunk_size` is out of range.
+        ConfigError: `chunk_size` is out of range, or `pytorch-metric-learning` is not installed.
         DataError: shapes do not fit, an embedding has length 0, identities are neither integers nor strings, there is
             one identity, or none has two images.
         NonFiniteError: an embedding is NaN or infinite.
@@ -47,6 +44,10 @@ def identity_metrics(
     """
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ConfigError("chunk_size is out of range", got=chunk_size, allowed="integers from 1")
+    with needs_extra("identities"):
+        from pytorch_metric_learning.distances import CosineSimilarity
+        from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+        from pytorch_metric_learning.utils.inference import CustomKNN
     units = unit_embeds(embeds, "embeds")
     indices = _indices(identities, len(units)).to(units.device)  # (images,)
     calculator = AccuracyCalculator(

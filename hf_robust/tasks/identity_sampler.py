@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import Sampler
 
 from ..data.draws import Draws
-from ..errors import ConfigError
+from ..errors import ConfigError, needs_extra
 
 
 class IdentitySampler(Sampler[int]):
@@ -58,6 +57,8 @@ class IdentitySampler(Sampler[int]):
         return len(self.labels) // self.batch_size * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
+        with needs_extra("identities"):
+            from pytorch_metric_learning.samplers import MPerClassSampler
         how = self.images_per_identity, self.batch_size, len(self.labels)
         with self.draws.of(0, "order"):  # it draws from numpy's global generator, and shuffles what it shuffled before
             rows = list(MPerClassSampler(self.labels, *how))

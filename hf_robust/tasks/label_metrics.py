@@ -8,7 +8,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.metrics import average_precision_score
 
 from ..errors import ConfigError, DataError, NonFiniteError
 
@@ -42,6 +41,8 @@ def label_metrics(
     """
     if not math.isfinite(threshold):
         raise ConfigError("threshold is no number", got=threshold, allowed="finite numbers")
+    from sklearn.metrics import average_precision_score  # slow to import
+
     values, true, known = _checked(scores, targets)
     counted = np.flatnonzero(true.any(axis=0))  # (classes with a positive,)
     precisions = [average_precision_score(true[known[:, c], c], values[known[:, c], c]) for c in counted]

@@ -111,7 +111,7 @@ class ImageTextPairs(Task):
         self.loss = ("sigmoid" if has_bias else "softmax") if loss is None else loss
         self.repeated_texts, self.label_smoothing, self.margin = repeated_texts, label_smoothing, margin
         self.texts, self.contrastive_chunk_size = texts, contrastive_chunk_size
-        self.tokenizer = text_tokenizer(processor, model, truncate)
+        self.tokenizer, self.truncates = text_tokenizer(processor, model, truncate), truncate
         self._set: SetTexts | None = None  # inside `answering`
         self._check(has_bias)
         if has_bias and self.loss == "softmax":  # moves no probability: its gradient is rounding noise

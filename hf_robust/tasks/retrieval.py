@@ -61,15 +61,30 @@ def embed_texts(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) ->
         >>> embed_texts(clip, text_tokenizer(processor, clip), ["two dogs", "a cat"]).shape
         torch.Size([2, 512])
     """
-    shared, device = len(texts) >= n_ranks(), base_model(model).device  # of fewer a rank would have none
-    share = [texts[i] for i in torch.arange(len(texts)).tensor_split(n_ranks())[rank()]] if shared else [*texts]
-    parts = []
-    for start in range(0, len(share), PROMPTS_AT_ONCE):
-        tokens = tokenizer(share[start : start + PROMPTS_AT_ONCE])
-        inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
-        parts.append(text_embeds(model, **inputs))  # (part, dim)
-    embeds = torch.cat(parts)  # (texts of this rank, dim)
+    shared = len(texts) >= n_ranks()  # of fewer a rank would have none
+    share = [texts[i] for i in torch.arange(len(texts)).tensor_split(n_ranks())[rank()]] if shared else texts
+    embeds = embed_all(model, tokenizer, share)  # (texts of this rank, dim)
     return gather_rows(embeds) if shared else embeds
+
+
+@torch.no_grad()
+def embed_all(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Embeds texts in this process, some at a time.
+
+    Args:
+        model: a dual encoder, plain or wrapped by PEFT.
+        tokenizer: what `text_tokenizer` returned for it.
+        texts: one or more.
+
+    Returns:
+        `(texts, dim)`, L2-normalised, in float32 or better, without gradient.
+    """
+    parts = []
+    for start in range(0, len(texts), PROMPTS_AT_ONCE):
+        tokens = tokenizer([*texts[start : start + PROMPTS_AT_ONCE]])
+        inputs = {name: tensor.to(base_model(model).device) for name, tensor in tokens.items()}
+        parts.append(text_embeds(model, **inputs))  # (part, dim)
+    return torch.cat(parts)
 
 
 def set_texts(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> SetTexts:

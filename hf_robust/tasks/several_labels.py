@@ -26,6 +26,7 @@ from .calibration import fit_sigmoid
 from .class_names import ZeroShotClassifier, ZeroShotClassifierOutput
 from .label_measure import LabelMeasure
 from .label_metrics import best_threshold
+from .prediction import best_first
 from .task import Batch, Rows
 from .task_loss import BALANCED, TaskLoss, check_plain
 
@@ -267,6 +268,13 @@ class SeveralLabels(ZeroShotClassifier):
             weight, biases = self.trained_head()
             return scale * weight, bias + biases
         return scale * class_embeds, bias
+
+    def _answers(self, logits: Tensor, names: Sequence[str], top_k: int | None) -> list[Any]:
+        ranked = best_first(logits, logits.sigmoid(), names, top_k or len(names))
+        if top_k is not None:
+            return ranked
+        counts = (logits >= self.threshold).sum(dim=1).tolist()  # (images,)
+        return [answers[:count] for answers, count in zip(ranked, counts, strict=True)]
 
     def _cosines_and_labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self(**{name: tensor for name, tensor in batch.items() if name != "labels"})

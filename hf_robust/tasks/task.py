@@ -24,6 +24,7 @@ from ..data.rows import LabelledImages, LabelledStream
 from ..encoders.chunks import in_chunks
 from ..encoders.dual_encoder import base_model, image_embeds
 from ..errors import ConfigError
+from .inference import InferenceModule
 from .measure import Measure
 from .progress import Progress
 from .task_loss import TaskLoss, check_plain
@@ -49,7 +50,7 @@ class TaskOutput(ModelOutput):
     loss: Tensor | None = None
 
 
-class Task(nn.Module):
+class Task(InferenceModule):
     """A dual encoder with what is learned around it.
 
     A subclass has a `forward(**batch)` that returns a `TaskOutput`, ended by `self.with_terms(output, batch)`, and
@@ -58,6 +59,10 @@ class Task(nn.Module):
     Args:
         model: a dual encoder, plain or a `PeftModel` around one.
         processor: its processor.
+
+    Example:
+        >>> type(Task.from_pretrained("my-adapter"))  # whichever was trained
+        <class 'hf_robust.tasks.class_names.ZeroShotClassifier'>
     """
 
     main_input_name = "pixel_values"  # what `Trainer` hands to metrics as inputs
@@ -75,8 +80,7 @@ class Task(nn.Module):
     whole_batch: ClassVar[bool] = False  # whether the loss is over a batch, so that micro-batches do not add up to it
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
-        super().__init__()
-        self.model, self.processor = model, processor
+        super().__init__(model, processor)
         self.terms: Any = nn.ModuleDict()  # what is added to the loss, see `hf_robust.losses.Term`, by name
         self.reference: Any = None  # θ₀ for the terms, see `hf_robust.losses.add_terms`
         self.progress = Progress()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.model_selection import KFold
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, NonFiniteError
@@ -107,6 +106,8 @@ def ten_fold_accuracy(distances: ArrayLike | Tensor, same: ArrayLike | Tensor) -
         >>> ten_fold_accuracy([0.5, 1.5] * 10, [True, False] * 10)
         (1.0, 0.0)
     """
+    from sklearn.model_selection import KFold  # slow to import
+
     values = _scores(distances, "distances")
     flags = _flags(same, len(values))
     if len(values) < FOLDS:

@@ -69,6 +69,12 @@ class RobustTrainingArguments(TrainingArguments):
 
     `label_smoothing_factor` is for training, too: evaluation is by the plain cross-entropy.
 
+    > Parameters that control the optimizer
+
+    Args:
+        learning_rate: its peak; None for that of the method, see `hf_robust.training.learning_rates.method_rate`:
+            methods need rates that are orders of magnitude apart.
+
     > Parameters that control SAFT
 
     Args:
@@ -136,6 +142,9 @@ class RobustTrainingArguments(TrainingArguments):
     )
     class_weights: None | str | list[float] = field(
         default=None, metadata={"help": "Weights of the classes in training: balanced, or one number a class."}
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]  # a number in every trainer
+        default=None, metadata={"help": "Of AdamW, at its peak; default: that of the method."}
     )
     selection_batch_size: int = field(
         default=32, metadata={"help": "Images per batch while SAFT's entries are selected."}

@@ -2,24 +2,22 @@
 """What a checkpoint of a task holds, and how it is read back.
 
 A folder has the adapter as PEFT writes it, or the whole dual encoder as transformers writes it, so that both load
-without this module; beside it `classifier.json` (the task: class names, templates, head) and, where the task has
-tensors of its own, `classifier.safetensors`.
+without this module; beside it lie `classifier.json` (the task: class names, templates, head) and, where the task has
+tensors of its own, `classifier.safetensors`, see `hf_robust.tasks.files`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data.text_files import read_json
-from ..errors import AdapterFileError, CheckpointError
-from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, Task
+from ..errors import CheckpointError
+from ..tasks.files import require_all
+from ..tasks.task import PROCESSOR_FOLDER, Task
 from ..tuners.matching import check_adapter_name
 from .manifest import check_files, checkpoints_in, newest_whole, read_manifest
 
@@ -84,7 +82,7 @@ def load_encoder(task: Task, folder: Path) -> None:
             _load_adapter(encoder, name, folder if name == "default" else folder / name)
         return
     saved, report = type(encoder).from_pretrained(folder, dtype="auto", output_loading_info=True)
-    _require_all(sorted(report["missing_keys"]), folder)
+    require_all(sorted(report["missing_keys"]), folder)
     encoder.load_state_dict(saved.state_dict())
 
 
@@ -93,61 +91,11 @@ def _load_adapter(model: PeftModel, name: str, folder: Path) -> None:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     type(model.peft_config[name]).from_pretrained(str(folder))  # PEFT looks at no config for an adapter that is there
     report = model.load_adapter(str(folder), name, is_trainable=active, torch_device="cpu")
-    _require_all(report.missing_keys, folder)
+    require_all(report.missing_keys, folder)
     if active:
         model.set_adapter(name)
     for parameter in frozen:  # PEFT lets all of an active adapter require gradients, also in a tower the head froze
         parameter.requires_grad_(False)
-
-
-def _require_all(missing: list[str], folder: Path) -> None:
-    if missing:
-        what = f"checkpoint lacks {len(missing)} tensors of the model"
-        raise AdapterFileError(what, where=str(folder), got=missing[:3], remedy="Build the model as it was saved.")
-
-
-def save_head(task: Task, folder: Path) -> None:
-    """Writes which task it is, its settings, and the tensors that are its own.
-
-    What terms of the loss were told (OGEN: names of new classes) is written too: it is information that went into the
-    model.
-
-    Args:
-        task: the task.
-        folder: where to.
-    """
-    settings = {"task": task.name, **task.settings()}
-    for term in task.terms.values():
-        settings |= term.told()
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    tensors = task.own_tensors()
-    if tensors:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
-
-
-def load_head(task: Task, folder: Path) -> None:
-    """Reads back what `save_head` wrote, in place.
-
-    Args:
-        task: the same task, of the same settings.
-        folder: where from.
-
-    Raises:
-        AdapterFileError: the folder is of another task, for other classes or another head, or lacks weights.
-        DataError: the file with the settings is missing or no valid JSON.
-    """
-    saved = read_json(folder / CONFIG_FILE)
-    if not isinstance(saved, dict) or saved.get("task", "class_names") != task.name:
-        got = saved.get("task") if isinstance(saved, dict) else type(saved).__name__
-        where = str(folder / CONFIG_FILE)
-        raise AdapterFileError("checkpoint is of another task", where=where, got=got, allowed=repr(task.name))
-    task.check_settings(saved, str(folder))
-    expected = task.own_tensors()
-    tensors = load_file(folder / WEIGHTS_FILE) if expected else {}
-    _require_all(sorted(set(expected) - set(tensors)), folder)
-    task.load_state_dict(tensors, strict=False)
-    task.take_settings(saved)
 
 
 def checkpoint_to_resume(given: str | bool, output_dir: Path) -> str:

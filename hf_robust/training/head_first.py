@@ -165,7 +165,7 @@ def train_head(
 def _optimizer(
     head: Mapping[str, nn.Parameter], args: RobustTrainingArguments, decayed: Collection[str]
 ) -> torch.optim.AdamW:
-    rate = args.learning_rate if args.head_first_learning_rate is None else args.head_first_learning_rate
+    rate: Any = args.learning_rate if args.head_first_learning_rate is None else args.head_first_learning_rate
     groups = [
         {"params": [p for name, p in head.items() if name in decayed], "weight_decay": args.weight_decay},
         {"params": [p for name, p in head.items() if name not in decayed], "weight_decay": 0.0},

@@ -25,8 +25,9 @@ from ..data.publish import TEMPORARY
 from ..data.rows import LabelledStream
 from ..errors import CheckpointError, HfRobustError, NonFiniteError
 from ..losses.state import load_terms, save_terms
+from ..tasks.files import load_head, save_head
 from .arguments import RobustTrainingArguments
-from .checkpoint import checkpoint_to_resume, load_encoder, load_head, processor_folder, save_encoder, save_head
+from .checkpoint import checkpoint_to_resume, load_encoder, processor_folder, save_encoder
 from .manifest import checkpoints_in, read_manifest
 from .publishing import not_saved, publish_checkpoint, rotate, sweep
 from .ranks import check_agreement, entries_digest, naming_the_missing, on_first_rank, raise_on_all

@@ -27,6 +27,7 @@ from .after_step import AfterStep
 from .arguments import RobustTrainingArguments
 from .evaluating import Metrics
 from .image_size import processor_of_size
+from .learning_rates import with_learning_rate
 from .model_init import ClassNames, as_task, model_or_first
 from .preflight import check_arguments, check_best_metric, check_length, check_metrics, check_targets, check_trained
 from .ranks import raise_on_all
@@ -59,7 +60,7 @@ class RobustTrainer(StartingTrainer):
     Args:
         model: a `Task`, or a dual encoder, plain or `PeftModel`, that one is then built around with the settings of
             `args`.
-        args: the training arguments.
+        args: the training arguments; without a learning rate in them it is that of the method, see `method_rate`.
         data_collator: by default an `ImageCollator`; its `transform` is used in training alone. Another collator gets
             rows whose images are opened.
         train_dataset: images with labels, texts or identities.
@@ -124,6 +125,7 @@ class RobustTrainer(StartingTrainer):
         check_options(args)  # they may have been changed since
         check_metrics(compute_metrics, preprocess_logits_for_metrics)
         encoder = model_or_first(model, model_init, args, optimizers)
+        args = with_learning_rate(args, encoder)
         processing_class = processor_of_size(args.image_size, processing_class, encoder, data_collator)
         order = class_names if isinstance(class_names, Sequence) else None
         target = target_of(args.task, encoder)

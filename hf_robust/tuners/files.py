@@ -9,19 +9,16 @@ config where an adapter of that name is there already.
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..data.text_files import parse_json
-from ..errors import AdapterFileError, HfRobustError, UnsafeFileError
+from ..data.tensor_files import read_weights
+from ..errors import AdapterFileError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -29,7 +26,6 @@ FORMAT_VERSION = 1
 SEAL = "sha256"  # name of the tensor with the digest, behind the prefix of the method
 PEFT_PREFIX = "base_model.model."
 WORTH_A_THREAD = 2**20  # bytes
-MAX_HEADER = 2**24  # bytes; that of an adapter of ViT-B/32 has 2**16
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -94,41 +90,6 @@ def check_seal(
 
 
 # --- files -------------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads an adapter's tensors. They may be mapped from the file.
-
-    Args:
-        path: a safetensors file.
-
-    Raises:
-        UnsafeFileError: it is a pipe, a device or a folder.
-        AdapterFileError: it is not a whole safetensors file, or has a name twice.
-    """
-    if not path.is_file():
-        raise UnsafeFileError("not a regular file", where=str(path))
-    try:
-        _read_header(path)
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError("no whole safetensors file", where=str(path), got=str(error)) from error
-
-
-def _read_header(path: Path) -> Any:
-    """The header, read strictly: the library takes the last of two tensors of one name."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= size <= min(MAX_HEADER, path.stat().st_size):
-            got, remedy = start[:8], "Is it a pickle? hf_robust reads safetensors only."
-            raise AdapterFileError("no safetensors file", where=str(path), got=got, remedy=remedy)
-        try:
-            return parse_json(file.read(size), str(path))
-        except HfRobustError as error:
-            raise AdapterFileError(
-                "header of a safetensors file is damaged", where=str(path), got=error.got
-            ) from error
 
 
 def check_files(folder: Path, saved: Mapping[str, Any] | None, prefix: str) -> dict[str, Tensor] | None:

@@ -37,15 +37,32 @@ def load_training_script(name: str, folder: Path, monkeypatch: pytest.MonkeyPatc
         folder: holds config.yaml; the cache of datasets is put there.
         monkeypatch: of the test.
     """
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     module = load_script(name, monkeypatch)
+    types = module.ScriptArguments, RobustTrainingArguments
+    return _with_run(module, types, module.DEFAULTS, folder, monkeypatch)
+
+
+def load_command(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """As `load_training_script` does of a script, the module of a command.
+
+    Args:
+        name: `train`, for instance.
+        folder: as there.
+        monkeypatch: of the test.
+    """
+    module = importlib.import_module(f"hf_robust.commands.{name}")
+    return _with_run(module, module.TYPES, {}, folder, monkeypatch)
+
+
+def _with_run(module: ModuleType, types: Any, defaults: Any, folder: Path, monkeypatch: Any) -> ModuleType:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
 
     def run(output: Path, *flags: str, config: Path = folder / "config.yaml") -> Any:
         flags = ["--config", str(config), "--output_dir", str(output), *flags]
-        module.main(*parse_arguments((module.ScriptArguments, RobustTrainingArguments), module.DEFAULTS, flags))
+        module.main(*parse_arguments(types, defaults, flags))
         return json.loads((output / "results.json").read_text())
 
-    module.run = run
+    monkeypatch.setattr(module, "run", run, raising=False)
     return module
 
 
@@ -61,21 +78,19 @@ def image_sizes_seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
     return sizes
 
 
-def launch_on_two(name: str, folder: Path, *flags: str, cwd: Path = ROOT) -> str:
-    """Runs `examples/<name>.py` on two processes; returns what it printed.
+def launch_on_two(folder: Path, *command: str, cwd: Path = ROOT) -> str:
+    """Runs a script, or `-m hf_robust` and a command, on two processes; returns what it printed.
 
     They meet as with `torchrun --standalone`, whose store asks the system for a port: one chosen here, or by
     accelerate, could be taken before the store opens it.
 
     Args:
-        name: as in `load_script`.
         folder: the cache of datasets is put there.
-        flags: of the script.
+        *command: with its flags.
         cwd: where it is started.
     """
     config = ROOT / "examples" / "accelerate_configs" / "cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += [str(ROOT / "examples" / f"{name}.py"), *flags]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *command]
     standalone = {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}  # flags of torchrun, not of accelerate
-    ((out, _),) = run_programs(command, cwd=cwd, HF_DATASETS_CACHE=str(folder / "cache"), **standalone)
+    ((out, _),) = run_programs(launch, cwd=cwd, HF_DATASETS_CACHE=str(folder / "cache"), **standalone)
     return out

@@ -240,7 +240,7 @@ def test_two_processes_write_one_result(folder, script, tmp_path):
     methods = ["zero_shot", "coop", "saft+ogen"]
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
     flags += ["--seeds", "1", "--num_train_epochs", "1", "--methods", *methods]
-    printed = launch_on_two("base_to_new", folder, *flags)
+    printed = launch_on_two(folder, "examples/base_to_new.py", *flags)
     assert printed.count("Accuracy in %") == 1
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert [one["method"] for one in results["runs"]] == methods

@@ -10,11 +10,10 @@ from pathlib import Path
 from datasets import Dataset
 from PIL import Image
 
-from hf_robust import RobustTrainingArguments
+from hf_robust.commands import train
 from hf_robust.comparison.methods import ALL_METHODS, Chosen
 from hf_robust.evaluation import RobustnessSuite
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import load_script
 from tests.programs import ROOT
 
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
@@ -63,22 +62,13 @@ def test_the_picture_is_drawn(tmp_path):
         assert picture.size == (1440, 960)
 
 
-def test_the_command_to_copy_is_one(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    lines = demo.OWN_PHOTOGRAPHS.format(python="python").replace("\\\n", " ").strip().splitlines()[-1]
-    program, script, *flags = shlex.split(lines)
-    train = load_script("train", monkeypatch)
-    args, training_args = parse_arguments((train.ScriptArguments, RobustTrainingArguments), train.DEFAULTS, flags)
-    assert (program, script) == ("python", "examples/train.py") and Path(script).exists()
-    assert (
-        args.wise_ft
-        and args.method == "saft"
-        and args.density == 0.01
-        and args.scope == "per_tensor"
-        and not args.exclude_input_embeddings
-        and set(args.eval_data) == {"id", "ood"}
-    )
-    assert training_args.learning_rate == 1e-3
+def test_the_command_to_copy_is_one():
+    lines = demo.OWN_PHOTOGRAPHS.format(command="hf-robust").replace("\\\n", " ").strip().splitlines()[-1]
+    program, command, *flags = shlex.split(lines)
+    args, method, _ = parse_arguments(train.TYPES, flags=flags)
+    assert (program, command, args.data) == ("hf-robust", "train", "photos") and set(args.eval_data) == {"ood"}
+    assert (method.method, method.density, method.scope) == ("saft", 0.01, "per_tensor")
+    assert not method.exclude_input_embeddings
 
 
 def test_the_settings_are_those_of_the_comparison(monkeypatch, tmp_path):

@@ -1,11 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `hf-robust merge`: WiSE-FT and soups of models on disk."""
+"""The command `hf-robust merge`: WiSE-FT and soups of models on disk.
+
+Part of the way, of a whole model or an adapter (SAFT, A-CLIP, LoRA and what else can be merged):
+
+    hf-robust merge --zero_shot openai/clip-vit-base-patch16 --fine_tuned runs/full --output merged
+    hf-robust merge --zero_shot openai/clip-vit-base-patch16 --fine_tuned runs/saft --output merged
+
+Several shares of the way, each into a folder of its own, `merged/alpha=0.250` and so on. If a head was trained, the
+zero-shot model is what `RobustTrainer.save_model()` wrote before the training:
+
+    hf-robust merge --zero_shot runs/before --fine_tuned runs/full --output merged --alpha 0.25 0.5 0.75
+
+The mean of models, or of adapters of one base, that were fine-tuned from the same weights (an adapter, then); of all,
+or of those that help on validation data:
+
+    hf-robust merge --soup runs/a runs/b runs/c --output soup
+    hf-robust merge --soup runs/a runs/b --output soup --soup_greedy --validation_data photos:validation
+"""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,9 +40,10 @@ from ..interpolation.arithmetic import check_alpha, check_finite, interpolate_te
 from ..interpolation.checkpoints import check_same_head, interpolate_checkpoints
 from ..interpolation.files import COMPANION_FILES, StoredTensor, read_checkpoint, read_header
 from ..interpolation.publish import check_output, publish_folder
+from ..scripting.arguments import setting
+from ..scripting.checks import check_given
 from ..tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE
-from .checks import check_given
-from .souping import make_soup
+from .soup import make_soup
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 HALF = [0.5]
@@ -35,29 +53,23 @@ HALF = [0.5]
 class MergeArguments:
     """WiSE-FT and soups of models on disk."""
 
-    zero_shot: str | None = field(default=None, metadata={"help": "The model before fine-tuning: folder or Hub id."})
-    fine_tuned: str | None = field(default=None, metadata={"help": "Folder of the fine-tuned model or adapter."})
-    output: str | None = field(default=None, metadata={"help": "Folder to write."})
-    alpha: list[float] = field(default_factory=lambda: list(HALF), metadata={"help": "Shares of the way, 0 to 1."})
-    fisher: list[str] | None = field(
-        default=None, metadata={"help": "Fisher information of both, two safetensors files; not for adapters."}
+    zero_shot: str | None = setting(None, "The model before fine-tuning: folder or Hub id.")
+    fine_tuned: str | None = setting(None, "Folder of the fine-tuned model or adapter.")
+    output: str | None = setting(None, "Folder to write.")
+    alpha: list[float] = setting(HALF, "Shares of the way, 0 to 1.")
+    fisher: list[str] | None = setting(None, "Fisher information of both, two safetensors files; not for adapters.")
+    overwrite: bool = setting(False, "Replace output folders that hold something.")
+    soup: list[str] | None = setting(None, "Folders of models, or of adapters of one base, to average; no fine_tuned.")
+    soup_greedy: bool = setting(False, "Of these only those that help on validation data.")
+    validation_data: str | None = setting(None, "For soup_greedy: labelled images.")
+    class_names_file: str | None = setting(
+        None, "Names by line, or .json by label; default: the first folder's, or the data's."
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace output folders that hold something."})
-    soup: list[str] | None = field(
-        default=None,
-        metadata={"help": "Folders of models, or of adapters of one base, to average; no fine_tuned."},
-    )
-    soup_greedy: bool = field(default=False, metadata={"help": "Of these only those that help on validation data."})
-    validation_data: str | None = field(default=None, metadata={"help": "For soup_greedy: labelled images."})
-    class_names_file: str | None = field(
-        default=None,
-        metadata={"help": "Names by line, or .json by label; default: the first folder's, or the data's."},
-    )
-    templates: str | None = field(default=None, metadata={"help": "Name of a template set, or one template with {}."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
-    batch_size: int = field(default=64, metadata={"help": "Images encoded at once."})
-    use_cpu: bool = field(default=False, metadata={"help": "Even where there is an accelerator."})
+    templates: str | None = setting(None, "Name of a template set, or one template with {}.")
+    image_column: str | None = setting(None, "Column of images; else image, img, jpg, …")
+    label_column: str | None = setting(None, "Column of labels; else label, labels or cls.")
+    batch_size: int = setting(64, "Images encoded at once.")
+    use_cpu: bool = setting(False, "Even where there is an accelerator.")
 
     def __post_init__(self) -> None:
         if self.soup is None:
@@ -215,7 +227,7 @@ def copy_companions(sources: list[Path], folder: Path) -> None:
             shutil.copyfile(found[0], folder / name)
 
 
-def merge(args: MergeArguments) -> None:
+def main(args: MergeArguments) -> None:
     """Merges for every α, or makes a soup, and says what it wrote.
 
     Args:
@@ -225,7 +237,7 @@ def merge(args: MergeArguments) -> None:
         ConfigError, MergeError: the models do not fit each other, or the output is in use; nothing has been written.
 
     Example:
-        >>> merge(MergeArguments(soup=["runs/a", "runs/b"], output="soup"))
+        >>> main(MergeArguments(soup=["runs/a", "runs/b"], output="soup"))
         soup of 2 models: soup
     """
     if args.soup is not None:
@@ -241,3 +253,7 @@ def merge(args: MergeArguments) -> None:
         merge_whole(zero_shot, fine_tuned, args, folders)
     for alpha, folder in folders.items():
         print(f"alpha {alpha:g}: {folder}")
+
+
+TYPES = (MergeArguments,)
+EXAMPLE = "hf-robust merge --zero_shot openai/clip-vit-base-patch32 --fine_tuned runs/full --output merged"

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
+from typing import get_args
 
 import datasets
 import pytest
@@ -11,11 +11,12 @@ import torch
 from datasets import Value
 from transformers import AutoModel, AutoProcessor
 
+from hf_robust.commands import difficulty
+from hf_robust.commands.adapters import MethodName
 from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.difficulty_report import TaskDifficulty
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import load_script
 from tests.programs import ROOT, run_programs
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -36,14 +37,13 @@ def folder(tmp_path_factory):
 def script(folder, monkeypatch, tmp_path):
     """The script's module; `run` is its command line, with the model and data of `folder`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    module = load_script("difficulty", monkeypatch)
 
-    def run(*flags):
-        command = ["--model_name_or_path", str(folder / "model"), "--data", str(folder / "train.parquet"), *flags]
-        module.main(*parse_arguments([module.ScriptArguments], flags=command))
+    def run(*flags, data=folder / "train.parquet"):
+        command = [str(data), "--model_name_or_path", str(folder / "model"), *flags]
+        difficulty.main(*parse_arguments(difficulty.TYPES, flags=command))
 
-    module.run = run
-    return module
+    monkeypatch.setattr(difficulty, "run", run, raising=False)
+    return difficulty
 
 
 def task(folder, **settings):
@@ -67,7 +67,7 @@ def test_figures_reading_and_suggestion_are_printed_and_written(script, folder, 
     suggestion = results["suggestion"]
     assert suggestion == script.suggest(found)
     words = " ".join(printed.split())
-    assert f"--method {suggestion['method']} in examples/train.py" in words
+    assert f"--method {suggestion['method']} of hf-robust train" in words
     assert suggestion["reason"] in words and suggestion["how"] in words
     assert (tmp_path / "new" / "p.png").read_bytes().startswith(b"\x89PNG")
 
@@ -92,41 +92,30 @@ def test_settings_reach_the_measure(script, folder, tmp_path):
 def test_class_names_come_from_a_file_where_labels_are_bare_numbers(script, folder, tmp_path):
     image_dataset(9, NAMES).cast_column("label", Value("int64")).to_parquet(tmp_path / "bare.parquet")
     with pytest.raises(DataError, match="class names are missing"):
-        script.run("--data", str(tmp_path / "bare.parquet"))
+        script.run(data=tmp_path / "bare.parquet")
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     output = ["--output", str(tmp_path / "difficulty.json")]
-    script.run("--data", str(tmp_path / "bare.parquet"), "--class_names_file", str(tmp_path / "names.txt"), *output)
+    script.run("--class_names_file", str(tmp_path / "names.txt"), *output, data=tmp_path / "bare.parquet")
     results = json.loads((tmp_path / "difficulty.json").read_text())["difficulty"]
     assert results["acs"] == pytest.approx(task(folder).acs, abs=1e-6)
 
 
 @pytest.mark.parametrize(("silhouette", "method"), [(0.001, "lora"), (0.0, "aclip"), (-0.3, "aclip")])
-def test_suggestion_goes_by_the_sign_and_says_so(script, monkeypatch, silhouette, method):
+def test_suggestion_goes_by_the_sign_and_says_so(script, silhouette, method):
     suggestion = script.suggest(with_silhouette(silhouette))
-    assert suggestion["method"] == method and method in load_script("train", monkeypatch).METHODS
+    assert suggestion["method"] == method and method in get_args(MethodName)
     assert "2402.09613" in suggestion["how"] and "Thresholds are not known" in suggestion["how"]
     assert "sign of the silhouette alone" in suggestion["how"] and "validation" in suggestion["how"]
 
 
-def test_without_flags_it_is_the_demo(script, monkeypatch, folder):
-    monkeypatch.setattr(script, "DEMO_DATA", str(folder / "train.parquet"))
-    args = script.ScriptArguments()
-    assert args.templates == "an icon of a {}." and args.data == str(folder / "train.parquet")
-    assert (Path(args.model_name_or_path) / "config.json").exists()
-    assert script.ScriptArguments(templates="drawings").templates == "drawings"
-    monkeypatch.setattr(script, "DEMO_DATA", str(folder / "none.parquet"))
-    with pytest.raises(ConfigError, match="drawings are not there.*make demo"):
-        script.ScriptArguments()
-
-
-@pytest.mark.parametrize(("given", "missing"), [("data", "model_name_or_path"), ("model_name_or_path", "data")])
-def test_model_without_data_and_data_without_model_are_refused(script, given, missing):
-    with pytest.raises(ConfigError, match=f"model and data are needed.*{missing}"):
-        script.ScriptArguments(**{given: "x"})
+def test_without_data_it_is_refused(script):
+    with pytest.raises(ConfigError, match="not given .at data."):
+        script.DifficultyArguments()
 
 
 def test_it_runs_as_a_program(folder, tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "difficulty.py"), "--data", str(folder / "train.parquet")]
+    command = [sys.executable, "-m", "hf_robust", "difficulty", str(folder / "train.parquet")]
     command += ["--model_name_or_path", str(folder / "model"), "--output", str(tmp_path / "difficulty.json")]
-    ((printed, _),) = run_programs(command, cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    variables = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    ((printed, _),) = run_programs(command, cwd=tmp_path, **variables)
     assert "Start with --method" in printed and (tmp_path / "difficulty.json").exists()

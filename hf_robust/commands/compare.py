@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["hf_robust"]
-# ///
-"""Which method keeps most of what the model knew? All of them on one task, over several seeds, also with WiSE-FT.
+"""The command `hf-robust compare`: which method keeps most of what the model knew?
 
-    python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml
-    python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml --methods full saft
+All of them on one task, over several seeds, also with WiSE-FT:
+
+    hf-robust compare --config examples/configs/compare_methods.yaml
+    hf-robust compare --config examples/configs/compare_methods.yaml --methods full saft
 
 Every method has its learning rate chosen on the validation data, from the same grid, by the one-standard-error rule:
 the search starts in the middle of the grid and ends where both neighbours are worse. The weight of a loss is chosen
@@ -23,67 +21,65 @@ results.json, table.md and scatter.png; cards/ has a model card for every method
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
 
-from hf_robust import RobustTrainingArguments
-from hf_robust.comparison.methods import AFTER, ALL_METHODS, DEFAULT_METHODS, LOSSES
-from hf_robust.comparison.runs import Runs
-from hf_robust.comparison.search import GRID, WEIGHTS, search
-from hf_robust.comparison.tables import report
-from hf_robust.comparison.task import Comparison
-from hf_robust.comparison.trainings import train_and_evaluate, zero_shot
-from hf_robust.errors import ConfigError
-from hf_robust.evaluation import RobustnessSuite
-from hf_robust.scripting.checks import check_given, check_training, check_values
-from hf_robust.scripting.loading import load_images, load_processor, loading_data, read_sets
-from hf_robust.scripting.results import package_versions
-from hf_robust.scripting.run import run
+from ..comparison.methods import AFTER, ALL_METHODS, DEFAULT_METHODS, LOSSES
+from ..comparison.runs import Runs
+from ..comparison.search import GRID, WEIGHTS, search
+from ..comparison.tables import report
+from ..comparison.task import Comparison
+from ..comparison.trainings import train_and_evaluate, zero_shot
+from ..errors import ConfigError
+from ..evaluation import RobustnessSuite
+from ..scripting.arguments import setting
+from ..scripting.checks import check_given, check_training, check_values
+from ..scripting.loading import DEFAULT_MODEL, load_images, load_processor, loading_data, read_sets
+from ..scripting.results import package_versions
+from ..training.arguments import RobustTrainingArguments
 
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live", "task": None}
 OWN = {"learning_rate": "learning_rates", "seed": "seeds"}
-DEFAULTS = {**FIXED, "logging_steps": 10}  # the progress bar shows the loss
 MAY_CHANGE = ("methods", "seeds", "search_only", "output_dir")  # between calls that share a folder
 
 
 @dataclass
-class ScriptArguments:
-    """Model, data and methods; what concerns the training itself is in `RobustTrainingArguments`.
+class CompareArguments:
+    """All methods on one task, over several seeds; each with settings chosen on validation data.
 
-    Training and validation data are what examples/train.py takes. Settings of losses are those of the methods with it.
+    What concerns the training itself is in `RobustTrainingArguments`; its `losses` are settings of the methods with
+    these.
     """
 
-    model_name_or_path: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
-    train_data: str | None = field(default=None, metadata={"help": "Labelled images to train on."})
-    validation_data: str | None = field(default=None, metadata={"help": "Rates, weights and α are chosen on these."})
-    suite: str | None = field(default=None, metadata={"help": "What to evaluate on: a YAML file or a suite's name."})
-    selection: Literal["id", "id+other"] = field(default="id", metadata={"help": "What has a say in what is chosen."})
-    other_validation_data: dict | str | None = field(
-        default=None, metadata={"help": "id+other: JSON of other tasks by name."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; else image, img, jpg, …"})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; else label, labels or cls."})
-    shots: int | None = field(default=None, metadata={"help": "Training images per class; all if not given."})
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of the shots and the training."})
-    methods: list[str] = field(default_factory=lambda: [*DEFAULT_METHODS], metadata={"help": ", ".join(ALL_METHODS)})
-    new_class_names: list[str] | None = field(default=None, metadata={"help": "context+ogen: names it is told."})
-    learning_rates: list[float] = field(default_factory=lambda: [*GRID], metadata={"help": "To choose from."})
-    weights: list[float] = field(default_factory=lambda: [*WEIGHTS], metadata={"help": "Of a loss, times its own."})
-    alphas: list[float] = field(default_factory=lambda: [*ALPHAS], metadata={"help": "WiSE-FT: to choose from."})
-    after: list[str] = field(default_factory=lambda: [*AFTER], metadata={"help": "Done afterwards."})
-    search_only: bool = field(default=False, metadata={"help": "Choose the settings and stop."})
+    model_name_or_path: str = setting(DEFAULT_MODEL, "Hub id or folder.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Of the weights.")
+    train_data: str | None = setting(None, "Labelled images to train on.")
+    validation_data: str | None = setting(None, "Rates, weights and α are chosen on these.")
+    suite: str | None = setting(None, "What to evaluate on: a YAML file or a suite's name.")
+    selection: Literal["id", "id+other"] = setting("id", "What has a say in what is chosen.")
+    other_validation_data: dict | str | None = setting(None, "id+other: JSON of other tasks by name.")
+    image_column: str | None = setting(None, "Column of images; else image, img, jpg, …")
+    label_column: str | None = setting(None, "Column of labels; else label, labels or cls.")
+    shots: int | None = setting(None, "Training images per class; all if not given.")
+    seeds: list[int] = setting([1, 2, 3], "Of the shots and the training.")
+    methods: list[str] = setting([*DEFAULT_METHODS], ", ".join(ALL_METHODS))
+    new_class_names: list[str] | None = setting(None, "context+ogen: names it is told.")
+    learning_rates: list[float] = setting([*GRID], "To choose from.")
+    weights: list[float] = setting([*WEIGHTS], "Of a loss, times its own.")
+    alphas: list[float] = setting([*ALPHAS], "WiSE-FT: to choose from.")
+    after: list[str] = setting([*AFTER], "Done afterwards.")
+    search_only: bool = setting(False, "Choose the settings and stop.")
 
     def __post_init__(self) -> None:
         if isinstance(self.other_validation_data, str):
             self.other_validation_data = read_sets(self.other_validation_data, "other_validation_data")
         check_given(self, "train_data", "validation_data", "suite")
         self.learning_rates, self.weights = sorted(self.learning_rates), sorted(self.weights)
-        lists = {"seeds": self.seeds, "learning_rates": self.learning_rates, "weights": self.weights}
+        lists: dict[str, Any] = {"seeds": self.seeds, "learning_rates": self.learning_rates, "weights": self.weights}
         check_values(self.methods, ALL_METHODS, **lists, alphas=self.alphas)
         if not self.learning_rates[0] > 0:
             got = self.learning_rates
@@ -100,19 +96,27 @@ class ScriptArguments:
             if 1 not in (got := getattr(self, name)):
                 raise ConfigError(f"{what} is missing", where=name, got=got, allowed="1 among them")
         if (self.selection == "id+other") != bool(self.other_validation_data):
-            what, got = "id+other goes with images of other tasks", (self.selection, self.other_validation_data)
-            raise ConfigError(what, where="selection, other_validation_data", got=got, allowed="both, or neither")
+            what, both = "id+other goes with images of other tasks", (self.selection, self.other_validation_data)
+            raise ConfigError(what, where="selection, other_validation_data", got=both, allowed="both, or neither")
         if "id" in (self.other_validation_data or {}):
             raise ConfigError("id is the validation data itself", where="other_validation_data", got="id")
 
 
-def load(args: ScriptArguments, training_args: RobustTrainingArguments) -> Comparison:
+@dataclass
+class TrainingSettings(RobustTrainingArguments):
+    """`RobustTrainingArguments` as the command begins with them."""
+
+    save_strategy: str = setting("no", "Nothing is saved but what was found.")
+    logging_steps: float = setting(10, "The progress bar shows the loss so often.")
+
+
+def load(args: CompareArguments, training_args: RobustTrainingArguments) -> Comparison:
     """Loads processor, data and suite."""
-    processor, suite = load_processor(args.model_name_or_path), RobustnessSuite.from_yaml(args.suite)
-    named: dict[str, str] = dict(args.other_validation_data or {})
+    processor, suite = load_processor(args.model_name_or_path), RobustnessSuite.from_yaml(str(args.suite))
+    named: Any = args.other_validation_data or {}
     with loading_data(training_args):
-        train = load_images(args.train_data, "train_data", args).to_dataset()
-        validation = load_images(args.validation_data, "validation_data", args)
+        train = load_images(str(args.train_data), "train_data", args).to_dataset()
+        validation = load_images(str(args.validation_data), "validation_data", args)
         others = {name: load_images(path, name, args) for name, path in named.items()}
     return Comparison(
         args.model_name_or_path,
@@ -130,14 +134,14 @@ def load(args: ScriptArguments, training_args: RobustTrainingArguments) -> Compa
     )
 
 
-def shared_settings(args: ScriptArguments, training_args: RobustTrainingArguments) -> dict[str, Any]:
+def shared_settings(args: CompareArguments, training_args: RobustTrainingArguments) -> dict[str, Any]:
     """What all calls that share a folder have in common."""
     config = {**asdict(args), **training_args.to_dict()}
     config = {name: value for name, value in config.items() if name not in MAY_CHANGE}
     return json.loads(json.dumps({"config": config, "versions": package_versions()}))
 
 
-def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
+def main(args: CompareArguments, training_args: RobustTrainingArguments) -> None:
     """Runs what has not been run yet, then shows all."""
     check_training(training_args, FIXED, OWN)
     unknown = set(training_args.losses or {}) - set(LOSSES)
@@ -158,5 +162,5 @@ def main(args: ScriptArguments, training_args: RobustTrainingArguments) -> None:
         report(common, Runs(folder, common).found, folder)
 
 
-if __name__ == "__main__":
-    run(main, ScriptArguments, RobustTrainingArguments, defaults=DEFAULTS)
+TYPES = (CompareArguments, TrainingSettings)
+EXAMPLE = "hf-robust compare --config compare.yaml --methods full saft aclip"

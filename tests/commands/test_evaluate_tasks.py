@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What evaluate_suite.py prints of sets of several tasks."""
+"""What `hf-robust evaluate` prints of sets of several tasks."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from hf_robust.commands import evaluate
 from hf_robust.evaluation.report import SetResult, SuiteReport, TaskResult
-from tests.examples.scripts import load_script
 
 
 def report(share, recalls, precision):
@@ -25,8 +25,7 @@ def report(share, recalls, precision):
 
 def test_every_measure_has_a_table_with_its_sets(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
-    module = load_script("evaluate_suite", monkeypatch)
-    module.show({"base": report(0.5, (0.4, 0.2), 0.25), "alpha 1": report(0.75, (0.6, 0.8), 0.5)})
+    evaluate.show({"base": report(0.5, (0.4, 0.2), 0.25), "alpha 1": report(0.75, (0.6, 0.8), 0.5)})
     lines = [line.replace("│", " ").strip() for line in capsys.readouterr().out.splitlines()]
     rows = [" ".join(line.split()) for line in lines]
     titles = [line for line in rows if line.endswith("in %")]

@@ -19,7 +19,8 @@ from hf_robust import RobustTrainer, RobustTrainingArguments, SAFTConfig, select
 from hf_robust.cli import main
 from hf_robust.interpolation.soups import uniform_soup
 from hf_robust.tasks.class_names import ZeroShotClassifier
-from hf_robust.training.checkpoint import save_encoder, save_head
+from hf_robust.tasks.files import save_head
+from hf_robust.training.checkpoint import save_encoder
 from tests.interpolation.folders import content
 from tests.methods import assert_same
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
@@ -36,8 +37,9 @@ def soup(monkeypatch, tmp_path, capsys):
 
     def run(*flags, output="soup"):
         capsys.readouterr()
+        status = 0
         try:
-            status = main(["merge", "--output", output, "--use_cpu", *flags])
+            main(["merge", "--output", output, "--use_cpu", *flags])
         except SystemExit as leaving:
             status = leaving.code
         printed = capsys.readouterr()
@@ -98,7 +100,7 @@ def test_adapters_become_an_adapter_that_goes_part_of_the_way(soup):
     heads = [load_file(f"{name}/classifier.safetensors")["class_head.weight"] for name in ("soup", "a", "b")]
     torch.testing.assert_close(heads[0], (heads[1] + heads[2]) / 2)
     assert Path("soup/processor/tokenizer.json").exists() and json.loads(Path("soup/classifier.json").read_text())
-    assert main(["check", "soup"]) == 0
+    main(["check", "soup"])  # else it leaves
 
 
 def merged(folder):

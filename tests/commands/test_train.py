@@ -12,11 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
-from hf_robust import RobustTrainingArguments
 from hf_robust.errors import CheckpointError, ConfigError, DataError
 from hf_robust.interpolation.sweep import AlphaSweep
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import launch_on_two, load_training_script
+from tests.examples.scripts import launch_on_two, load_command
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -60,7 +59,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def script(folder, monkeypatch):
     """The script's module; `run` is its command line, with the config of `folder`."""
-    return load_training_script("train", folder, monkeypatch)
+    return load_command("train", folder, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "full", "saft", "aclip", "radapter", "lora", "ln_tuning"])
@@ -178,7 +177,7 @@ def vision_tower(folder):
 
 
 BAD_INPUT = {
-    "unknown method": (lambda _: ["--method", "soft"], ConfigError, "unknown method.*'soft'.*'saft'"),
+    "unknown method": (lambda _: ["--method", "soft"], ConfigError, "--method: invalid choice: 'soft'.*saft"),
     "no training data": (lambda _: ["--train_data", ""], ConfigError, "not given.*train_data"),
     "no such names": (lambda _: ["--class_names_file", "no.txt"], DataError, "file cannot be read .at no.txt"),
     "no such model": (lambda _: ["--model_name_or_path", "no/where"], ConfigError, "no model can be.*no/where"),
@@ -237,7 +236,7 @@ def test_bad_input_is_one_error_before_training(script, tmp_path, name):
 @pytest.mark.parametrize("config", ["demo", "own_images", "pairs", "several_labels", "identities"])
 def test_shipped_configs_are_understood(script, config, tmp_path):
     flags = ["--config", str(CONFIGS / f"{config}.yaml"), "--output_dir", str(tmp_path)]
-    args, training_args = parse_arguments((script.ScriptArguments, RobustTrainingArguments), {}, flags)
+    args, _, training_args = parse_arguments(script.TYPES, flags=flags)
     assert args.eval_data and training_args.learning_rate > 0
 
 
@@ -270,7 +269,7 @@ def test_the_columns_say_what_is_learned(script, tmp_path, task):
 def test_two_processes_select_the_same_entries_as_one(script, folder, tmp_path):
     script.run(tmp_path / "one")
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "two")]
-    printed = launch_on_two("train", folder, *flags)
+    printed = launch_on_two(folder, "-m", "hf_robust", "train", *flags)
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert printed.count("Accuracy in %") == 1
     assert results["zero_shot"] == json.loads((tmp_path / "one" / "results.json").read_text())["zero_shot"]

@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from hf_robust import ACLIPConfig, SAFTConfig, select_saft, with_image_size
+from hf_robust.commands import merge as merging
 from hf_robust.errors import AdapterFileError, ConfigError, MergeError
 from hf_robust.interpolation.arithmetic import interpolate_tensor
-from hf_robust.scripting import merging
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import load_script
 from tests.tiny_models import tiny_model, tiny_processor
 
 
@@ -27,11 +26,10 @@ def merge(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     tiny_model("clip").save_pretrained("base")
     tiny_processor("clip").save_pretrained("base")
-    module = load_script("merge", monkeypatch)
 
     def run(*flags, zero_shot="base", output="merged"):
         flags = ["--zero_shot", zero_shot, "--output", output, *flags]
-        module.merge(*parse_arguments([module.MergeArguments], flags=flags))
+        merging.main(*parse_arguments(merging.TYPES, flags=flags))
 
     return run
 

@@ -8,19 +8,17 @@ from statistics import mean
 import pytest
 import yaml
 
-from hf_robust import RobustTrainingArguments
 from hf_robust.comparison.methods import ALL_METHODS, SAFT_VARIANTS
 from hf_robust.comparison.search import GRID, choose_rate, choose_weight
 from hf_robust.comparison.tables import half_interval
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import image_sizes_seen, launch_on_two, load_training_script
+from tests.examples.scripts import image_sizes_seen, launch_on_two, load_command
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue", "yellow"]
-SCRIPT = "benchmarks/compare_methods"
 MAIN = ["linear-probe", "lp-ft", "full", "full+similarity", "full+lipsum-ft", "flyp", "flyp+starft", "lora", "aclip"]
 MAIN += ["radapter", "saft", "context+ogen"]  # one of each kind
 OGEN = ["--new_class_names", "cyan", "pink", "grey", "black"]
@@ -70,10 +68,10 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def script(folder, monkeypatch):
     """The script's module; `run` is its command line, with the config of `folder`, and returns what has ended."""
-    module = load_training_script(SCRIPT, folder, monkeypatch)
+    module = load_command("compare", folder, monkeypatch)
     run = module.run
-    module.run = lambda output, *flags: run(output, *flags)["runs"]
-    module.folder = folder
+    monkeypatch.setattr(module, "run", lambda output, *flags: run(output, *flags)["runs"])
+    monkeypatch.setattr(module, "folder", folder, raising=False)
     return module
 
 
@@ -279,8 +277,7 @@ def test_bad_input_is_one_error_before_training(script, tmp_path, name):
 
 def test_the_shipped_config_is_understood(script):
     config = ROOT / "examples" / "configs" / "compare_methods.yaml"
-    types = script.ScriptArguments, RobustTrainingArguments
-    args, training_args = parse_arguments(types, script.DEFAULTS, ["--config", str(config)])
+    args, training_args = parse_arguments(script.TYPES, flags=["--config", str(config)])
     script.check_training(training_args, script.FIXED, script.OWN)
     assert set(args.methods) <= set(ALL_METHODS) and args.learning_rates == sorted(GRID)
     suite = RobustnessSuite.from_yaml(ROOT / args.suite)
@@ -291,7 +288,7 @@ def test_the_shipped_config_is_understood(script):
 def test_two_processes_write_one_result(folder, script, tmp_path):
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path)]
     flags += ["--seeds", "1", "--learning_rates", "1e-2", "--alphas", "1", "--per_device_train_batch_size", "3"]
-    printed = launch_on_two(SCRIPT, folder, *flags, "--methods", "linear-probe", "saft")
+    printed = launch_on_two(folder, "-m", "hf_robust", "compare", *flags, "--methods", "linear-probe", "saft")
     assert printed.count("rank: the place") == 1
     one = script.run(tmp_path / "one", "--methods", "linear-probe", "--learning_rates", "1e-2", "--seeds", "1")
     two = json.loads((tmp_path / "results.json").read_text())["runs"]

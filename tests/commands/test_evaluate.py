@@ -10,10 +10,11 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from hf_robust import SAFTConfig, select_saft, with_image_size
+from hf_robust.commands import evaluate
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.report import SuiteReport
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import image_sizes_seen, launch_on_two, load_script
+from tests.examples.scripts import image_sizes_seen, launch_on_two
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES, OTHER_NAMES = ["red", "green", "blue"], ["cat", "dog"]
@@ -58,25 +59,24 @@ def run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    module = load_script("evaluate_suite", monkeypatch)
 
     def call(*flags):
-        flags = ["--suite", "suite.yaml", "--output", "out/results.json", "--silent", *flags]
-        module.main(*parse_arguments([module.ScriptArguments], flags=flags))
+        flags = [*flags[:1], "--suite", "suite.yaml", "--output", "out/results.json", "--silent", *flags[1:]]
+        evaluate.main(*parse_arguments(evaluate.TYPES, flags=flags))
         return json.loads((folder / "out" / "results.json").read_text()), capsys.readouterr().out
 
     return call
 
 
 def test_a_base_and_its_adapter_are_compared_at_every_alpha(run):
-    results, table = run("--adapter", "saft", "--alphas", "0", "0.5", "1")
+    results, table = run("saft", "--alphas", "0", "0.5", "1")
     models = {name: SuiteReport.from_dict(content) for name, content in results["models"].items()}
     assert list(models) == ["base", "alpha 0", "alpha 0.5", "alpha 1"]
     found = {name: report.sets["photos"].confidences.tolist() for name, report in models.items()}
     assert found["base"] == found["alpha 0"]
     assert len({tuple(values) for values in found.values()}) == 3
     assert len({report.sets["photos"].fingerprint for report in models.values()}) == 1
-    assert results["config"]["adapter"] == "saft" and results["config"]["alphas"] == [0.0, 0.5, 1.0]
+    assert results["config"]["model"] == "saft" and results["config"]["alphas"] == [0.0, 0.5, 1.0]
     assert (
         models["alpha 1"].config["model"]["adapters"] == ["SAFT"] and models["base"].config["model"]["adapters"] == []
     )
@@ -92,21 +92,21 @@ def test_a_base_and_its_adapter_are_compared_at_every_alpha(run):
 
 
 def test_a_base_alone_is_evaluated(run):
-    results, table = run("--base", "base")
-    assert list(results["models"]) == ["base"] and "alpha" not in table
+    results, table = run("base")
+    assert list(results["models"]) == ["model"] and "alpha" not in table
 
 
 def test_a_method_without_alphas_is_evaluated_whole(run):
-    results, _ = run("--adapter", "dora")
+    results, _ = run("dora")
     assert list(results["models"]) == ["base", "alpha 1"]
     with pytest.raises(ConfigError):
-        run("--adapter", "dora", "--alphas", "0.5")
+        run("dora", "--alphas", "0.5")
 
 
 def test_the_base_can_be_given(run):
     with pytest.raises(ConfigError, match="does not name its base model .at orphan.. Give --base"):
-        run("--adapter", "orphan")
-    results, _ = run("--adapter", "orphan", "--base", "base")
+        run("orphan")
+    results, _ = run("orphan", "--base", "base")
     assert results["models"]["base"]["sets"] != results["models"]["alpha 1"]["sets"]
 
 
@@ -116,9 +116,9 @@ def test_an_adapter_is_evaluated_with_images_of_its_own_size(run, folder, monkey
     with_image_size(tiny_processor("clip"), 64, tiny_model("clip")).save_pretrained(folder / name / place)
     save_adapter(folder / name, SAFTConfig(density=0.3, score="random"))
     sizes = image_sizes_seen(monkeypatch)
-    run("--base", "base")
+    run("base")
     assert sizes == {(32, 32)}
-    run("--adapter", name)
+    run(name)
     assert sizes == {(32, 32), (64, 64)}
 
 
@@ -127,7 +127,7 @@ def test_an_adapter_with_a_trained_head_is_refused(run, folder):
     head.touch()
     try:
         with pytest.raises(ConfigError, match="the adapter has a trained head"):
-            run("--adapter", "saft")
+            run("saft")
     finally:
         head.unlink()
 
@@ -135,12 +135,14 @@ def test_an_adapter_with_a_trained_head_is_refused(run, folder):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "no model .at base, adapter."),
-        (["--base", "base", "--alphas", "1.5"], "alpha"),
-        (["--adapter", "saft", "--alphas", "0.5", "0.5001"], "two alphas are the same in three digits"),
-        (["--adapter", "nowhere"], "no adapter can be loaded.*nowhere"),
-        (["--base", "base", "--suite", ""], "not given.*suite"),
-        (["--base", "base", "--suite", "nothing"], "no such suite: got 'nothing'"),
+        ([], "not given .at model."),
+        (["base", "--alphas", "0.5"], "a whole model is at no other alpha than 1"),
+        (["base", "--data", "photos.parquet"], "nothing to evaluate on, or two things"),
+        (["base", "--alphas", "1.5"], "alpha"),
+        (["saft", "--alphas", "0.5", "0.5001"], "two alphas are the same in three digits"),
+        (["nowhere"], "no adapter can be loaded.*nowhere"),
+        (["base", "--suite", ""], "nothing to evaluate on.*suite, data"),
+        (["base", "--suite", "nothing"], "no such suite: got 'nothing'"),
     ],
 )
 def test_wrong_flags_are_refused(run, flags, message):
@@ -149,10 +151,10 @@ def test_wrong_flags_are_refused(run, flags, message):
 
 
 def test_two_processes_print_one_table_with_the_same_answers(run, folder):
-    one, _ = run("--adapter", "saft", "--use_cpu")
-    flags = ["--suite", "suite.yaml", "--adapter", "saft", "--use_cpu"]
+    one, _ = run("saft", "--use_cpu")
+    flags = ["saft", "--suite", "suite.yaml", "--use_cpu"]
     flags += ["--batch_size", "2", "--output", "out/two.json", "--silent"]
-    printed = launch_on_two("evaluate_suite", folder, *flags, cwd=folder)
+    printed = launch_on_two(folder, "-m", "hf_robust", "evaluate", *flags, cwd=folder)
     assert printed.count("Accuracy in %") == 1
     two = json.loads((folder / "out" / "two.json").read_text())
     for name, content in two["models"].items():

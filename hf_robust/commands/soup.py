@@ -26,11 +26,11 @@ from ..interpolation.publish import check_output, publish_folder
 from ..interpolation.soup_adapters import trying
 from ..interpolation.soup_files import check_same_classes, check_soup, soup_checkpoints
 from ..interpolation.soups import check_different, choose_greedily, uniform_soup
+from ..scripting.loading import load_adapter_config, load_images, load_processor, read_class_names
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE
 from ..training.arguments import RobustTrainingArguments
 from ..training.trainer import RobustTrainer
-from .loading import load_adapter_config, load_images, load_processor, read_class_names
 
 METRIC = "validation_accuracy"
 SOUP = "default"  # the adapter that PEFT saves in the folder itself

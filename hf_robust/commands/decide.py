@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `hf-robust train photos` decides: what is trained on, chosen by and tested on, and where results go."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..data.sources import split_names
+from ..data.splits import split_word
+from ..errors import DataError
+from ..training.trainer import RobustTrainer
+from .adapters import MethodArguments
+
+if TYPE_CHECKING:
+    from .train import Sets, TrainArguments, TrainingSettings
+
+VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2  # held out where there is no such split
+
+
+def decide(
+    args: TrainArguments, method: MethodArguments, training_args: TrainingSettings
+) -> tuple[TrainArguments, TrainingSettings]:
+    """Fills in settings that are not given, by the splits of the data.
+
+    Args:
+        args: model and data.
+        method: what is trained.
+        training_args: of the training; only its `output_dir` is filled in.
+
+    Returns:
+        Both, where `data` is given with settings in its place.
+
+    Raises:
+        DataError: there is no such data, or it has splits, but none to train on.
+
+    Example:
+        >>> args, _ = decide(TrainArguments("photos"), MethodArguments(), TrainingSettings())
+        >>> args.train_data, args.validation_data, args.eval_data, args.validation_share
+        ('photos:train', None, {'id': 'photos:test'}, 0.1)
+    """
+    if args.data:
+        args = _by_splits(args)
+    if not training_args.is_decided["output_dir"]:
+        training_args.output_dir = f"{_short(args.data or str(args.train_data))}-{method.method}"
+    return args, training_args
+
+
+def _by_splits(args: TrainArguments) -> TrainArguments:
+    data = str(args.data)
+    found = {split_word(name) or name: f"{data}:{name}" for name in split_names(data, "data")}
+    if found and "train" not in found and not args.train_data:
+        remedy = "Name one of them by --train_data, as in 'photos:day'."
+        raise DataError("no split to train on", where="data", got=data, allowed=", ".join(found), remedy=remedy)
+    train = args.train_data or found.pop("train", data)
+    validation, test = args.validation_data or found.pop("validation", None), found.pop("test", None)
+    given: Any = args.eval_data or {}
+    tests = {**({"id": test} if test else {}), **found, **given}
+    return replace(
+        args,
+        train_data=train,
+        validation_data=None if args.validation_share else validation,
+        eval_data=tests,
+        validation_share=args.validation_share or (0.0 if validation else VALIDATION_SHARE),
+        test_share=args.test_share or (0.0 if "id" in tests else TEST_SHARE),
+        wise_ft=True if args.wise_ft is None else args.wise_ft,
+    )
+
+
+def _short(source: str) -> str:
+    """The name of a source, of letters that every file system takes."""
+    return re.sub(r"\W+", "-", Path(source).name or Path(source).resolve().name).strip("-") or "model"
+
+
+def say(args: TrainArguments, method: MethodArguments, trainer: RobustTrainer, sets: Sets) -> None:
+    """Prints what was decided.
+
+    Args:
+        args: model and data.
+        method: what is trained.
+        trainer: before its training.
+        sets: what is evaluated.
+    """
+    how, task = trainer.args, trainer.model
+    classes = task.settings().get("class_names")
+    train = trainer.train_dataset
+    of_classes = "" if classes is None else f" of {len(classes)} classes"
+    validation = sets["validation"] if "validation" in sets else None
+    held = " held out" if args.validation_share else f", {args.validation_data}"
+    tests = {name: len(rows) for name, rows in sets.items() if name != "validation"}
+    rows = {
+        "model": args.model_name_or_path,
+        "method": method.method + (", then WiSE-FT by validation" if args.wise_ft else ""),
+        "trained on": f"{len(train):,} images{of_classes}, {args.train_data}",
+        "validated on": "nothing" if validation is None else f"{len(validation):,} images{held}",
+        "tested on": ", ".join(f"{name} ({n:,})" for name, n in tests.items()) or "nothing",
+        "training": f"{how.num_train_epochs:g} epochs, {how.train_batch_size} images a step",
+        "learning rate": f"{how.learning_rate:g}",
+        "results": str(how.output_dir),
+    }
+    table = Table(title="Decided; flags change it, see --help", title_justify="left", box=None, show_header=False)
+    for what, value in rows.items():
+        table.add_row(what, value)
+    Console().print(table)

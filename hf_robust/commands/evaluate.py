@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `hf-robust evaluate`: what did fine-tuning cost?
+
+A model and its base, on all sets of a suite, at several shares of the way.
+
+    hf-robust evaluate runs/saft --suite mine.yaml --alphas 0.5 1 --output runs/suite.json
+    hf-robust evaluate openai/clip-vit-base-patch32 --suite cifar10
+    hf-robust evaluate runs/saft --data photos:test
+
+The base is the one that the adapter names, unless another is given. On several devices:
+
+    accelerate launch --multi_gpu --num_processes 2 -m hf_robust evaluate me/my-adapter --suite imagenet
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import file_exists
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import PROCESSOR_NAME
+
+from ..errors import ConfigError
+from ..evaluation.report import SuiteReport, write_json
+from ..evaluation.run import evaluate_suite
+from ..evaluation.suite import RobustnessSuite, SuiteSet
+from ..interpolation.adapters import wise_ft
+from ..interpolation.arithmetic import check_alpha
+from ..scripting.arguments import setting
+from ..scripting.checks import check_given
+from ..scripting.loading import load_adapter_config, load_model, load_processor
+from ..scripting.results import percent
+from ..tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE
+
+MEASURES = {
+    "accuracy": "Accuracy in %",
+    "image_to_text_recall@1": "Recall@1 of texts by images in %",
+    "text_to_image_recall@1": "Recall@1 of images by texts in %",
+    "mAP_macro": "Mean average precision over classes in %",
+}
+
+
+@dataclass
+class EvaluateArguments:
+    """What a model does on all sets of a suite, beside its base, at several shares of the way."""
+
+    model: str | None = setting(None, "Folder or Hub id of an adapter or a model.", positional=True)
+    suite: str | None = setting(None, "YAML file, or one of imagenet, cifar10 and others.")
+    data: list[str] | None = setting(None, "Labelled images in the place of a suite: files, folders or Hub ids.")
+    base: str | None = setting(None, "Folder or Hub id of what to compare with; default: the adapter's.")
+    alphas: list[float] = setting([1.0], "WiSE-FT: shares of the way.")
+    output: str | None = setting(None, "JSON file to write.")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Of the weights.")
+    batch_size: int = setting(64, "Images encoded at once, per process.")
+    workers: int = setting(0, "Processes that open images, per process.")
+    seed: int = setting(0, "Of the noise in corrupted images.")
+    use_cpu: bool = setting(False, "Even where there is an accelerator.")
+    silent: bool = setting(False, "No progress bar.")
+
+    def __post_init__(self) -> None:
+        check_given(self, "model")
+        if bool(self.suite) == bool(self.data):
+            got = {"suite": self.suite, "data": self.data}
+            raise ConfigError("nothing to evaluate on, or two things", where="suite, data", got=got, allowed="one")
+        self.alphas = [check_alpha(alpha) for alpha in self.alphas]
+        if len({title(alpha) for alpha in self.alphas}) < len(self.alphas):
+            raise ConfigError("two alphas are the same in three digits", where="alphas", got=self.alphas)
+
+
+def title(alpha: float) -> str:
+    """The name of a column."""
+    return f"alpha {alpha:.3g}"
+
+
+def has_file(adapter: str, name: str) -> bool:
+    """Whether an adapter on the Hub or in a folder has a file."""
+    return (Path(adapter) / name).exists() if Path(adapter).is_dir() else file_exists(adapter, name)
+
+
+def check_head(adapter: str) -> None:
+    """Refuses an adapter whose head was trained: heads made of class names would be evaluated in its place."""
+    if has_file(adapter, WEIGHTS_FILE):
+        what = "the adapter has a trained head, which has no part in zero-shot classification"
+        raise ConfigError(what, where=adapter, remedy="Train with head='live' or 'frozen' to compare all sets.")
+
+
+def base_of(args: EvaluateArguments) -> str | None:
+    """Folder or Hub id of what the model is compared with; None where it is a whole one and nothing is given."""
+    if args.base or not has_file(str(args.model), CONFIG_NAME):
+        return args.base
+    name = load_adapter_config(str(args.model)).base_model_name_or_path
+    if not name:
+        raise ConfigError("the adapter does not name its base model", where=str(args.model), remedy="Give --base.")
+    return name
+
+
+def suite_of(args: EvaluateArguments) -> RobustnessSuite:
+    """The suite that is asked for, or one of the images given."""
+    if args.suite:
+        return RobustnessSuite.from_yaml(args.suite)
+    return RobustnessSuite([SuiteSet(source, "id", source) for source in args.data or []])
+
+
+def evaluate(args: EvaluateArguments, suite: RobustnessSuite) -> dict[str, SuiteReport]:
+    """The reports by column."""
+    name, is_adapter = str(args.model), has_file(str(args.model), CONFIG_NAME)
+    base, reports = base_of(args), {}
+    if is_adapter:
+        check_head(name)
+    elif args.alphas != [1.0]:
+        remedy = "Merge it with its zero-shot model first, by hf-robust merge."
+        raise ConfigError("a whole model is at no other alpha than 1", where="alphas", got=args.alphas, remedy=remedy)
+    how: Any = {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "silent": args.silent}
+    device = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available()).device
+    if base is not None:
+        model, processor = load_model(base, args.dtype).to(device), load_processor(base)
+        reports["base"] = evaluate_suite(model, processor, suite, **how)
+    if not is_adapter:
+        model, processor = load_model(name, args.dtype).to(device), load_processor(name)
+        return {**reports, "model": evaluate_suite(model, processor, suite, **how)}
+    model = PeftModel.from_pretrained(model, name)
+    saved = [f"{PROCESSOR_FOLDER}/{PROCESSOR_NAME}", PROCESSOR_NAME]
+    if any(has_file(name, file) for file in saved):  # it may have been trained with images of another size
+        processor = load_processor(name)
+    for alpha in args.alphas:
+        if args.alphas != [1.0]:  # not every method can go part of the way
+            wise_ft(model, alpha)
+        reports[title(alpha)] = evaluate_suite(model, processor, suite, **how)
+    return reports
+
+
+def show(reports: dict[str, SuiteReport]) -> None:
+    """Prints a table in percent for every measure that some set has: sets in rows, models in columns."""
+    for metric, title in MEASURES.items():
+        if any(metric in result.metrics for result in next(iter(reports.values())).sets.values()):
+            Console().print(table(reports, metric, title))
+
+
+def table(reports: dict[str, SuiteReport], metric: str, title: str) -> Table:
+    """The sets that have a measure, and a row of means per role."""
+    first = next(iter(reports.values()))
+    found = Table("role", "set", "images", *reports, title=title)
+    for role in first.means_of(metric):
+        names = [name for name, one in first.sets.items() if one.role == role and metric in one.metrics]
+        for name in names:
+            cells = [percent(report.sets[name].metrics[metric]) for report in reports.values()]
+            found.add_row(role, name, str(len(first.sets[name].rows)), *cells)
+        if len(names) > 1:
+            cells = [percent(report.means_of(metric)[role]) for report in reports.values()]
+            found.add_row(role, "mean", "", *cells, style="bold")
+        found.add_section()
+    return found
+
+
+def main(args: EvaluateArguments) -> None:
+    """Evaluates, prints, and writes."""
+    reports = evaluate(args, suite_of(args))
+    if PartialState().is_main_process:
+        show(reports)
+        if args.output:
+            models = {name: report.to_dict() for name, report in reports.items()}
+            write_json({"models": models, "config": asdict(args)}, Path(args.output))
+
+
+TYPES = (EvaluateArguments,)
+EXAMPLE = "hf-robust evaluate runs/saft --data photos:test --alphas 0.5 1"
