@@ -12,10 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-try:
-    from hf_robust.cli import COMMANDS
-except ImportError:
-    COMMANDS = {}
+from hf_robust.cli import COMMANDS
 from hf_robust.data.yaml_files import parse_yaml
 from hf_robust.scripting.arguments import parse_arguments
 from tests.docs.a_users_folder import build
