@@ -54,7 +54,9 @@ def write_table(file: Path, seed: int, column: str, values: list[Any]) -> None:
 
 def save_adapter(folder: Path) -> None:
     """An adapter as pages leave behind that a reader has seen before."""
-    model = get_peft_model(tiny_model("clip"), SAFTConfig(density=0.01, score="magnitude"))
+    base = tiny_model("clip")
+    base.name_or_path = MODEL
+    model = get_peft_model(base, SAFTConfig(density=0.01, score="magnitude"))
     args = RobustTrainingArguments(str(folder / "runs"), max_steps=1, disable_tqdm=True, save_strategy="no")
     data = {"train_dataset": image_dataset(8, CLASSES), "processing_class": tiny_processor("clip")}
     trainer = RobustTrainer(model, args, **data)

@@ -34,8 +34,8 @@ def public_names() -> list[str]:
     rooms = {"hf_robust": hf_robust, "hf_robust.evaluation": evaluation}
     found = [(f"{room}.{name}", getattr(module, name)) for room, module in rooms.items() for name in dir(module)]
     names = [name for name, value in found if "._" not in name and not inspect.ismodule(value)]
-    kinds = [name for name, value in vars(errors).items() if isinstance(value, type)]
-    return names + [f"hf_robust.errors.{name}" for name in kinds]
+    kinds = [name for name, value in vars(errors).items() if getattr(value, "__module__", "") == errors.__name__]
+    return names + [f"hf_robust.errors.{name}" for name in kinds if name.endswith("Error")]
 
 
 def test_every_public_name_has_its_place_in_the_api(site):
