@@ -19,8 +19,10 @@ from ..encoders.dual_encoder import base_model, family, needs_interpolation
 from ..encoders.image_size import pixels_of
 from ..errors import ConfigError
 from ..tasks.task import Task
+from ..tuners.saft import exports_to_shira
 from .markdown import code, escape, hub_id
-from .results import CardResults, eval_results, results_table
+from .results import CardResults
+from .tables import eval_results, more_table, results_table
 
 if TYPE_CHECKING:
     from ..training.arguments import RobustTrainingArguments
@@ -33,6 +35,7 @@ METHODS = {  # other adapters go by PEFT's own name
     "RADAPTER": "R-Adapter",
     "TRAINABLE_TOKENS": "CoOp",
 }
+MODEL_SOUP = "model soup"
 OURS = {"SAFT", "ACLIP", "RADAPTER"}  # those that PEFT alone cannot load
 
 # Allow-lists: paths, tokens, user names and names of runs are in other settings.
@@ -79,6 +82,7 @@ def model_card(
     train_images: int | None = None,
     license: str | None = None,
     picture: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> ModelCard:
     """Makes the card of a fine-tuned task.
 
@@ -96,6 +100,7 @@ def model_card(
         train_images: number of training images.
         license: of the weights, as the Hub names it, `"apache-2.0"` for instance.
         picture: name of a PNG file that lies beside the card, such as the curve over α.
+        left_out: images, classes and adapters that had no part in it, a sentence each; shown as plain text.
 
     Raises:
         ConfigError: an id is none, or `picture` is no plain name of a PNG file.
@@ -120,12 +125,12 @@ def model_card(
         base_model=base,
         library_name="peft" if configs else "transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=_tags(methods, encoder.config.model_type, base if configs else None),
+        tags=tags(methods, encoder.config.model_type, base if configs else None),
         datasets=list(datasets) or None,
         license=license,
         metrics=[metric],
         model_name=title,
-        eval_results=eval_results(results) or None,
+        eval_results=eval_results(results, task.pipeline_tag) or None,
     )
     return ModelCard.from_template(
         metadata,
@@ -133,26 +138,35 @@ def model_card(
         title=title,
         methods=methods,
         adapters=[_type(config) for config in configs],
+        is_ours=bool(OURS & {_type(config) for config in configs}),
         base=base,
         architecture=type(encoder).__name__,
         repository=REPOSITORY,
+        base_argument=', base="folder-of-the-base-model"' if configs and base is None else "",
         plain_peft=_needs_peft_alone(task, configs),
         interpolates=_interpolates(task),
         task=task.name,
+        task_class=_class_name(task),
+        exports_to_shira=exports_to_shira(task.model),
         purpose=task.purpose,
         head=of_task.get("head"),
         alpha=None if results is None else results.chosen_alpha,
+        ingredients=None,
+        fisher=False,
         metric=metric,
         table=results_table(results) if results is not None and results.sets else None,
+        more=None if results is None else more_table(results),
+        chosen_on=_chosen_on(args, results),
         picture=picture,
         settings=_settings(args, configs, task),
-        class_names=_listed(class_names, MOST_CLASSES),
+        class_names=listed(class_names, MOST_CLASSES),
         n_classes=len(class_names),
         new_class_names=_new_class_names(task),
         prompts=[code(template) for template in templates],
         data=None if data is None else escape(data),
         data_ids=list(datasets),
         train_images=train_images,
+        left_out=[escape(one) for one in left_out],
         preprocessing=_preprocessing(task),
         versions={package: version(package) for package in PACKAGES},
     )
@@ -171,6 +185,22 @@ def _needs_peft_alone(task: Task, configs: list[Any]) -> bool:
     two_towers = base_model(task.model).config.model_type == "vision-text-dual-encoder"
     plain = plain and not (two_towers and _interpolates(task))  # its forward cannot be asked to
     return stock and plain and family(task.model).padding == "longest"
+
+
+def _class_name(task: Task) -> str:
+    """Of a class of one's own, the name of ours that it is derived from."""
+    return next(one.__name__ for one in type(task).__mro__ if one.__module__.startswith("hf_robust."))
+
+
+def _chosen_on(args: RobustTrainingArguments | None, results: CardResults | None) -> str | None:
+    """A set that is shown, and that the best checkpoint was chosen on."""
+    if args is None or results is None or not args.load_best_model_at_end:
+        return None
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
+    names = [one.name for one in results.sets if metric.startswith(f"{one.name}_")]
+    plain = [one.name for one in results.sets if one.name == "evaluation"]  # metrics of it have no name of a set
+    found = max(names, key=len, default=None) or (plain[0] if plain else None)
+    return None if found is None else escape(found)
 
 
 def _interpolates(task: Task) -> bool:
@@ -193,9 +223,21 @@ def _title(name: str) -> str:
     return TERMS.get(name, name.replace("_", " "))
 
 
-def _tags(methods: list[str], model_type: str, adapted_base: str | None) -> list[str]:
-    tags = ["hf-robust", "robust-fine-tuning", model_type, *(name.lower().replace(" ", "-") for name in methods)]
-    return tags + ([f"base_model:adapter:{adapted_base}"] if adapted_base else [])
+def tags(methods: list[str], model_type: str | None, adapted_base: str | None) -> list[str]:
+    """Returns the tags of a card.
+
+    Args:
+        methods: as the card names them.
+        model_type: of the dual encoder; None where it is not known.
+        adapted_base: the base's id, of an adapter.
+
+    Example:
+        >>> tags(["LP-FT"], "clip", None)
+        ['hf-robust', 'robust-fine-tuning', 'clip', 'lp-ft']
+    """
+    known = ["hf-robust", "robust-fine-tuning", *([model_type] if model_type else [])]
+    known += [name.lower().replace(" ", "-") for name in methods]
+    return known + ([f"base_model:adapter:{adapted_base}"] if adapted_base else [])
 
 
 def _settings(args: RobustTrainingArguments | None, configs: list[Any], task: Task) -> dict[str, dict[str, str]]:
@@ -234,9 +276,19 @@ def _preprocessing(task: Task) -> dict[str, str]:
 
 def _new_class_names(task: Task) -> str | None:
     names = [name for term in task.terms.values() for name in term.told().get("new_class_names", [])]
-    return _listed(names, len(names)) if names else None
+    return listed(names, len(names)) if names else None
 
 
-def _listed(names: Sequence[str], most: int) -> str:
+def listed(names: Sequence[str], most: int) -> str:
+    """Returns names as Markdown shows them, with commas between.
+
+    Args:
+        names: text of users.
+        most: how many at most.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(escape, names[:most])) + more

@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from huggingface_hub import EvalResult
-
 from ..errors import DataError
 from ..evaluation.roles import ROLES, Role
 from ..interpolation.sweep import AlphaSweep
-from .markdown import escape, hub_id, plain
+from .markdown import hub_id, plain
 
 if TYPE_CHECKING:
     from ..evaluation.report import SuiteReport
 
 Column = Literal["zero-shot", "fine-tuned", "chosen alpha"]
 PICTURE = "wise_ft.png"
+OF_THE_SAME_CLASSES = ("eval", "evaluation", "test")  # what sets of the training's own distribution are called
 TITLES: dict[Role, str] = {"id": "ID", "ood": "OOD", "new": "new classes", "other": "other task"}
 
 
@@ -63,6 +62,7 @@ class EvaluationSet:
         images: number of images.
         accuracies: by column: `"zero-shot"`, `"fine-tuned"` (α = 1), `"chosen alpha"`; any of them may be missing.
         dataset: its id on the Hub, if it is there.
+        more: other metrics than the one that stands for the accuracy, by column and name: fractions, and ranks.
 
     Raises:
         DataError: an unknown role or column, no images, or a dataset that is no id.
@@ -77,6 +77,7 @@ class EvaluationSet:
     images: int
     accuracies: Mapping[Column, Accuracy]
     dataset: str | None = None
+    more: Mapping[Column, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -134,7 +135,7 @@ def role_of(name: str, other_classes: bool) -> Role:
     """Returns the role of an evaluation set by its name (`"id"`, `"ood_sketch"`, `"other_pets"`) or by its classes.
 
     Args:
-        name: as in `RobustTrainer(eval_dataset=...)`.
+        name: as in `RobustTrainer(eval_dataset=...)`; `"test"` is ID where the classes are those of the training.
         other_classes: whether its classes are others than those of the training set.
 
     Example:
@@ -144,7 +145,9 @@ def role_of(name: str, other_classes: bool) -> Role:
     first: Any = name.split("_")[0]
     if first in ROLES:
         return first
-    return "other" if other_classes else "ood"
+    if other_classes:
+        return "other"
+    return "id" if first in OF_THE_SAME_CLASSES else "ood"
 
 
 def results_from_sweep(
@@ -174,7 +177,7 @@ def results_from_sweep(
         for column, alpha in alphas.items()
         if alpha in rows
     }
-    curve = _curve(sweep, {name: role for name, (role, _) in sets.items()}) if metric == "accuracy" else []
+    curve = curve_of(sweep, {name: role for name, (role, _) in sets.items()}) if metric == "accuracy" else []
     return replace(results_from_accuracies(accuracies, sets, sweep.best_alpha, metric), curve=curve)
 
 
@@ -200,13 +203,22 @@ def results_from_accuracies(
     for name, (role, images) in sets.items():
         shares = {column: of_sets[name] for column, of_sets in accuracies.items()}
         known = metric == "accuracy"
-        of_set = {column: _with_interval(v, images) if known else Accuracy(v) for column, v in shares.items()}
+        of_set = {column: with_interval(v, images) if known else Accuracy(v) for column, v in shares.items()}
         found.append(EvaluationSet(name, role, images, of_set))
     return CardResults(found, chosen_alpha, metric=metric)
 
 
-def _curve(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, float]]:
-    """Empty unless there are ID and OOD sets."""
+def curve_of(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, float]]:
+    """Returns what `CardResults` takes as its curve; empty unless there are ID and OOD sets.
+
+    Args:
+        sweep: of accuracies.
+        roles: of the sets to show.
+
+    Example:
+        >>> curve_of(sweep, {"id": "id", "sketch": "ood"})[0]
+        {'alpha': 0.0, 'id': 0.5, 'ood': 0.5}
+    """
     names = {role: [name for name, of_set in roles.items() if of_set == role] for role in ("id", "ood")}
     if not all(names.values()):
         return []
@@ -214,7 +226,17 @@ def _curve(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, float
     return [{"alpha": row["alpha"], **of_row} for row, of_row in zip(sweep.rows, means, strict=True)]
 
 
-def _with_interval(share: float, images: int) -> Accuracy:
+def with_interval(share: float, images: int) -> Accuracy:
+    """Returns an accuracy with its 95 % interval after Wilson (1927).
+
+    Args:
+        share: the accuracy, a fraction.
+        images: of how many images.
+
+    Example:
+        >>> str(with_interval(0.5, 100))
+        '50.0 (40.4–59.6)'
+    """
     from scipy.stats import binomtest  # slow to import
 
     interval = binomtest(round(share * images), images).proportion_ci(method="wilson")
@@ -266,65 +288,3 @@ def draw_curve(results: CardResults, folder: Path) -> str | None:
     plot_id_ood(curves, figure.subplots())
     figure.savefig(folder / PICTURE, dpi=150)
     return PICTURE
-
-
-def eval_results(results: CardResults | None) -> list[EvalResult]:
-    """Returns the saved model's accuracies on ID and OOD sets, as the metadata of a card holds them.
-
-    Args:
-        results: what the evaluation found; None if there was none.
-    """
-    task = "zero-shot-image-classification"
-    found = []
-    for one in () if results is None else results.sets:
-        if one.role in ("id", "ood") and results is not None and results.saved in one.accuracies:
-            name, value = plain(one.name), round(one.accuracies[results.saved].value, 4)
-            # without a configuration the Hub would take two sets of one dataset for the same images
-            result = EvalResult(task, one.dataset or name, name, results.metric, value, dataset_config=name)
-            result.metric_name = f"{results.metric} ({TITLES[one.role]})"
-            found.append(result)
-    return found
-
-
-def results_table(results: CardResults) -> str:
-    """Returns accuracies, the mean over OOD sets and forgetting as a Markdown table, in percent.
-
-    Args:
-        results: what the evaluation found.
-    """
-    heads = {"zero-shot": "zero-shot (α = 0)", "fine-tuned": "fine-tuned (α = 1)"}
-    heads["chosen alpha"] = (
-        f"chosen (α = {results.chosen_alpha:g})" if results.chosen_alpha is not None else "chosen α"
-    )
-    rows = [["set", "", "images", *(heads[column] for column in results.columns)]]
-    rows.append(["---", "---", "---:", *("---:" for _ in results.columns)])
-    for one in sorted(results.sets, key=lambda one: ROLES.index(one.role)):
-        cells = [str(one.accuracies.get(column, "–")) for column in results.columns]
-        rows.append([escape(one.name), TITLES[one.role], f"{one.images:,}", *cells])
-    of_role = {role: {one.name: one.accuracies for one in results.sets if one.role == role} for role in ROLES}
-    if len(of_role["ood"]) > 1:
-        rows.append(["mean of OOD sets", "", "", *(_mean(of_role["ood"], column) for column in results.columns)])
-    if of_role["other"]:
-        rows.append(["forgetting", "", "", *(_forgetting(of_role["other"], column) for column in results.columns)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _mean(sets: Mapping[str, Mapping[Column, Accuracy]], column: Column) -> str:
-    from ..evaluation.statistics import ood_average  # imports what few cards need, as below
-
-    if not all(column in one for one in sets.values()):
-        return "–"
-    return f"{100 * ood_average(_values(sets, column)):.1f}"
-
-
-def _forgetting(sets: Mapping[str, Mapping[Column, Accuracy]], column: Column) -> str:
-    from ..evaluation.statistics import forgetting
-
-    if column == "zero-shot" or not all(column in one and "zero-shot" in one for one in sets.values()):
-        return "–"
-    lost = round(100 * forgetting(_values(sets, "zero-shot"), _values(sets, column)), 1)
-    return f"{lost + 0.0:.1f}"  # never -0.0
-
-
-def _values(sets: Mapping[str, Mapping[Column, Accuracy]], column: Column) -> dict[str, float]:
-    return {name: one[column].value for name, one in sets.items()}

@@ -34,6 +34,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from ..cards.merged import merged_card
+from ..cards.push import write_card
 from ..errors import ConfigError
 from ..interpolation.adapters import wise_ft
 from ..interpolation.arithmetic import check_alpha, check_finite, interpolate_tensor
@@ -42,6 +44,7 @@ from ..interpolation.files import COMPANION_FILES, StoredTensor, read_checkpoint
 from ..interpolation.publish import check_output, publish_folder
 from ..scripting.arguments import setting
 from ..scripting.checks import check_given
+from ..scripting.loading import load_adapter_config
 from ..tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE
 from .soup import make_soup
 
@@ -245,13 +248,17 @@ def main(args: MergeArguments) -> None:
         return
     folders = output_folders(Path(str(args.output)), args.alpha)
     zero_shot, fine_tuned = local_folder(str(args.zero_shot)), Path(str(args.fine_tuned))
+    method = None
     if (fine_tuned / "adapter_config.json").exists():
+        method = load_adapter_config(str(fine_tuned)).peft_type.value
         if args.fisher:
             raise ConfigError("Fisher information weights whole checkpoints, not adapters", where="fisher")
         merge_adapter(zero_shot, fine_tuned, folders, args.overwrite)
     else:
         merge_whole(zero_shot, fine_tuned, args, folders)
     for alpha, folder in folders.items():
+        how: Any = {"base_model_id": args.zero_shot, "fisher": bool(args.fisher), "method": method}
+        write_card(folder, merged_card(folder, alpha=alpha, **how))
         print(f"alpha {alpha:g}: {folder}")
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PrinterCallback, ProcessorMixin
 
+from ..cards.merged import merged_card
+from ..cards.push import write_card
 from ..data.class_spaces import class_space
 from ..data.rows import LabelledImages
 from ..data.text_files import read_json
@@ -60,6 +62,8 @@ def make_soup(args: Any) -> None:
     if args.zero_shot and not any(adapters):
         raise ConfigError("a soup of whole models has no base", where="zero_shot")
     members = _soup_adapters(folders, output, args) if any(adapters) else _soup_models(folders, output, args)
+    base = load_adapter_config(str(output)).base_model_name_or_path if any(adapters) else None
+    write_card(output, merged_card(output, ingredients=len(members), base_model_id=args.zero_shot or base))
     kind = "adapter" if any(adapters) else "model"
     print(f"soup of {len(members)} {kind}{'' if len(members) == 1 else 's'}: {output}")
 

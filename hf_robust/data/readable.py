@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from .rows import LabelledImages, LabelledStream
 
 logger = logging.getLogger(__name__)
 MOST_LISTED = 10  # in the log
+PROBLEM = re.compile(r"(?P<what>[^(]*) \(.*?, (?P<row>row \d+)\b")  # of `str(DataError)`
 
 
 def readable_rows(rows: LabelledImages | LabelledStream, workers: int = 0, silent: bool = False) -> LabelledImages:
@@ -66,6 +68,20 @@ def readable_rows(rows: LabelledImages | LabelledStream, workers: int = 0, silen
         listed = "\n".join(skipped[:MOST_LISTED]) + more
         logger.warning("%s: %d of %d images are left out:\n%s", rows.name, len(skipped), len(rows), listed)
     return replace(rows.select(kept), skipped=skipped)
+
+
+def bad_rows(rows: LabelledImages) -> list[str]:
+    """Returns which rows were left out and why, in a few words, without paths and what the system says of files.
+
+    Args:
+        rows: what `readable_rows` returned, or another set; of which none were.
+
+    Example:
+        >>> bad_rows(kept)
+        ['row 3, image cannot be opened']
+    """
+    found = [PROBLEM.match(problem) for problem in rows.skipped or ()]
+    return ["a row" if one is None else f"{one['row']}, {one['what']}" for one in found]
 
 
 def _problems(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:

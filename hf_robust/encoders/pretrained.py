@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from PIL import Image
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from ..errors import ConfigError
 from .class_embeds import evaluating
-from .dual_encoder import base_model, tower_modules
+from .dual_encoder import base_model, image_embeds, text_embeds, tokenize, tower_modules
 
 ADAPTERS = BaseTunerLayer | AuxiliaryTrainingWrapper
 WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.|$)")  # what PEFT puts into the names of the base's tensors
@@ -68,6 +71,29 @@ def pretrained_tensors(model: nn.Module, towers: Literal["vision", "both"] = "bo
             for name, tensor in base.get_submodule(part).state_dict(prefix=f"{part}." if part else "").items():
                 if prefix is None or (prefix not in name and ".modules_to_save." not in name):
                     yield WRAPPERS.sub("", name), tensor
+
+
+def is_pretrained(model: nn.Module, processor: ProcessorMixin) -> bool:
+    """Whether a model's adapters, where it has any, change nothing: by the embeddings of one image and one text.
+
+    Args:
+        model: a dual encoder, plain or with adapters.
+        processor: its processor.
+
+    Example:
+        >>> is_pretrained(get_peft_model(clip, LoraConfig(target_modules="all-linear")), processor)
+        True
+    """
+    if not any(isinstance(module, ADAPTERS) for module in model.modules()):
+        return True
+    device = base_model(model).device
+    image = processor.image_processor(images=[Image.new("RGB", (32, 32), "grey")], return_tensors="pt").to(device)
+    text = {name: tensor.to(device) for name, tensor in tokenize(processor, ["a photo"], model).items()}
+    with torch.no_grad(), evaluating(model):
+        now = image_embeds(model, **image), text_embeds(model, **text)
+        with pretrained_weights(model):
+            before = image_embeds(model, **image), text_embeds(model, **text)
+    return all(torch.allclose(*both, rtol=0, atol=1e-5) for both in zip(now, before, strict=True))
 
 
 def check_vision_is_pretrained(model: nn.Module, what: str) -> None:

@@ -30,6 +30,7 @@ from .difficulty import task_difficulty as task_difficulty
 from .difficulty_plot import plot_difficulty as plot_difficulty
 from .difficulty_report import ClassDifficulty as ClassDifficulty
 from .difficulty_report import TaskDifficulty as TaskDifficulty
+from .error_plot import plot_errors as plot_errors
 from .metrics import Accuracy as Accuracy
 from .metrics import BaseNewAccuracy as BaseNewAccuracy
 from .metrics import CalibrationError as CalibrationError

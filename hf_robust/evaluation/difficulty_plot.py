@@ -48,7 +48,7 @@ def plot_difficulty(difficulty: TaskDifficulty, ax: Axes | None = None) -> Axes:
     axes.axvline(difficulty.silhouette, color="#333333", linestyle="--", linewidth=1.2)
     axes.set_ylim(len(classes) - 0.5, -0.5)
     shown = range(0, len(classes), step)
-    axes.set_yticks(shown, [_label(classes[index].name) for index in shown], fontsize=LABEL_SIZE)
+    axes.set_yticks(shown, [drawn_name(classes[index].name) for index in shown], fontsize=LABEL_SIZE)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -61,7 +61,17 @@ def _step(axes: Axes, n_classes: int) -> int:
     return max(1, -int(-n_classes * LABEL_HEIGHT // points))
 
 
-def _label(name: str) -> str:
-    half = LONGEST_NAME // 2  # names that are alike often differ at the end
-    cut = name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half + 1 :]}"
+def drawn_name(name: str, longest: int = LONGEST_NAME) -> str:
+    """Returns a name as it can be drawn: a long one without its middle.
+
+    Args:
+        name: of a class.
+        longest: letters.
+
+    Example:
+        >>> drawn_name("a name of more than thirty letters, type 1")
+        'a name of more t…letters, type 1'
+    """
+    half = longest // 2  # names that are alike often differ at the end
+    cut = name if len(name) <= longest else f"{name[:half]}…{name[-half + 1 :]}"
     return cut.replace("$", r"\$")  # matplotlib would read a formula

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
-from ..cards.results import CardResults, results_from_sweep, role_of
 from ..data.collator import ImageCollator
 from ..data.draws import Draws
 from ..data.readable import readable_rows
@@ -25,8 +24,9 @@ from ..data.rows import LabelledImages, labelled_images
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..interpolation.sweep import AlphaSweep, alpha_sweep
 from ..interpolation.tpgm import ProjectionTable, tpgm
+from .noting import NotingTrainer
 from .preflight import check_rows, lacks_targets
-from .repeatable import RepeatableTrainer, Rows
+from .repeatable import Rows
 from .replaced import replaced
 
 TENTHS = tuple(step / 10 for step in range(11))
@@ -34,7 +34,7 @@ SPEEDS = ("_runtime", "_per_second", "epoch")  # what Trainer adds to the metric
 Metrics = dict[str, float]
 
 
-class EvaluatingTrainer(RepeatableTrainer):
+class EvaluatingTrainer(NotingTrainer):
     """Evaluation, prediction and α-sweeps of a task; the base of `RobustTrainer`.
 
     Every set comes in through `_rows`, and is answered in `Task.answering`, among its own classes. What `Task.measure`
@@ -43,7 +43,6 @@ class EvaluatingTrainer(RepeatableTrainer):
 
     eval_dataset: Any
     zero_shot: dict[str, Tensor] | None
-    sweep: AlphaSweep | None = None
 
     def evaluate(
         self,
@@ -52,6 +51,9 @@ class EvaluatingTrainer(RepeatableTrainer):
         metric_key_prefix: str = "eval",
     ) -> Metrics:
         """Evaluates one or several sets, each among its own classes, see `ZeroShotClassifier.classes`.
+
+        What is found is shown by the cards of models that are saved, but for sets named `validation` or `train` and
+        for one that is given without a name.
 
         Args:
             eval_dataset: a set, or sets by name, or a name among those given at construction (default: all of these).
@@ -82,6 +84,8 @@ class EvaluatingTrainer(RepeatableTrainer):
             metrics[f"{metric_key_prefix}_skipped_images"] = len(rows.skipped)
         if not math.isfinite(metrics.get(f"{metric_key_prefix}_loss", 0.0)):  # of which there may be none
             raise NonFiniteError("logits are not finite", where=metric_key_prefix)
+        plain = {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in metrics.items()}
+        self.note(_name(eval_dataset, metric_key_prefix), rows, plain)
         return metrics
 
     def predict(
@@ -156,8 +160,10 @@ class EvaluatingTrainer(RepeatableTrainer):
         bars_of_sets = self.pop_callback(ProgressCallback)
         try:
             how = f"validation_{metric or self.model.metrics[0]}", self.zero_shot, greater_is_better, tolerance
-            self.sweep = alpha_sweep(self.model, alphas, evaluate, *how)
-            return self.sweep
+            with replaced(self, notes=False):
+                found = alpha_sweep(self.model, alphas, evaluate, *how)
+            self.note_sweep(sets, found)
+            return found
         finally:
             bar.close()
             if bars_of_sets is not None:
@@ -195,19 +201,9 @@ class EvaluatingTrainer(RepeatableTrainer):
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             return model(**self._prepare_inputs(batch)).loss
 
+        self.forget_model()
         with self._answering(rows, whole=False):
             return tpgm(self.model, loader, loss_fn, self.zero_shot, steps, learning_rate)
-
-    def card_results(self) -> CardResults | None:
-        """Returns what `wise_ft_sweep` found on the evaluation sets that α was not chosen on; None without a sweep."""
-        sets = self._sets(self.eval_dataset) if isinstance(self.eval_dataset, dict) else {}
-        sets.pop("validation", None)
-        shown = {name: rows for name, rows in sets.items() if isinstance(rows, LabelledImages)}
-        if self.sweep is None or not shown:
-            return None
-        roles = {name: role_of(name, not self.model.knows(rows)) for name, rows in shown.items()}
-        of_sets = {name: (role, len(shown[name])) for name, role in roles.items()}
-        return results_from_sweep(self.sweep, of_sets, self.model.metrics[0])
 
     def prediction_step(
         self,
@@ -297,3 +293,12 @@ class EvaluatingTrainer(RepeatableTrainer):
 
     def _is_silent(self) -> bool:
         return self.args.disable_tqdm or not self.is_local_process_zero()
+
+
+def _name(given: Any, prefix: str) -> str | None:
+    """What a card calls a set: its name among the trainer's or those given, or the prefix of its metrics."""
+    if isinstance(given, str):
+        return given
+    if prefix == "eval":
+        return "evaluation" if given is None else None
+    return prefix.removeprefix("eval_")

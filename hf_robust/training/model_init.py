@@ -129,7 +129,8 @@ class ModelInitTrainer(EvaluatingTrainer):
         self.make_task_loss()
         self.zero_shot = zero_shot_copy(self.model)
         self._add_terms()
-        self.sweep = None  # of the model before
+        self.forget_model()
+        self.has_trained, self.is_pretrained = False, None
 
     @property
     def images_to_train_on(self) -> Any:

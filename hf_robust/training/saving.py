@@ -56,17 +56,21 @@ class SavingTrainer(ShardingTrainer):
     stop: StopAtSignal
     epoch = 0  # passes over the training set that have begun, less one
     run: dict[str, Any] | None = None  # what `describe_run` says of the training
+    has_trained = False  # or has the weights of a checkpoint
 
     def card_results(self) -> CardResults | None:
         """Returns the results that a card shows if none is given; None for a card without."""
         return None
 
+    def card_left_out(self) -> list[str]:
+        """Returns what had no part in training and evaluations, in words, for a card."""
+        return []
+
     def create_model_card(self, card: ModelCard | None = None) -> None:  # type: ignore[override]
         """Writes a card into the output folder, and beside every model that is saved from now on.
 
         Args:
-            card: what `model_card` returned; None for one of this training, with the results of `wise_ft_sweep` where
-                that has been called.
+            card: what `model_card` returned; None for one of this training, with what its evaluations found.
         """
         self.card = self.card if card is None else card
         if self.is_world_process_zero():
@@ -114,7 +118,8 @@ class SavingTrainer(ShardingTrainer):
         if card is None:
             images = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
             picture = None if results is None else draw_curve(results, folder)
-            card = model_card(self.model, self.args, results, train_images=images, picture=picture)
+            how: Any = {"train_images": images, "picture": picture, "left_out": self.card_left_out()}
+            card = model_card(self.model, self.args, results, **how)
         write_card(folder, card)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -276,6 +281,7 @@ class SavingTrainer(ShardingTrainer):
         return done
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.has_trained = True
         load_encoder(self.model, Path(resume_from_checkpoint))
         load_head(self.model, Path(resume_from_checkpoint))
         load_terms(self.model.terms, Path(resume_from_checkpoint))

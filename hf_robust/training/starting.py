@@ -18,7 +18,7 @@ from ..data.embeds_cache import is_cacheable, with_image_embeds
 from ..data.rows import LabelledStream, labelled_images
 from ..errors import ConfigError
 from ..tuners.radapter import slow_averages
-from ..tuners.saft import mask_summary, saft_unselected, select_saft
+from ..tuners.saft import exports_to_shira, mask_summary, saft_unselected, select_saft
 from ..tuners.saft.selection import scores_single_images
 from .head_first import check_head_first, train_head, whole_set
 from .model_init import ModelInitTrainer
@@ -71,6 +71,7 @@ class StartingTrainer(ModelInitTrainer):
         how = self.args.eval_batch_size, 0, torch.device("cpu"), None
         data = whole_set(batches_in_order(rows, self.model.collator(self._plain_collator()), *how))
         decayed = self.get_decay_parameter_names(self.model)
+        self.has_trained = True
         train_head(self.model, data, self.task_loss, self.args, decayed, self.head_losses.append)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
@@ -107,6 +108,8 @@ class StartingTrainer(ModelInitTrainer):
             select_saft(self.model, self._selection_batches(), loss)
         if self.is_world_process_zero():
             logger.info(mask_summary(self.model))
+            if exports_to_shira(self.model):
+                logger.info("export_shira(trainer.model.model, folder) writes it for people without hf_robust")
 
     def _selection_batches(self) -> Iterator[dict[str, Tensor]]:
         size = 1 if scores_single_images(self.model) else self.args.selection_batch_size

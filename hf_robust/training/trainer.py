@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from ..cards.found import Found
 from ..data.collator import ImageCollator, OpeningCollator, n_images
 from ..data.rows import labelled_images
 from ..errors import ConfigError, DataError, NonFiniteError
@@ -54,8 +55,8 @@ class RobustTrainer(StartingTrainer):
     Of a model that is trained whole it keeps the zero-shot weights in CPU memory, for WiSE-FT.
 
     A saved model is the adapter's folder (without adapter, the whole model's) with the task's settings, its
-    own tensors and a card beside it, which shows the results of `wise_ft_sweep`. The processor lies beside a whole
-    model, and in an adapter's folder in the subfolder `processor`.
+    own tensors and a card beside it, which shows what `evaluate` and `wise_ft_sweep` found. The processor lies beside
+    a whole model, and in an adapter's folder in the subfolder `processor`.
 
     Args:
         model: a `Task`, or a dual encoder, plain or `PeftModel`, that one is then built around with the settings of
@@ -158,7 +159,7 @@ class RobustTrainer(StartingTrainer):
         self.own_metrics = compute_metrics is not None
         self.label_names = list(self.model.label_names)
         self.can_return_loss = True
-        self.loss_log = LossLog()
+        self.loss_log, self.found = LossLog(), Found(self.model.metrics)
         self.optimizers_given = [type(one).__name__ for one in optimizers if one is not None]
         self.stop = StopAtSignal()
         self.add_callback(self.stop)
@@ -212,7 +213,8 @@ class RobustTrainer(StartingTrainer):
             self.start_anew(trial)
         self.train_dataset = self._rows(self.train_dataset, "train_dataset")
         self.make_task_loss()  # the set may have been changed
-        self.sweep, self.loss_log = None, LossLog()
+        self.forget_model()
+        self.loss_log = LossLog()
         self._describe_run(checkpoint)
         self.model.progress, self.epoch_begun = Progress(seed=self.args.seed), -1
         self.model.check_training(self.train_dataset)  # before anything is computed of it
@@ -328,6 +330,7 @@ class RobustTrainer(StartingTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Runs forward and backward on a micro-batch; stops all ranks if the loss of one is not finite."""
+        self.has_trained = True
         loss = super().training_step(model, inputs, num_items_in_batch)
         signal = torch.full_like(loss, self.stop.received)
         of_ranks = self.accelerator.gather(torch.stack([loss, signal])[None]).tolist()  # (ranks, 2)

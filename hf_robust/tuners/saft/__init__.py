@@ -3,7 +3,7 @@
 
 from ...peft_types import RobustPeftType, register
 from .config import SAFTConfig
-from .export import export_shira
+from .export import export_shira, exports_to_shira
 from .layer import SAFTLayer
 from .model import SAFTModel
 from .selection import saft_unselected, select_saft
@@ -15,6 +15,7 @@ __all__ = [
     "SAFTLayer",
     "SAFTModel",
     "export_shira",
+    "exports_to_shira",
     "mask_summary",
     "saft_unselected",
     "select_saft",

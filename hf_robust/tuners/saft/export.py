@@ -10,7 +10,7 @@ from peft import ShiraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, SelectionError
 from .layer import SAFTLayer
 from .selection import find_selected
 
@@ -39,15 +39,11 @@ def export_shira(model: nn.Module, path: str | Path, adapter_name: str | None = 
     config = found[0].saft_configs[name]
     layers = {layer.unit: layer for layer in found if name in layer.saft_values}
     _refuse_others(layers, name, config.modules_to_save)
-    rank = max(-(-len(layer.saft_values[name]) // sum(layer.base_layer.weight.shape)) for layer in layers.values())
+    rank = _rank(layers, name)
     tensors: dict[str, Tensor] = {}
     for unit, layer in layers.items():
         weight = layer.base_layer.weight
         size = rank * sum(weight.shape)
-        if size > weight.numel():
-            raise ConfigError(
-                "SHiRA needs as many entries in every layer", where=unit, got=size, allowed=f"at most {weight.numel()}"
-            )
         positions = layer.saft_indices[name].long()
         indices = torch.zeros(2, size, dtype=torch.int32)
         indices[:, : len(positions)] = torch.stack([positions // weight.shape[1], positions % weight.shape[1]])
@@ -64,6 +60,38 @@ def export_shira(model: nn.Module, path: str | Path, adapter_name: str | None = 
     )
     shira.save_pretrained(str(path))
     save_file(tensors, str(Path(path) / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def exports_to_shira(model: nn.Module, adapter_name: str | None = None) -> bool:
+    """Whether `export_shira` can write an adapter: a SAFT adapter with all entries in the weights of `nn.Linear`.
+
+    Args:
+        model: as in `export_shira`; it may have adapters of other methods, or none.
+        adapter_name: likewise.
+
+    Example:
+        >>> if exports_to_shira(model):
+        ...     export_shira(model, "adapter-for-everybody")
+    """
+    try:
+        found, name = find_selected(model, adapter_name)
+        layers = {layer.unit: layer for layer in found if name in layer.saft_values}
+        _refuse_others(layers, name, found[0].saft_configs[name].modules_to_save)
+        _rank(layers, name)
+    except (ConfigError, SelectionError):
+        return False
+    return True
+
+
+def _rank(layers: dict[str, SAFTLayer], name: str) -> int:
+    """SHiRA's r, by which every layer has room for its entries."""
+    rank = max(-(-len(layer.saft_values[name]) // sum(layer.base_layer.weight.shape)) for layer in layers.values())
+    for unit, layer in layers.items():
+        weight = layer.base_layer.weight
+        if (got := rank * sum(weight.shape)) > weight.numel():
+            allowed = f"at most {weight.numel()}"
+            raise ConfigError("SHiRA needs as many entries in every layer", where=unit, got=got, allowed=allowed)
+    return rank
 
 
 def _refuse_others(layers: dict[str, SAFTLayer], name: str, modules_to_save: list[str] | None) -> None:

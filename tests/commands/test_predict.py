@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hf_robust import ZeroShotClassifier
+from hf_robust.commands.predict import PredictArguments, image_files, main
 from hf_robust.errors import AdapterFileError, ConfigError, DataError
-from hf_robust.scripting.predicting import PredictArguments, image_files, predict
 from tests.tasks.saved import captioned, save_base, save_trained, several
 from tests.tiny_models import synthetic_picture
 from tests.trainers import NAMES
@@ -51,7 +51,7 @@ def printed(capsys):
 
     def run(model, images, **how):
         capsys.readouterr()
-        predict(PredictArguments(str(model), images, use_cpu=True, **how))
+        main(PredictArguments(str(model), images, use_cpu=True, **how))
         found = capsys.readouterr()
         return found.out, found.err
 
