@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo cards compare docs test test-long quality style
+.PHONY: help demo cards compare docs test test-long quality style build
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -54,3 +54,7 @@ quality: .venv/installed  ## lint, check the formatting and the types
 style: .venv/installed  ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+build: .venv/installed  ## build wheel and sdist into dist/
+	rm -rf dist
+	$(BIN)/python -m build

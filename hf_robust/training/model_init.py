@@ -12,7 +12,7 @@ from torch import nn
 from transformers import ProcessorMixin, enable_full_determinism, set_seed
 
 from ..data.embeds_cache import with_reference_embeds
-from ..errors import ConfigError, close_matches
+from ..errors import ConfigError, close_matches, needs_extra
 from ..interpolation.adapters import zero_shot_copy
 from ..interpolation.callback import WiSEFTCallback
 from ..losses.reference import add_terms
@@ -202,8 +202,8 @@ class ModelInitTrainer(EvaluatingTrainer):
             kwargs: passed on to `optuna.create_study`, as in `Trainer`.
 
         Raises:
-            ConfigError: there is no `model_init` or no validation set, the backend is another one, or a name is none
-                of an argument.
+            ConfigError: there is no `model_init` or no validation set, the backend is another one or is not installed,
+                or a name is none of an argument.
 
         Example:
             >>> def space(trial):
@@ -217,6 +217,8 @@ class ModelInitTrainer(EvaluatingTrainer):
             raise ConfigError("every trial starts from a new model", where="hyperparameter_search", remedy=remedy)
         if backend not in (None, "optuna"):
             raise ConfigError("no other backend is tested", where="backend", got=backend, allowed="'optuna'")
+        with needs_extra("search"):
+            import optuna  # noqa: F401
         objective = compute_objective or self._validation_loss()
         space = None if hp_space is None else lambda trial: self._checked(hp_space(trial))
         self.arguments_given = dict(vars(self.args))

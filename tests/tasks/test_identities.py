@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,8 @@ from hf_robust.encoders.dual_encoder import base_model, image_embeds, tower_modu
 from hf_robust.errors import AdapterFileError, ConfigError, DataError
 from hf_robust.tasks.identities import Identities, IdentityMeasure
 from hf_robust.tasks.identity_head import MARGINS, identity_head, mean_directions
+from hf_robust.tasks.identity_metrics import identity_metrics
+from hf_robust.tasks.identity_sampler import IdentitySampler
 from tests.tiny_models import FAMILIES, image_dataset, tiny_batch, tiny_lora, tiny_model, tiny_processor
 
 NAMES = ["7", "40", "dog 3"]
@@ -40,6 +43,19 @@ def start(task, rows, batch_size=4):
     collator = task.collator(ImageCollator(task.processor))
     task.prepare(partial(batches_in_order, rows, collator, batch_size, 0, torch.device("cpu"), None), Accelerator())
     return collator(list(map(rows.__getitem__, range(len(rows)))))
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    labels = np.array([0, 0, 1, 1])
+    for module in ("losses", "samplers", "distances"):
+        monkeypatch.setitem(sys.modules, f"pytorch_metric_learning.{module}", None)
+    message = r"'pytorch_metric_learning\..*' is not installed. pip install 'hf_robust\[identities\]'"
+    with pytest.raises(ConfigError, match=message):
+        build()
+    with pytest.raises(ConfigError, match=message):
+        list(IdentitySampler(labels, 2, batch_size=4, draws=Draws(seed=42)))
+    with pytest.raises(ConfigError, match=message):
+        identity_metrics(torch.eye(2)[labels], labels)
 
 
 # --- the loss ---

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import optuna
 import pytest
 import torch
@@ -229,6 +231,12 @@ def test_a_trial_that_fails_leaves_the_trainer_as_it_was(tmp_path):
     alone = build(tmp_path, model_init=lora, max_steps=1)
     alone.train()
     assert same(weights(run), weights(alone))
+
+
+def test_a_search_without_optuna_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"'optuna' is not installed. pip install 'hf_robust\[search\]'"):
+        build(tmp_path, model_init=lora).hyperparameter_search()
 
 
 def test_searches_that_cannot_be(tmp_path):
