@@ -147,7 +147,7 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
         copied = copied.merge_and_unload(safe_merge=True)
     if copied.config.model_type == "siglip2":
         copied.vision_model.embeddings.resize_positional_embeddings = resized_positions
-    return cast(PreTrainedModel, copied.float().cpu().eval().requires_grad_(False))
+    return cast(PreTrainedModel, copied.cpu().float().eval().requires_grad_(False))
 
 
 def _check_mergeable(model: nn.Module) -> None:
@@ -166,4 +166,4 @@ def _check_mergeable(model: nn.Module) -> None:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().clone()
+    return tensor.detach().cpu().float().clone()

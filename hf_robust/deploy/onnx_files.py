@@ -142,7 +142,8 @@ def _export(
     shapes = dict.fromkeys(inputs, sizes)
     with _quiet():  # torch.onnx alone would fix a size where it cannot keep it free; torch.export says so
         exported = torch.export.export(module, (), inputs, dynamic_shapes=shapes)
-        program: Any = torch.onnx.export(exported, dynamo=True, output_names=[output], verbose=False)
+        how: Any = {"dynamic_shapes": shapes, "output_names": [output], "dynamo": True, "verbose": False}
+        program: Any = torch.onnx.export(exported, **how)
     program.model.metadata_props.update({name: json.dumps(value) for name, value in about.items()})
     program.save(path)
 
