@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OUTPUTS = ("text", "diff", "bibtex")  # what nobody runs
+OUTPUTS = ("text", "diff", "bibtex", "toml")  # what nobody runs
 
 
 class Block(NamedTuple):
