@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import file_exists
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from rich.console import Console
@@ -37,7 +36,8 @@ from ..scripting.arguments import setting
 from ..scripting.checks import check_given
 from ..scripting.loading import load_adapter_config, load_model, load_processor
 from ..scripting.results import percent
-from ..tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE
+from ..tasks.saved_encoder import find_model
+from ..tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE, Task
 
 MEASURES = {
     "accuracy": "Accuracy in %",
@@ -79,21 +79,9 @@ def title(alpha: float) -> str:
     return f"alpha {alpha:.3g}"
 
 
-def has_file(adapter: str, name: str) -> bool:
-    """Whether an adapter on the Hub or in a folder has a file."""
-    return (Path(adapter) / name).exists() if Path(adapter).is_dir() else file_exists(adapter, name)
-
-
-def check_head(adapter: str) -> None:
-    """Refuses an adapter whose head was trained: heads made of class names would be evaluated in its place."""
-    if has_file(adapter, WEIGHTS_FILE):
-        what = "the adapter has a trained head, which has no part in zero-shot classification"
-        raise ConfigError(what, where=adapter, remedy="Train with head='live' or 'frozen' to compare all sets.")
-
-
-def base_of(args: EvaluateArguments) -> str | None:
+def base_of(args: EvaluateArguments, is_adapter: bool) -> str | None:
     """Folder or Hub id of what the model is compared with; None where it is a whole one and nothing is given."""
-    if args.base or not has_file(str(args.model), CONFIG_NAME):
+    if args.base or not is_adapter:
         return args.base
     name = load_adapter_config(str(args.model)).base_model_name_or_path
     if not name:
@@ -110,29 +98,31 @@ def suite_of(args: EvaluateArguments) -> RobustnessSuite:
 
 def evaluate(args: EvaluateArguments, suite: RobustnessSuite) -> dict[str, SuiteReport]:
     """The reports by column."""
-    name, is_adapter = str(args.model), has_file(str(args.model), CONFIG_NAME)
-    base, reports = base_of(args), {}
-    if is_adapter:
-        check_head(name)
-    elif args.alphas != [1.0]:
-        remedy = "Merge it with its zero-shot model first, by hf-robust merge."
-        raise ConfigError("a whole model is at no other alpha than 1", where="alphas", got=args.alphas, remedy=remedy)
+    name, folder = str(args.model), find_model(str(args.model), None).folder
+    is_adapter, has_head = ((folder / file).exists() for file in (CONFIG_NAME, WEIGHTS_FILE))
+    base, reports = base_of(args, is_adapter), {}
+    if args.alphas != [1.0] and (has_head or not is_adapter):
+        what, remedy = "an adapter alone can go part of the way here", "Merge it with its zero-shot model first."
+        raise ConfigError(what, where="alphas", got=args.alphas, allowed="1", remedy=remedy)
     how: Any = {"batch_size": args.batch_size, "workers": args.workers, "seed": args.seed, "silent": args.silent}
     device = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available()).device
     if base is not None:
         model, processor = load_model(base, args.dtype).to(device), load_processor(base)
         reports["base"] = evaluate_suite(model, processor, suite, **how)
-    if not is_adapter:
+    if has_head:  # a trained one, which answers for its classes
+        model = Task.from_pretrained(name, base if is_adapter else None, dtype=args.dtype, device=device)
+        processor = model.processor
+    elif is_adapter:
+        model = PeftModel.from_pretrained(model, name)
+        saved = [folder / PROCESSOR_FOLDER / PROCESSOR_NAME, folder / PROCESSOR_NAME]
+        if any(file.exists() for file in saved):  # it may have been trained with images of another size
+            processor = load_processor(name)
+    else:
         model, processor = load_model(name, args.dtype).to(device), load_processor(name)
-        return {**reports, "model": evaluate_suite(model, processor, suite, **how)}
-    model = PeftModel.from_pretrained(model, name)
-    saved = [f"{PROCESSOR_FOLDER}/{PROCESSOR_NAME}", PROCESSOR_NAME]
-    if any(has_file(name, file) for file in saved):  # it may have been trained with images of another size
-        processor = load_processor(name)
     for alpha in args.alphas:
         if args.alphas != [1.0]:  # not every method can go part of the way
             wise_ft(model, alpha)
-        reports[title(alpha)] = evaluate_suite(model, processor, suite, **how)
+        reports[title(alpha) if is_adapter else "model"] = evaluate_suite(model, processor, suite, **how)
     return reports
 
 

@@ -16,6 +16,7 @@ from hf_robust.evaluation.report import SuiteReport
 from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import image_sizes_seen, launch_on_two
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
+from tests.trainers import build
 
 NAMES, OTHER_NAMES = ["red", "green", "blue"], ["cat", "dog"]
 
@@ -122,25 +123,35 @@ def test_an_adapter_is_evaluated_with_images_of_its_own_size(run, folder, monkey
     assert sizes == {(32, 32), (64, 64)}
 
 
-def test_an_adapter_with_a_trained_head_is_refused(run, folder):
-    head = folder / "saft" / "classifier.safetensors"
-    head.touch()
-    try:
-        with pytest.raises(ConfigError, match="the adapter has a trained head"):
-            run("saft")
-    finally:
-        head.unlink()
+def test_a_trained_head_answers_for_its_classes(run, folder, monkeypatch):
+    trainer = build(folder / "run", "saft", head="trainable")
+    trainer.model.model.peft_config["default"].base_model_name_or_path = "base"
+    with torch.no_grad():
+        trainer.model.class_head.bias.copy_(torch.tensor([0.0, 1e3, 0.0]))  # the second class, whatever the image
+    trainer.select_entries()
+    trainer.save_model(str(folder / "head"))
+    models = run("head")[0]["models"]
+    assert set(models["alpha 1"]["sets"]["photos"]["predictions"]) == {1}
+    assert set(models["base"]["sets"]["photos"]["predictions"]) != {1}
+    with pytest.raises(ConfigError, match="an adapter alone can go part of the way"):
+        run("head", "--alphas", "0.5")
+
+
+def test_images_can_be_given_in_the_place_of_a_suite(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    evaluate.main(*parse_arguments(evaluate.TYPES, flags=["base", "--data", "photos.parquet", "--silent"]))
+    assert "photos.parquet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "not given .at model."),
-        (["base", "--alphas", "0.5"], "a whole model is at no other alpha than 1"),
+        (["base", "--alphas", "0.5"], "an adapter alone can go part of the way here"),
         (["base", "--data", "photos.parquet"], "nothing to evaluate on, or two things"),
         (["base", "--alphas", "1.5"], "alpha"),
         (["saft", "--alphas", "0.5", "0.5001"], "two alphas are the same in three digits"),
-        (["nowhere"], "no adapter can be loaded.*nowhere"),
+        (["nowhere"], "no such folder, and no such model on the Hub.*nowhere"),
         (["base", "--suite", ""], "nothing to evaluate on.*suite, data"),
         (["base", "--suite", "nothing"], "no such suite: got 'nothing'"),
     ],
