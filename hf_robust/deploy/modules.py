@@ -145,6 +145,9 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
     copied: Any = copy.deepcopy(model)
     if isinstance(copied, PeftModel):
         copied = copied.merge_and_unload(safe_merge=True)
+    kinds = {module.config._attn_implementation for module in copied.modules() if isinstance(module, PreTrainedModel)}
+    if kinds - {"sdpa", "eager"}:  # kernels of GPUs, for 16 bits
+        copied.set_attn_implementation("eager")
     if copied.config.model_type == "siglip2":
         copied.vision_model.embeddings.resize_positional_embeddings = resized_positions
     return cast(PreTrainedModel, copied.cpu().float().eval().requires_grad_(False))

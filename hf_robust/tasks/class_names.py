@@ -179,9 +179,7 @@ class ZeroShotClassifier(NamedClassesTask):
         if self._order is not None:
             logits, class_embeds = logits[:, self._order], class_embeds[self._order]
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        output = ZeroShotClassifierOutput(
-            loss=loss, logits=logits, image_embeds=embeds, class_embeds=class_embeds, prompt_rows=rows
-        )
+        output = ZeroShotClassifierOutput(loss, logits, embeds, class_embeds, prompt_rows=rows)
         return self.with_terms(output, inputs)
 
     # --- what a trainer asks ---

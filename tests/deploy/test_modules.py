@@ -76,6 +76,16 @@ def test_both_towers_are_of_one_copy_in_float32() -> None:
     torch.testing.assert_close(images(**tiny_batch("clip", 2)), expected, rtol=0, atol=0.02)
 
 
+@torch.no_grad()
+def test_attention_of_gpus_becomes_one_of_cpus() -> None:
+    model = tiny_model("clip")
+    expected = embeds(model)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(embeds(merged_copy(model)), expected, rtol=0, atol=1e-6)
+    assert model.config.vision_config._attn_implementation == "flash_attention_2"
+
+
 def test_what_cannot_be_merged_is_refused() -> None:
     model = lora()
     with model.disable_adapter(), pytest.raises(ConfigError, match="switched off.*Leave disable_adapter"):
