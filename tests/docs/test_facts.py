@@ -8,11 +8,12 @@ import re
 
 import pytest
 
+from hf_robust.training.learning_rates import FULL, HEAD_ALONE, OF_ADAPTERS, OTHERS
 from tests.docs.pages import ROOT, blocks, name_of
 
 METHODS = sorted(page for page in (ROOT / "docs/methods").glob("*.md") if page.name != "index.md")
 OF_PEFT = {"KeyError: 'SAFT'"}
-OTHERS = {"FLYP", "TPGM", "Soups", "VRF"}  # which make no model of which the card would name them
+WITHOUT_A_CARD = {"FLYP", "TPGM", "Soups", "VRF"}  # which make no model of which the card would name them
 
 
 def strings_of_the_source() -> str:
@@ -62,7 +63,17 @@ def test_a_method_has_its_formula_use_limits_figures_and_citation(page):
     template = (ROOT / "hf_robust/cards/model_card_template.md").read_text(encoding="utf-8")
     cited = re.sub(r'\{\{ "(.*?)" \}\}', r"\1", template)
     title = re.search(r"^# (.*)$", text, re.MULTILINE)[1]
-    assert (citation.text in cited) != (title in OTHERS)
+    assert (citation.text in cited) != (title in WITHOUT_A_CARD)
+
+
+def test_learning_rates_are_those_of_the_source():
+    shown = rows((ROOT / "docs/guides/training.md").read_text(encoding="utf-8"))
+    names = {"SAFT": "SAFT", "A-CLIP": "ACLIP", "R-Adapter": "RADAPTER", "LoRA": "LORA"}
+    of_adapters = {**names, "learned context": "TRAINABLE_TOKENS"}
+    expected = {title: OF_ADAPTERS[name] for title, name in of_adapters.items()}
+    expected |= {"full fine-tuning": FULL, "a head alone": HEAD_ALONE, "other adapters": OTHERS}
+    assert len(of_adapters) == len(OF_ADAPTERS)
+    assert {title: shown[title] for title in expected} == {title: [{str(rate)}] for title, rate in expected.items()}
 
 
 def test_the_readme_is_one_screen():
