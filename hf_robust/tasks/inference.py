@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from .retrieval import embed_all
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+T = TypeVar("T")
 BLANK = Image.new("RGB", (32, 32))  # embedded where there is no image, as embeddings of none have a width, too
 
 
@@ -133,19 +134,19 @@ class InferenceModule(nn.Module):
     # --- their parts ---
 
     def _embeds(self, batch: dict[str, Tensor]) -> Tensor:
-        return image_embeds(self.model, **batch)
+        return image_embeds(self.model, **batch).float().cpu()  # (batch, dim)
 
     def _of_batches(
-        self, function: Callable[[dict[str, Tensor]], Tensor], images: Any, batch_size: int, silent: bool
-    ) -> list[Tensor]:
-        """What a function returns of each batch of images, float32, on the CPU."""
+        self, function: Callable[[dict[str, Tensor]], T], images: Any, batch_size: int, silent: bool
+    ) -> list[T]:
+        """What a function returns of each batch of images."""
         check_chunk_size(batch_size, "batch_size")
         rows = given_images(images)
         title = None if silent or len(rows) <= batch_size else "Looking at images"
         how = batch_size, 0, base_model(self.model).device, title
         with self._in_use():
             batches = batches_in_order(rows, ImageCollator(self.processor).inputs, *how)
-            return [function(batch).float().cpu() for batch in batches]
+            return [function(batch) for batch in batches]
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:

@@ -80,16 +80,16 @@ def _settings(cls: type[Task], model: SavedModel, words: Mapping[str, Any]) -> d
 
 
 def _kind(cls: type[Task], saved: Any, model: SavedModel) -> type[Task]:
+    if cls is not Task and cls.name == saved:
+        return cls
     if not isinstance(saved, str) or saved not in TASKS:
         where, remedy = f"{model.name}, {CONFIG_FILE}", close_matches(str(saved), list(TASKS))
         raise AdapterFileError("unknown task", where=where, got=saved, remedy=remedy)
     if cls is Task:
         return TASKS[saved]
-    if cls.name != saved:
-        right = TASKS[saved].__name__
-        what, remedy = f"the model was trained as {right}", f"Use {right}.from_pretrained(...)."
-        raise ConfigError(what, where=model.name, got=cls.__name__, allowed=right, remedy=remedy)
-    return cls
+    right = TASKS[saved].__name__
+    what, remedy = f"the model was trained as {right}", f"Use {right}.from_pretrained(...)."
+    raise ConfigError(what, where=model.name, got=cls.__name__, allowed=right, remedy=remedy)
 
 
 def _built(kind: type[Task], encoder: Any, processor: Any, settings: Mapping[str, Any], model: SavedModel) -> Task:

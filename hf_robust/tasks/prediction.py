@@ -118,15 +118,17 @@ class NamedClassesTask(Task):
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ConfigError("no number of answers", where="top_k", got=top_k, allowed="1 or more, or None")
         names = self.class_names if class_names is None else check_class_names(class_names)
+
+        def answer(batch: dict[str, Tensor]) -> list[Any]:
+            logits = self(**batch).logits[:, : len(names)].float().cpu()  # (batch, classes); others come after them
+            if not logits.isfinite().all():
+                remedy = "Look for weights that are NaN, or take dtype='float32'."
+                raise NonFiniteError("logits are not finite", where="predict", remedy=remedy)
+            return self._answers(logits, names, top_k)
+
         with nullcontext() if class_names is None else self.classes(names):
-            parts = self._of_batches(lambda batch: self(**batch).logits[:, : len(names)], images, batch_size, silent)
-        if not parts:
-            return []
-        logits = torch.cat(parts)  # (images, classes); what else the head has came after them
-        bad = (~logits.isfinite().all(dim=1)).nonzero()[:, 0]
-        if len(bad):
-            raise NonFiniteError("logits are not finite", where=f"image {int(bad[0])}")
-        return self._answers(logits, names, top_k)
+            parts = self._of_batches(answer, images, batch_size, silent)
+        return [one for answers in parts for one in answers]
 
     def _answers(self, logits: Tensor, names: Sequence[str], top_k: int | None) -> list[Any]:
         ranked = best_first(logits, logits.softmax(dim=1), names, top_k or 1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -22,18 +23,12 @@ from hf_robust.errors import AdapterFileError, ConfigError, DataError, NonFinite
 from hf_robust.tasks.task import Task
 from tests.fake_hub import FakeHub
 from tests.tiny_models import tiny_model, tiny_processor
-from tests.trainers import NAMES
+from tests.trainers import NAMES, build
 
 from .saved import PICTURES, TEST, Saved, captioned, people, save_base, save_trained, several
 
 BY_HEAD = [(method, "live") for method in ("full", "saft", "aclip", "radapter", "lora")]
-BY_HEAD += [
-    ("saft", "frozen"),
-    ("saft", "trainable"),
-    ("full", "trainable"),
-    ("full", "frozen"),
-    ("lora", "trainable"),
-]
+BY_HEAD += [("saft", "frozen"), ("full", "frozen")] + [(method, "trainable") for method in ("full", "saft", "lora")]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +42,23 @@ def base(root):
 
 
 @pytest.fixture(scope="module")
-def saft(root, base):
-    return save_trained(root, base, "saft", "saft", head="trainable")
+def classifiers(root, base):
+    """Trained by method and head, each once."""
+
+    def train(method, head):
+        return save_trained(root, base, f"{method}-{head}", method, head=head, templates=["a {}", "the {}"])
+
+    return functools.cache(train)
 
 
 @pytest.fixture(scope="module")
-def full(root, base):
-    return save_trained(root, base, "full", "full")
+def saft(classifiers):
+    return classifiers("saft", "trainable")
+
+
+@pytest.fixture(scope="module")
+def full(classifiers):
+    return classifiers("full", "live")
 
 
 @pytest.fixture
@@ -76,8 +81,8 @@ def assert_same_predictions(saved: Saved, task: ZeroShotClassifier) -> None:
 
 
 @pytest.mark.parametrize(("method", "head"), BY_HEAD)
-def test_predictions_are_the_trainers_to_the_bit(root, base, method, head):
-    saved = save_trained(root, base, f"{method}-{head}", method, head=head, templates=["a {}", "the {}"])
+def test_predictions_are_the_trainers_to_the_bit(classifiers, method, head):
+    saved = classifiers(method, head)
     before = torch.get_rng_state()
     task = loaded(saved.folder)
     assert torch.equal(before, torch.get_rng_state())
@@ -95,6 +100,13 @@ def test_flyp_and_its_class(root, base):
     with pytest.raises(ConfigError, match=r"trained as FLYP.*got 'ZeroShotClassifier'.*Use FLYP.from_pretrained"):
         loaded(saved.folder)
     assert type(loaded(saved.folder, Task)) is FLYP
+
+
+def test_a_class_of_the_users_own(saft):
+    class Mine(ZeroShotClassifier):
+        pass
+
+    assert type(loaded(saft.folder, Mine)) is Mine
 
 
 def test_several_labels_with_scale_bias_and_threshold(root, base):
@@ -186,17 +198,17 @@ def test_images_of_another_size_in_training(root, base):
     assert_same_predictions(saved, task)
 
 
-def test_merged_models_and_soups(root, base):
-    saved = save_trained(root, base, "to-merge", "saft")
+def test_merged_models_and_soups(root, base, classifiers):
+    saved = classifiers("saft", "live")
     merge(MergeArguments(zero_shot=base, fine_tuned=saved.folder, output=str(root / "merged"), alpha=[1.0]))
     assert not isinstance(loaded(root / "merged").model, PeftModel)
     assert_same_predictions(saved, loaded(root / "merged"))
-    other = save_trained(root, base, "other", "saft", seed=3)
+    other = save_trained(root, base, "other", "saft", seed=3, templates=["a {}", "the {}"])
     merge(MergeArguments(soup=[saved.folder, other.folder], output=str(root / "soup"), use_cpu=True))
     assert loaded(root / "soup").class_names == NAMES
 
 
-def test_the_active_one_of_several_adapters(root, base, tmp_path):
+def test_the_active_ones_of_several_adapters(root, base):
     def with_two(active):
         torch.manual_seed(0)
         config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
@@ -205,9 +217,8 @@ def test_the_active_one_of_several_adapters(root, base, tmp_path):
         model.base_model.set_adapter(active)
         return model
 
+    trainer = build(root / "runs", eval_dataset=None)
     for active in (["first"], ["second", "first"]):
-        saved = save_trained(root, base, "-".join(active), "full", max_steps=1)
-        trainer = saved.trainer
         trainer.model = ZeroShotClassifier(with_two(active), tiny_processor("clip"), NAMES).eval()
         folder = root / f"{len(active)}-of-two"
         trainer.save_model(str(folder))
@@ -337,13 +348,13 @@ def test_the_head_takes_no_tensor_of_the_encoder(copied, saft):
     assert base_model(loaded(copied).model).logit_scale != stranger
 
 
-def test_stock_adapters_without_all_tensors_are_refused(root, base):
-    saved = save_trained(root, base, "half", "lora")
-    path = Path(saved.folder, "adapter_model.safetensors")
+def test_stock_adapters_without_all_tensors_are_refused(classifiers, tmp_path):
+    folder = shutil.copytree(classifiers("lora", "live").folder, tmp_path / "half")
+    path = Path(folder, "adapter_model.safetensors")
     tensors = load_file(path)
     save_file(dict(list(tensors.items())[1:]), path)
     with pytest.raises(AdapterFileError, match="cannot be loaded on its base.*missing adapter keys"):
-        loaded(saved.folder)
+        loaded(folder)
 
 
 def test_whole_models_without_all_tensors_or_with_pickles_are_refused(full, tmp_path):

@@ -318,5 +318,5 @@ def test_a_bar_for_several_batches_on_stderr(classifier, capsys):
 def test_weights_that_are_not_finite():
     task = ZeroShotClassifier(tiny_model("clip"), tiny_processor("clip"), NAMES, head="trainable").eval()
     task.class_head.bias.data.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="at image 0"):
+    with pytest.raises(NonFiniteError, match="logits are not finite.*dtype"):
         task.predict(PICTURES)
