@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo cards compare test test-long quality style build
+.PHONY: help demo cards compare docs test test-long quality style build
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -21,7 +21,7 @@ demo: .venv/demo  ## fine-tune a small CLIP several ways and compare what they g
 
 compare: .venv/demo  ## compare all methods on the demo's drawings, over three seeds: an hour and a half; goes on where it stopped
 	$(BIN)/python examples/demo/data.py
-	$(BIN)/python examples/benchmarks/compare_methods.py --config examples/configs/compare_methods.yaml
+	$(BIN)/hf-robust compare --config examples/configs/compare_methods.yaml
 
 cards: compare  ## write the figures of the comparison into model_cards/
 	cp runs/compare/cards/aclip.md model_cards/a_clip.md
@@ -36,6 +36,9 @@ cards: compare  ## write the figures of the comparison into model_cards/
 	cp runs/compare/cards/full+similarity.md model_cards/similarity_loss.md
 	cp runs/compare/cards/saft-per-tensor-0.01.md model_cards/saft.md
 	cp runs/compare/cards/full+wise-ft.md model_cards/wise_ft.md
+
+docs: .venv/installed  ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 test: .venv/installed  ## run the tests, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile

@@ -61,7 +61,7 @@ def make_batch(config: CLIPConfig, size: int) -> dict[str, Tensor]:
 def optimizer_step(model: nn.Module, work: Work) -> Step:
     """A training step on the parameters that are trainable."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # On a GPU what Trainer takes by default; the CPU's figures in README.md are of the optimizer's own default.
+    # On a GPU what Trainer takes by default; the CPU's figures in docs/methods are of the optimizer's own default.
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=trained[0].is_cuda)
     model.train()
 

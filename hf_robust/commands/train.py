@@ -45,7 +45,7 @@ from ..scripting.loading import (
     wish_to_resume,
 )
 from ..scripting.progress import is_silent, show_progress
-from ..scripting.results import package_versions, percent, save_with_card
+from ..scripting.results import package_versions, percent
 from ..tasks.choose import target_of
 from ..training.arguments import RobustTrainingArguments
 from ..training.trainer import RobustTrainer
@@ -224,13 +224,12 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
     trainer.train(checkpoint)
     seconds = time.perf_counter() - start
     columns: dict[Column, dict[str, float]] = {"zero-shot": zero_shot, "fine-tuned": evaluated(trainer, sets)}
-    alpha = found = None
+    found = None
     if wise_ft:
         sweep = trainer.wise_ft_sweep(sets[VALIDATION])
-        alpha = sweep.best_alpha
         columns["chosen alpha"] = evaluated(trainer, sets)
-        found = {"alpha": alpha, trainer.model.metrics[0]: columns["chosen alpha"], "sweep": sweep.rows}
-    save_with_card(trainer, sets, columns, alpha)
+        found = {"alpha": sweep.best_alpha, trainer.model.metrics[0]: columns["chosen alpha"], "sweep": sweep.rows}
+    trainer.save_model()  # with a card that shows what was found
     return {
         "zero_shot": zero_shot,
         "fine_tuned": columns["fine-tuned"],

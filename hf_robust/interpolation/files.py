@@ -254,7 +254,7 @@ def _check_is_model(folder: Path) -> None:
     if not folder.is_dir():
         raise MergeError("no such folder", got=str(folder))
     if (folder / "adapter_config.json").exists():
-        remedy = "An adapter is merged by examples/merge.py."
+        remedy = "An adapter is merged by hf-robust merge."
         raise MergeError("folder holds an adapter, not a whole checkpoint", where=str(folder), remedy=remedy)
     if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
         remedy = "Save it with AutoModel.from_pretrained(folder).save_pretrained(other_folder)."

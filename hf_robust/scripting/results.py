@@ -3,14 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from statistics import stdev
-
-from ..cards.card import model_card
-from ..cards.results import Column, results_from_accuracies, role_of
-from ..data.rows import LabelledImages
-from ..training.trainer import RobustTrainer
 
 VERSIONS_OF = ("hf_robust", "torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -32,31 +27,3 @@ def percent(value: float, by_seed: Sequence[float] = ()) -> str:
         '50.0 ± 14.1'
     """
     return f"{100 * value:.1f}" + (f" ± {100 * stdev(by_seed):.1f}" if len(by_seed) > 1 else "")
-
-
-def save_with_card(
-    trainer: RobustTrainer,
-    sets: Mapping[str, LabelledImages],
-    accuracies: Mapping[Column, Mapping[str, float]],
-    chosen_alpha: float | None = None,
-) -> None:
-    """Saves a trained model with a card that shows accuracies on all sets but `validation`.
-
-    Args:
-        trainer: after its training.
-        sets: the evaluation sets by name.
-        accuracies: by column and set, fractions.
-        chosen_alpha: the α that the model is at; None where it is as it was trained.
-
-    Example:
-        >>> sets = {"id": labelled_images(photos, "id")}
-        >>> save_with_card(trainer, sets, {"zero-shot": {"id": 0.5}, "fine-tuned": {"id": 0.75}})
-    """
-    roles = {}
-    for name, rows in sets.items():
-        if name != "validation":
-            roles[name] = role_of(name, not trainer.model.knows(rows)), len(rows)
-    results = results_from_accuracies(accuracies, roles, chosen_alpha, trainer.model.metrics[0])
-    images = len(trainer.train_dataset)
-    trainer.create_model_card(model_card(trainer.model, trainer.args, results, train_images=images))
-    trainer.save_model()

@@ -94,7 +94,8 @@ class NotingTrainer(RepeatableTrainer):
         if self.chosen_alpha is not None:
             return "chosen alpha"
         if self.is_pretrained is None and not self.has_trained:
-            self.is_pretrained = is_pretrained(self.model.model, self.model.processor)
+            with self.whole_model():
+                self.is_pretrained = is_pretrained(self.model.model, self.model.processor)
         return "zero-shot" if self.is_pretrained and not self.has_trained else "fine-tuned"
 
     def _role(self, name: str, rows: LabelledImages) -> Role:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import ast
 import dataclasses
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from peft import get_peft_model
 from transformers import AutoModel
 
 import hf_robust
@@ -38,6 +40,9 @@ from hf_robust.evaluation.statistics import bootstrap_interval
 from hf_robust.training.losses import TERMS
 from tests.tiny_models import FAMILIES, synthetic_picture, tiny_lora, tiny_model, tiny_processor
 from tests.trainers import NAMES, build
+from tests.training.test_identities_trainer import of as identities
+from tests.training.test_pairs_trainer import pairs
+from tests.training.test_several_labels_trainer import settings as several
 
 BASE = "openai/clip-vit-base-patch32"
 NASTY = [
@@ -374,6 +379,91 @@ def expected(trainer) -> torch.Tensor:
     with torch.no_grad():
         inputs = trainer.processing_class.image_processor(images=[picture], return_tensors="pt")
         return trainer.model.eval()(**inputs).logits.softmax(-1)
+
+
+def run_snippet(card: ModelCard, folder: Path, base: Path | None, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Executes the card's first snippet, with folders in the place of the Hub."""
+    snippet = section(card, "Use").split("```python\n")[1].split("```", 1)[0]
+    assert len([line for line in snippet.splitlines() if line]) <= 4
+    synthetic_picture(1, 3, 40, seed=5).save(folder / "image.png")
+    monkeypatch.chdir(folder)
+    given = repr(str(folder)) if base is None else f"{str(folder)!r}, base={str(base)!r}"  # no name but the Hub's
+    names: dict = {}
+    exec(snippet.replace('"this-repository"', given), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("saft", {}), ("aclip", {"head": "trainable"}), ("full", {}), ("lora", {"templates": "drawings"})]
+    + [("full", {"task": "flyp"})],
+)
+def test_two_lines_give_the_trained_models_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, method: str, settings: dict
+) -> None:
+    tiny_model("clip").save_pretrained(tmp_path / "base")
+    trainer = build(tmp_path / "run", method, max_steps=2, **settings)
+    trainer.train()
+    folder = tmp_path / "saved"
+    trainer.save_model(str(folder))
+    card = model_card(trainer.model, trainer.args, base_model_id=BASE)
+    best = expected(trainer)[0].max(dim=0)
+    capsys.readouterr()
+    run_snippet(card, folder, None if method == "full" else tmp_path / "base", monkeypatch)
+    (found,) = ast.literal_eval(capsys.readouterr().out.strip())
+    assert found["label"] == NAMES[best.indices] and found["score"] == pytest.approx(best.values.item(), abs=1e-4)
+    ours = method in ("saft", "aclip")
+    assert ("begin with `import hf_robust`" in section(card, "Use")) == ours
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_lines_are_enough_in_every_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    size = None if family == "siglip2" else 64  # its images keep their shape
+    trainer = build(tmp_path / "run", model=tiny_lora(tiny_model(family)), family=family, image_size=size)
+    trainer.save_model(str(tmp_path / "saved"))
+    card = model_card(trainer.model, base_model_id=BASE)
+    names = run_snippet(card, tmp_path / "saved", tmp_path / "base", monkeypatch)
+    answers = names["classifier"].predict(["image.png"], top_k=3)[0]
+    scores = dict(zip(NAMES, expected(trainer)[0].tolist(), strict=True))
+    assert {one["label"]: one["score"] for one in answers} == pytest.approx(scores, abs=1e-4)
+
+
+def test_embeddings_of_pairs_and_identities_and_several_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for make, shape in ((pairs, (1, 2)), (identities, (1, 1))):
+        folder = tmp_path / make.__name__
+        trainer = make(folder)
+        trainer.save_model()
+        names = run_snippet(model_card(trainer.model), folder, None, monkeypatch)
+        assert (names["images"] @ names["images"].T).item() == pytest.approx(1, abs=1e-5)
+        assert capsys.readouterr().out.count("tensor([[") == 1
+        assert "embed_texts" in section(model_card(trainer.model), "Use") or shape == (1, 1)
+    trainer = build(tmp_path / "several", **several())
+    trainer.save_model()
+    found = run_snippet(model_card(trainer.model), tmp_path / "several", None, monkeypatch)
+    assert type(found["classifier"]) is hf_robust.SeveralLabels
+
+
+def test_a_task_of_ones_own_is_loaded_as_ours() -> None:
+    class Mine(ZeroShotClassifier):
+        pass
+
+    card = model_card(Mine(tiny_model("clip"), tiny_processor("clip"), NAMES))
+    assert "hf_robust.ZeroShotClassifier.from_pretrained" in section(card, "Use")
+
+
+def test_a_stock_adapter_is_offered_where_all_entries_lie_in_linear_weights() -> None:
+    for where, offered in ((["q_proj", "k_proj", "v_proj"], True), (["layer_norm1"], False)):
+        exclude = ["bias"] if offered else None
+        config = hf_robust.SAFTConfig(density=0.01, score="magnitude", target_modules=where, exclude_modules=exclude)
+        model = get_peft_model(tiny_model("clip"), config)
+        assert "export_shira" not in model_card(classifier(model)).text  # no entries yet
+        hf_robust.select_saft(model)
+        assert (
+            'hf_robust.export_shira(classifier.model, "my-shira")' in model_card(classifier(model)).text
+        ) == offered
 
 
 def test_a_card_without_base_still_says_how_to_load_it() -> None:

@@ -143,16 +143,16 @@ def test_pefts_own_card_loses_the_path_of_the_base(hub: FakeHub, folder: Path) -
 
 
 def test_the_card_gets_the_name_of_the_repository(hub: FakeHub, folder: Path) -> None:
-    assert 'snapshot_download("this-repository")' in (folder / "README.md").read_text()
+    assert 'from_pretrained("this-repository")' in (folder / "README.md").read_text()
     push(folder, REPO)
-    assert f'snapshot_download("{REPO}")' in hub.files(REPO)["README.md"].decode()
+    assert f'from_pretrained("{REPO}")' in hub.files(REPO)["README.md"].decode()
 
 
 def test_a_name_without_owner_is_ones_own(hub: FakeHub, folder: Path) -> None:
     push(folder, REPO.split("/")[1])
     push(folder, REPO.split("/")[1])
     assert hub.commits(REPO) == 1 and hub.files(REPO).keys() == ADAPTER_FILES
-    assert f'snapshot_download("{REPO}")' in hub.files(REPO)["README.md"].decode()
+    assert f'from_pretrained("{REPO}")' in hub.files(REPO)["README.md"].decode()
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,6 @@ def test_sockets_are_not_opened(folders, monkeypatch):
 
 def test_no_checkpoint(folders):
     (folders / "a" / "adapter_config.json").write_text("{}")
-    refused(folders, MergeError, "holds an adapter.*examples/merge.py")
+    refused(folders, MergeError, "holds an adapter.*hf-robust merge")
     shutil.rmtree(folders / "a")
     refused(folders, MergeError, "no such folder")

@@ -180,7 +180,7 @@ def folder_of_images(root, contents):
         (root / name).mkdir(parents=True)
         content = contents.get(name, png(synthetic_picture(label, 3, 40, seed=label)))
         (root / name / "0.png").write_bytes(content)
-    return load_dataset("imagefolder", data_dir=str(root), split="train")  # as README does
+    return load_dataset("imagefolder", data_dir=str(root), split="train")  # as the documentation does
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_robust import SAFTConfig, export_shira, select_saft
 from hf_robust.errors import AdapterFileError, BaseWeightsError, ConfigError
-from hf_robust.tuners.saft import resident
+from hf_robust.tuners.saft import exports_to_shira, resident
 from hf_robust.tuners.saft.plan import Plan, same_bits
 
 from ..programs import run_programs
@@ -311,6 +311,7 @@ def test_export_to_a_process_without_hf_robust(tmp_path: Path) -> None:
         logits = model(**batch).logits_per_image
         assert not torch.allclose(logits, base(**batch).logits_per_image)
     base.save_pretrained(tmp_path / "base")
+    assert exports_to_shira(model)
     export_shira(model, tmp_path / "shira")
     torch.save(batch, tmp_path / "batch.pt")
     script = """
@@ -335,4 +336,6 @@ def test_export_refuses_entries_outside_linear_weights(tmp_path: Path) -> None:
     dense = tuned(density=0.9, target_modules=["twice", "head"], exclude_modules=["bias"])
     with pytest.raises(ConfigError, match="SHiRA needs as many entries"):
         export_shira(dense, tmp_path / "shira")
+    unselected = get_peft_model(tiny_model("clip"), SAFTConfig(target_modules=LINEARS, exclude_modules=["bias"]))
+    assert not any(map(exports_to_shira, (tuned(), dense, unselected, tiny_model("clip"))))
     assert not (tmp_path / "shira").exists()

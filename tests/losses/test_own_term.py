@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The term of one's own in the README runs as it stands there."""
+"""The term of one's own in the documentation runs as it stands there, with every family."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 from transformers import AutoModel, AutoProcessor
 
 from hf_robust.losses import SimilarityLoss
+from tests.docs.pages import ROOT, blocks
 from tests.tiny_models import tiny_model, tiny_processor
 from tests.trainers import build
 
-ROOT = Path(__file__).parents[2]
 DRAWINGS = ROOT / "examples/demo/clip-tiny-drawings"
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "vision-text-dual-encoder", "drawings"])
 def test_a_term_of_ones_own_trains(tmp_path, family):
-    (block,) = re.findall(
-        r"```python\n([^`]*^class Relations[^`]*)```", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
+    block, *_ = blocks(ROOT / "docs/guides/own_loss.md", "python")
     names: dict = {}
-    exec(block, names)
+    exec(block.text, names)
     if family == "drawings":
         model, processor = AutoModel.from_pretrained(DRAWINGS), AutoProcessor.from_pretrained(DRAWINGS)
     else:
