@@ -226,6 +226,31 @@ def curve_of(sweep: AlphaSweep, roles: Mapping[str, Role]) -> list[dict[str, flo
     return [{"alpha": row["alpha"], **of_row} for row, of_row in zip(sweep.rows, means, strict=True)]
 
 
+def points_of(results: CardResults) -> list[dict[str, float]]:
+    """Returns as a curve the three α that were evaluated: 0, the chosen one and 1; empty unless there are such sets.
+
+    Args:
+        results: of accuracies.
+
+    Example:
+        >>> [point["alpha"] for point in points_of(results)]
+        [0.0, 0.7, 1.0]
+    """
+    alphas: dict[Column, float] = {"zero-shot": 0.0, "fine-tuned": 1.0}
+    if results.chosen_alpha is not None:
+        alphas["chosen alpha"] = results.chosen_alpha
+    of_role = {role: [one for one in results.sets if one.role == role] for role in ("id", "ood")}
+    if len(alphas) < 3 or not all(of_role.values()):
+        return []
+    if any(column not in one.accuracies for column in alphas for ones in of_role.values() for one in ones):
+        return []
+    points = {
+        alpha: {role: mean(one.accuracies[column].value for one in ones) for role, ones in of_role.items()}
+        for column, alpha in alphas.items()
+    }
+    return [{"alpha": alpha, **points[alpha]} for alpha in sorted(points)]
+
+
 def with_interval(share: float, images: int) -> Accuracy:
     """Returns an accuracy with its 95 % interval after Wilson (1927).
 

@@ -3,6 +3,7 @@
 
 All of them on one task, over several seeds, also with WiSE-FT:
 
+    hf-robust compare photos
     hf-robust compare --config examples/configs/compare_methods.yaml
     hf-robust compare --config examples/configs/compare_methods.yaml --methods full saft
 
@@ -40,6 +41,8 @@ from ..scripting.checks import check_given, check_training, check_values
 from ..scripting.loading import DEFAULT_MODEL, load_images, load_processor, loading_data, read_sets
 from ..scripting.results import package_versions
 from ..training.arguments import RobustTrainingArguments
+from .decide import by_splits, suite_of
+from .train import TrainArguments, load_data
 
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 FIXED = {"eval_strategy": "no", "save_strategy": "no", "head": "live", "task": None}
@@ -55,29 +58,36 @@ class CompareArguments:
     these.
     """
 
-    model_name_or_path: str = setting(DEFAULT_MODEL, "Hub id or folder.")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Of the weights.")
-    train_data: str | None = setting(None, "Labelled images to train on.")
-    validation_data: str | None = setting(None, "Rates, weights and α are chosen on these.")
-    suite: str | None = setting(None, "What to evaluate on: a YAML file or a suite's name.")
-    selection: Literal["id", "id+other"] = setting("id", "What has a say in what is chosen.")
-    other_validation_data: dict | str | None = setting(None, "id+other: JSON of other tasks by name.")
-    image_column: str | None = setting(None, "Column of images; else image, img, jpg, …")
-    label_column: str | None = setting(None, "Column of labels; else label, labels or cls.")
-    shots: int | None = setting(None, "Training images per class; all if not given.")
-    seeds: list[int] = setting([1, 2, 3], "Of the shots and the training.")
-    methods: list[str] = setting([*DEFAULT_METHODS], ", ".join(ALL_METHODS))
-    new_class_names: list[str] | None = setting(None, "context+ogen: names it is told.")
-    learning_rates: list[float] = setting([*GRID], "To choose from.")
-    weights: list[float] = setting([*WEIGHTS], "Of a loss, times its own.")
-    alphas: list[float] = setting([*ALPHAS], "WiSE-FT: to choose from.")
-    after: list[str] = setting([*AFTER], "Done afterwards.")
-    search_only: bool = setting(False, "Choose the settings and stop.")
+    data: str | None = setting(
+        None, "Images to train on, choose by and test on, by their splits.", "data", positional=True
+    )
+    model_name_or_path: str = setting(DEFAULT_MODEL, "Hub id or folder.", "model")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Of the weights.", "model")
+    train_data: str | None = setting(None, "Labelled images to train on.", "data")
+    validation_data: str | None = setting(None, "Rates, weights and α are chosen on these.", "data")
+    suite: str | None = setting(None, "What to evaluate on: a YAML file or a suite's name.", "data")
+    selection: Literal["id", "id+other"] = setting("id", "What has a say in what is chosen.", "comparison")
+    other_validation_data: dict | str | None = setting(None, "id+other: JSON of other tasks by name.", "data")
+    image_column: str | None = setting(None, "Column of images; else image, img, jpg, …", "data")
+    label_column: str | None = setting(None, "Column of labels; else label, labels or cls.", "data")
+    shots: int | None = setting(None, "Training images per class; all if not given.", "data")
+    seeds: list[int] = setting([1, 2, 3], "Of the shots and the training.", "comparison")
+    methods: list[str] = setting([*DEFAULT_METHODS], ", ".join(ALL_METHODS), "comparison")
+    new_class_names: list[str] | None = setting(None, "context+ogen: names it is told.", "comparison")
+    learning_rates: list[float] = setting([*GRID], "To choose from.", "comparison")
+    weights: list[float] = setting([*WEIGHTS], "Of a loss, times its own.", "comparison")
+    alphas: list[float] = setting([*ALPHAS], "WiSE-FT: to choose from.", "comparison")
+    after: list[str] = setting([*AFTER], "Done afterwards.", "comparison")
+    search_only: bool = setting(False, "Choose the settings and stop.", "comparison")
 
     def __post_init__(self) -> None:
         if isinstance(self.other_validation_data, str):
             self.other_validation_data = read_sets(self.other_validation_data, "other_validation_data")
-        check_given(self, "train_data", "validation_data", "suite")
+        names = "train_data", "validation_data", "suite"
+        if not self.data:
+            check_given(self, *names)
+        elif any(getattr(self, name) for name in names):
+            raise ConfigError("data is all of these", where=", ".join(names), remedy="Leave them out, or data.")
         self.learning_rates, self.weights = sorted(self.learning_rates), sorted(self.weights)
         lists: dict[str, Any] = {"seeds": self.seeds, "learning_rates": self.learning_rates, "weights": self.weights}
         check_values(self.methods, ALL_METHODS, **lists, alphas=self.alphas)
@@ -106,24 +116,33 @@ class CompareArguments:
 class TrainingSettings(RobustTrainingArguments):
     """`RobustTrainingArguments` as the command begins with them."""
 
+    output_dir: str | None = setting("comparison", "Where to.")
     save_strategy: str = setting("no", "Nothing is saved but what was found.")
     logging_steps: float = setting(10, "The progress bar shows the loss so often.")
 
 
 def load(args: CompareArguments, training_args: RobustTrainingArguments) -> Comparison:
     """Loads processor, data and suite."""
-    processor, suite = load_processor(args.model_name_or_path), RobustnessSuite.from_yaml(str(args.suite))
+    processor = load_processor(args.model_name_or_path)
     named: Any = args.other_validation_data or {}
+    if args.data:
+        columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
+        train, sets = load_data(by_splits(TrainArguments(args.data, **columns)), training_args)
+        validation = sets.pop("validation")
+        suite = suite_of(train, sets, training_args.templates)
+    else:
+        suite = RobustnessSuite.from_yaml(str(args.suite))
     with loading_data(training_args):
-        train = load_images(str(args.train_data), "train_data", args).to_dataset()
-        validation = load_images(str(args.validation_data), "validation_data", args)
+        if not args.data:
+            train = load_images(str(args.train_data), "train_data", args)
+            validation = load_images(str(args.validation_data), "validation_data", args)
         others = {name: load_images(path, name, args) for name, path in named.items()}
     return Comparison(
         args.model_name_or_path,
         args.dtype,
         processor,
         training_args,
-        train,
+        train.to_dataset(),
         validation,
         suite,
         args.shots,
@@ -163,4 +182,4 @@ def main(args: CompareArguments, training_args: RobustTrainingArguments) -> None
 
 
 TYPES = (CompareArguments, TrainingSettings)
-EXAMPLE = "hf-robust compare --config compare.yaml --methods full saft aclip"
+EXAMPLE = "hf-robust compare photos --methods full saft aclip --seeds 1 2"

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..cards.results import role_of
+from ..data.class_spaces import ClassSpace
+from ..data.rows import LabelledImages
 from ..data.sources import split_names
 from ..data.splits import split_word
 from ..errors import DataError
+from ..evaluation.corrupted_sets import SEVERITY, parts
+from ..evaluation.suite import RobustnessSuite, SuiteSet
 from ..training.trainer import RobustTrainer
 from .adapters import MethodArguments
 
@@ -45,13 +50,21 @@ def decide(
         ('photos:train', None, {'id': 'photos:test'}, 0.1)
     """
     if args.data:
-        args = _by_splits(args)
+        args = by_splits(args)
     if not training_args.is_decided["output_dir"]:
         training_args.output_dir = f"{_short(args.data or str(args.train_data))}-{method.method}"
     return args, training_args
 
 
-def _by_splits(args: TrainArguments) -> TrainArguments:
+def by_splits(args: TrainArguments) -> TrainArguments:
+    """Fills in what is trained on, chosen by and tested on, by the splits of `data`.
+
+    Args:
+        args: with `data`.
+
+    Raises:
+        DataError: there is no such data, or it has splits, but none to train on.
+    """
     data = str(args.data)
     found = {split_word(name) or name: f"{data}:{name}" for name in split_names(data, "data")}
     if found and "train" not in found and not args.train_data:
@@ -75,6 +88,32 @@ def _by_splits(args: TrainArguments) -> TrainArguments:
 def _short(source: str) -> str:
     """The name of a source, of letters that every file system takes."""
     return re.sub(r"\W+", "-", Path(source).name or Path(source).resolve().name).strip("-") or "model"
+
+
+def suite_of(train: LabelledImages, sets: Sets, templates: str) -> RobustnessSuite:
+    """Returns the suite of evaluation sets; without one of another distribution also the first under corruptions.
+
+    Args:
+        train: the training set.
+        sets: to evaluate, by name.
+        templates: of the prompts.
+
+    Example:
+        >>> [one.name for one in suite_of(train, {"id": test}, "single").sets][:2]
+        ['id', 'ood_gaussian_noise']
+    """
+    known = ClassSpace(train.class_names or [])
+    found = [
+        SuiteSet(name, role_of(name, known.relate(rows.class_names or []).order is None), rows.to_dataset())
+        for name, rows in sets.items()
+    ]
+    tests = [one for one in found if one.role == "id"]
+    if tests and not any(one.role == "ood" for one in found):
+        found += [
+            replace(tests[0], name=f"ood_{name}", role="ood", source=part.to_dataset(), corruption=(name, SEVERITY))
+            for name, part in parts(sets[tests[0].name]).items()
+        ]
+    return RobustnessSuite([replace(one, templates=templates) for one in found])
 
 
 def say(args: TrainArguments, method: MethodArguments, trainer: RobustTrainer, sets: Sets) -> None:

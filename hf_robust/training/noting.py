@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cards.found import Found
 from ..cards.left_out import left_out
-from ..cards.results import CardResults, Column, curve_of, role_of
+from ..cards.results import CardResults, Column, curve_of, points_of, role_of
 from ..data.columns import IDENTITY
 from ..data.rows import LabelledImages
 from ..encoders.pretrained import is_pretrained
@@ -74,7 +74,7 @@ class NotingTrainer(RepeatableTrainer):
         if results is None or self.sweep is None or results.metric != "accuracy":
             return results
         roles = {one.name: one.role for one in results.sets if f"{one.name}_accuracy" in self.sweep.rows[0]}
-        return replace(results, curve=curve_of(self.sweep, roles))
+        return replace(results, curve=curve_of(self.sweep, roles) or points_of(results))
 
     def card_left_out(self) -> list[str]:
         """Returns which images, classes and adapters had no part in the training and its evaluations."""

@@ -29,6 +29,7 @@ from hf_robust.cards.results import (
     Accuracy,
     CardResults,
     EvaluationSet,
+    points_of,
     results_from_accuracies,
     results_from_reports,
     results_from_sweep,
@@ -592,3 +593,13 @@ def test_results_that_cannot_be_are_refused() -> None:
 def test_ids_that_are_none_are_refused(tmp_path: Path, where: str) -> None:
     with pytest.raises(ConfigError, match="not an id on the Hub"):
         model_card(classifier(), **{where: str(tmp_path) if where == "base_model_id" else [str(tmp_path)]})
+
+
+def test_three_alphas_are_a_curve_where_all_sets_have_them():
+    means = {0.0: {"id": 0.4, "ood": 0.6}, 0.7: {"id": 0.7, "ood": 0.65}, 1.0: {"id": 0.8, "ood": 0.35}}
+    expected = [pytest.approx({"alpha": alpha, **of_alpha}) for alpha, of_alpha in means.items()]
+    assert points_of(results()) == expected
+    assert points_of(results(chosen_alpha=None)) == [] and points_of(CardResults([], 0.7)) == []
+    unknown = [dataclasses.replace(one, accuracies={"zero-shot": Accuracy(0.5)}) for one in results().sets]
+    assert points_of(CardResults(unknown, 0.7)) == []
+    assert [point["alpha"] for point in points_of(results(chosen_alpha=1.0))] == [0.0, 1.0]

@@ -13,6 +13,7 @@ from hf_robust.comparison.search import GRID, choose_rate, choose_weight
 from hf_robust.comparison.tables import half_interval
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
+from hf_robust.evaluation.corrupted_sets import FIVE
 from hf_robust.scripting.arguments import parse_arguments
 from tests.examples.scripts import image_sizes_seen, launch_on_two, load_command
 from tests.programs import ROOT
@@ -129,6 +130,24 @@ def test_a_probe_learns_a_head_and_forgets_nothing(script, tmp_path):
     assert probe["means"]["id"] > zero_shot["means"]["id"]
     assert probe["sets"]["pets"] == zero_shot["sets"]["pets"]
     assert runs["linear-probe_seed_1"]["trained_parameters"] == 4 * 24 + 4
+
+
+def test_a_folder_of_photographs_is_enough(script, tmp_path):
+    for split, n, seed in (("train", 16, 0), ("test", 12, 40)):
+        for index, row in enumerate(image_dataset(n, NAMES, seed=seed)):
+            path = tmp_path / "photos" / split / NAMES[row["label"]] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    flags = ["--methods", "linear-probe", "--learning_rates", "1e-2", "--seeds", "1"]
+    flags += ["--model_name_or_path", str(script.folder / "model"), "--output_dir", str(tmp_path / "out")]
+    script.main(*parse_arguments(script.TYPES, flags=[str(tmp_path / "photos"), *flags]))
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    roles = {name: one["role"] for name, one in runs["zero-shot"]["sets"].items()}
+    assert roles == {"id": "id", **dict.fromkeys([f"ood_{name}" for name in FIVE], "ood")}
+    images = [one["images"] for one in runs["zero-shot"]["sets"].values()]
+    assert images[0] == sum(images[1:]) == 12
+    with pytest.raises(ConfigError, match="data is all of these"):
+        parse_arguments(script.TYPES, flags=["photos", "--suite", "cifar10"])
 
 
 def test_all_images_have_the_size_that_is_asked_for(script, tmp_path, monkeypatch):

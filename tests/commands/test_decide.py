@@ -83,7 +83,7 @@ def test_splits_are_found_and_all_is_decided_and_said(run):
     assert "12 images of 3 classes, data/photos:train" in words and "6 images, data/photos:val" in words
     assert "id (9), ood_night (6)" in words and "learning rate 0.0003" in words and "photos-saft" in words
     assert Path("photos-saft/adapter_model.safetensors").exists()
-    assert "ood" in Path("photos-saft/README.md").read_text().lower()
+    assert "wise_ft.png" in Path("photos-saft/README.md").read_text() and Path("photos-saft/wise_ft.png").exists()
 
 
 def test_without_another_distribution_the_test_set_is_corrupted(run):
