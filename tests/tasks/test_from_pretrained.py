@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_robust.scripting.merging import MergeArguments, merge
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_robust import FLYP, Identities, ImageTextPairs, SeveralLabels, ZeroShotClassifier
+from hf_robust.commands.merge import MergeArguments
+from hf_robust.commands.merge import main as merge
 from hf_robust.encoders.dual_encoder import base_model
 from hf_robust.errors import AdapterFileError, ConfigError, DataError, NonFiniteError, UnsafeFileError
 from hf_robust.tasks.task import Task
