@@ -33,7 +33,7 @@ from .methods import (
     train,
     trained,
 )
-from .tiny_models import FAMILIES, tiny_model
+from .tiny_models import FAMILIES, recompute_activations, tiny_model
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -165,7 +165,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: Method, family:
             base = model.get_base_model()
             parts = [base] if base.supports_gradient_checkpointing else [base.vision_model, base.text_model]
             for part in parts:
-                part.activation_checkpointing_enable({"use_reentrant": False})
+                recompute_activations(part, {"use_reentrant": False})
         model.zero_grad()
         torch.manual_seed(7)
         calls = _count_calls(model)

@@ -197,3 +197,9 @@ _PROCESSORS = {
     "siglip2": _siglip2_processor,
     "vision-text-dual-encoder": _vision_text_processor,
 }
+
+
+def recompute_activations(model: torch.nn.Module, settings: dict | None = None) -> None:
+    """Turns checkpointing on; the last transformers for Python 3.10 have the old name alone."""
+    is_new = "activation_checkpointing_enable" in vars(PreTrainedModel)
+    (model.activation_checkpointing_enable if is_new else model.gradient_checkpointing_enable)(settings)

@@ -17,7 +17,7 @@ from hf_robust.interpolation.linear import adapter_tensors
 from hf_robust.losses import Moved, SimilarityLoss, Term, add_terms
 from hf_robust.tasks.class_names import ZeroShotClassifier
 from hf_robust.tasks.task import Progress
-from tests.tiny_models import tiny_batch, tiny_lora, tiny_model, tiny_processor
+from tests.tiny_models import recompute_activations, tiny_batch, tiny_lora, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue"]
 LAYERS = ["vision_model.pre_layrnorm", "vision_model.encoder.layers.0", "vision_model.encoder.layers.1"]
@@ -215,13 +215,13 @@ def test_hidden_states_have_gradients_where_activations_are_recomputed():
     inside = "vision_model.encoder.layers.1.mlp"  # of a layer that is run again in the backward
     cls = type("Inside", (HiddenStates,), {"layers": (*LAYERS, inside)})
     plain, recomputed = task_with(cls(10.0)), task_with(cls(10.0))
-    recomputed.model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(recomputed.model, {"use_reentrant": False})
     trained(plain), trained(recomputed)
     for (name, one), other in zip(plain.model.named_parameters(), recomputed.model.parameters(), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, msg=name)
     reentrant = task_with(cls())
-    reentrant.model.activation_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ConfigError, match="ran without gradient.*layers.1.mlp.*use_reentrant"):
+    recompute_activations(reentrant.model, {"use_reentrant": True})
+    with pytest.raises(ConfigError, match="ran without gradient.*layers.1.*use_reentrant"):
         trained(reentrant)
 
 

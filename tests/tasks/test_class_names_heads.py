@@ -11,7 +11,7 @@ import torch
 from hf_robust.encoders import class_embeds
 from hf_robust.encoders.dual_encoder import base_model, logit_bias, logit_scale, text_embeds
 from hf_robust.tasks.class_names import ZeroShotClassifier, class_embeddings
-from tests.tiny_models import FAMILIES, tiny_batch, tiny_lora, tiny_model, tiny_processor
+from tests.tiny_models import FAMILIES, recompute_activations, tiny_batch, tiny_lora, tiny_model, tiny_processor
 
 NAMES = ["cat", "hummingbird", "ox", "50% {wool}"]
 HEADS = ["frozen", "live", "trainable"]
@@ -112,7 +112,7 @@ def test_prompts_and_frozen_embeddings_follow_the_device_and_stay_out_of_the_sta
 def test_gradient_checkpointing_changes_no_gradient():
     images, labels = tiny_batch("clip", 4), torch.tensor([0, 1, 2, 3])
     plain, checkpointed = build().train(), build().train()
-    checkpointed.activation_checkpointing_enable()
+    recompute_activations(checkpointed)
     assert checkpointed.model.text_model.encoder.layers[0].gradient_checkpointing
     for classifier in (plain, checkpointed):
         classifier(**images, labels=labels).loss.backward()

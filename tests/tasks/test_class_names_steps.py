@@ -19,7 +19,7 @@ from hf_robust.errors import ConfigError
 from hf_robust.tasks.class_names import ZeroShotClassifier, class_embeddings
 from hf_robust.tasks.task import Progress
 from tests.programs import run_on_ranks
-from tests.tiny_models import tiny_batch, tiny_lora, tiny_model, tiny_processor
+from tests.tiny_models import recompute_activations, tiny_batch, tiny_lora, tiny_model, tiny_processor
 
 NAMES = ["cat", "hummingbird", "ox", "owl", "bee", "newt"]
 TEMPLATES = ["a {}.", "one {} and no other", "{}"]
@@ -125,7 +125,7 @@ def test_chunks_have_the_gradients_of_all_prompts_at_once(method, checkpointing,
     text_runs.clear()
     task = build(model, text_chunk_size=4)
     if checkpointing:
-        task.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(task, {"use_reentrant": False})
     found = gradients(task)
     assert text_runs == [4, 2, 2, 4]  # twice each; the backward begins with the last
     with monkeypatch.context() as patch:
