@@ -17,8 +17,10 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -31,6 +33,7 @@ from ..data.rows import LabelledImages
 from ..errors import ConfigError
 from ..evaluation.corrupted_sets import corrupted_sets
 from ..evaluation.report import write_json
+from ..evaluation.statistics import standard_error
 from ..scripting.arguments import setting
 from ..scripting.checks import check_given
 from ..scripting.loading import (
@@ -72,7 +75,7 @@ class TrainArguments:
 
     data: str | None = setting(None, "Images to train on, validate and test, by their splits.", DATA, positional=True)
     train_data: str | None = setting(None, "Images with labels or texts to train on.", DATA)
-    validation_data: str | None = setting(None, "Evaluated during training, too; alpha is chosen on it.", DATA)
+    validation_data: str | None = setting(None, "Evaluated during training, too; wise_ft chooses on it.", DATA)
     eval_data: dict | str | None = setting(None, "Sets by name, as id, ood_sketch, other_pets; as a flag: JSON.", DATA)
     validation_share: float = setting(0.0, "Hold out so much of train_data for validation.", DATA)
     test_share: float = setting(0.0, "Hold out so much of train_data, as the evaluation set id.", DATA)
@@ -82,7 +85,7 @@ class TrainArguments:
     label_column: str | None = setting(None, "Column of labels or texts; else label, text, …", DATA)
     model_name_or_path: str = setting(DEFAULT_MODEL, "Hub id or folder.", MODEL)
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Of the weights.", MODEL)
-    wise_ft: bool | None = setting(None, "Go back to the alpha that is best on validation_data.", METHOD)
+    wise_ft: bool | None = setting(None, "Go back as far as validation data allow, by a standard error.", METHOD)
 
     def __post_init__(self) -> None:
         if isinstance(self.eval_data, str):
@@ -151,15 +154,17 @@ def show(results: dict[str, Any], sets: Sets) -> None:
     columns = {} if results["method"] == "zero_shot" else {results["method"]: results["fine_tuned"]}
     if results["wise_ft"]:
         columns[f"alpha {results['wise_ft']['alpha']:.1f}"] = results["wise_ft"][results["metric"]]
-    table = Table("set", title=f"{results['metric'].replace('accuracy', 'Accuracy')} in %")
+    table = Table("set", title=f"{results['metric'].replace('accuracy', 'Accuracy')} in %", box=SIMPLE_HEAD)
     for title in ("images", "zero-shot", *(title for column in columns for title in (column, "change"))):
         table.add_column(title, justify="right")
-    for name, dataset in sets.items():
-        before = results["zero_shot"][name]
-        cells = [percent(before)]
-        for accuracy in columns.values():
-            cells += [percent(accuracy[name]), f"{round(100 * (accuracy[name] - before), 1) + 0.0:+.1f}"]
-        table.add_row(name, str(len(dataset)), *cells)
+    rows = {name: ([name], str(len(dataset))) for name, dataset in sets.items()}
+    shifted = [name for name in sets if name.split("_")[0] == "ood"]
+    if len(shifted) > 1:
+        rows["mean of ood"] = shifted, ""
+    for title, (names, images) in rows.items():
+        before, *after = (mean(found[name] for name in names) for found in (results["zero_shot"], *columns.values()))
+        changes = [[percent(share), f"{round(100 * (share - before), 1) + 0.0:+.1f}"] for share in after]
+        table.add_row(title, images, percent(before), *(cell for change in changes for cell in change))
     Console().print(table)
     if results["wise_ft"] and results["wise_ft"]["alpha"] == 0:
         warning = "Warning: alpha 0 is best on the validation data, so the training was undone: the zero-shot model "
@@ -226,7 +231,7 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
     columns: dict[Column, dict[str, float]] = {"zero-shot": zero_shot, "fine-tuned": evaluated(trainer, sets)}
     found = None
     if wise_ft:
-        sweep = trainer.wise_ft_sweep(sets[VALIDATION])
+        sweep = trainer.wise_ft_sweep(sets[VALIDATION], tolerance=_tolerance(trainer, sets, columns["fine-tuned"]))
         columns["chosen alpha"] = evaluated(trainer, sets)
         found = {"alpha": sweep.best_alpha, trainer.model.metrics[0]: columns["chosen alpha"], "sweep": sweep.rows}
     trainer.save_model()  # with a card that shows what was found
@@ -237,6 +242,12 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "training_seconds": seconds,
     }
+
+
+def _tolerance(trainer: RobustTrainer, sets: Sets, accuracies: dict[str, float]) -> float:
+    """A standard error on validation data, as in `hf-robust compare`; other measures are no shares of images."""
+    is_share = trainer.model.metrics[0] == "accuracy"
+    return standard_error(accuracies[VALIDATION], len(sets[VALIDATION])) if is_share else 0.0
 
 
 def zero_shot_alone(trainer: RobustTrainer, sets: Sets) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from math import sqrt
 
 import pytest
 import torch
@@ -89,7 +90,10 @@ def test_wise_ft_is_chosen_on_validation_data_and_saved(script, tmp_path, method
     found = results["wise_ft"]
     by_alpha = {row["alpha"]: row["validation_accuracy"] for row in found["sweep"]}
     assert by_alpha[0] == results["zero_shot"]["validation"] and by_alpha[1] == results["fine_tuned"]["validation"]
-    assert by_alpha[found["alpha"]] == max(by_alpha.values()) == found["accuracy"]["validation"]
+    error = sqrt(by_alpha[1] * (1 - by_alpha[1]) / 7)
+    near = [alpha for alpha, accuracy in by_alpha.items() if accuracy >= max(by_alpha.values()) - error]
+    assert found["alpha"] == min(near) or error == 0  # where all are right the loss has a say
+    assert by_alpha[found["alpha"]] == found["accuracy"]["validation"]
     assert found["accuracy"].keys() == results["zero_shot"].keys()
     assert f"alpha {found['alpha']:.1f}" in capsys.readouterr().out
     again = script.run(tmp_path / "again", "--method", "zero_shot", *reloaded(tmp_path, method))
@@ -133,7 +137,9 @@ def test_a_card_names_wise_ft_where_there_is_nothing_but_validation(script, tmp_
 
 
 def test_a_training_that_was_undone_is_said(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script.RobustTrainer, "wise_ft_sweep", lambda self, data: AlphaSweep([], "validation_x", 0.0))
+    monkeypatch.setattr(
+        script.RobustTrainer, "wise_ft_sweep", lambda self, data, tolerance: AlphaSweep([], "validation_x", 0.0)
+    )
     script.run(tmp_path, "--wise_ft")
     assert "Warning: alpha 0 is best on the validation data, so the training was undone" in capsys.readouterr().err
 
