@@ -11,31 +11,17 @@ accelerate launch examples/train.py --config examples/configs/demo.yaml --method
 
 from __future__ import annotations
 
-from hf_robust import RobustTrainer
-from hf_robust.commands.adapters import MethodArguments, add_method
-from hf_robust.commands.train import (
-    TrainArguments,
-    TrainingSettings,
-    load_data,
-    show,
-    train_and_save,
-    with_corruptions,
-)
-from hf_robust.scripting.loading import load_model, load_processor
+from hf_robust.commands.adapters import MethodArguments
+from hf_robust.commands.decide import decide
+from hf_robust.commands.train import TrainArguments, TrainingSettings, load_data, prepare, show, train_and_save
 from hf_robust.scripting.run import run
 
 
 def main(args: TrainArguments, method: MethodArguments, training_args: TrainingSettings) -> None:
     """Loads, trains, and shows what came of it."""
+    args, training_args = decide(args, method, training_args)
     train, sets = load_data(args, training_args)
-    trainer = RobustTrainer(
-        model=add_method(load_model(args.model_name_or_path, args.dtype), method),
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=sets,
-        processing_class=load_processor(args.model_name_or_path),
-    )
-    sets = with_corruptions(args, trainer, sets)
+    trainer, sets = prepare(args, method, training_args, train, sets)  # an adapter, and a `RobustTrainer`
     results = train_and_save(trainer, sets, checkpoint=None, wise_ft=bool(args.wise_ft))
     if trainer.is_world_process_zero():
         show({**results, "method": method.method, "metric": trainer.model.metrics[0]}, sets)

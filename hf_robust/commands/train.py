@@ -222,6 +222,19 @@ def make_trainer(
     return trainer
 
 
+def prepare(
+    args: TrainArguments, method: MethodArguments, training_args: TrainingSettings, train: LabelledImages, sets: Sets
+) -> tuple[RobustTrainer, Sets]:
+    """The trainer, with a learning rate that is searched if that is wanted, and the sets it is to be measured on."""
+    if VALIDATION in sets and not training_args.is_decided["eval_strategy"]:
+        training_args.eval_strategy = IntervalStrategy.EPOCH
+    if training_args.searches_rate:
+        make = partial(make_trainer, args, method, train, sets)
+        training_args.learning_rate = search_rate(make, training_args, sets.get(VALIDATION))
+    trainer = make_trainer(args, method, train, sets, training_args)
+    return trainer, with_corruptions(args, trainer, sets)
+
+
 def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, wise_ft: bool) -> dict[str, Any]:
     """Evaluates, trains, evaluates, goes part of the way back if that is wanted, and saves; returns what was found."""
     zero_shot = evaluated(trainer, sets)
@@ -267,19 +280,14 @@ def main(args: TrainArguments, method: MethodArguments, training_args: TrainingS
     args, training_args = decide(args, method, training_args)
     checkpoint = wish_to_resume(training_args)
     train, sets = load_data(args, training_args)
-    if VALIDATION in sets and not training_args.is_decided["eval_strategy"]:
-        training_args.eval_strategy = IntervalStrategy.EPOCH
-    if training_args.searches_rate:
-        make = partial(make_trainer, args, method, train, sets)
-        training_args.learning_rate = search_rate(make, training_args, sets.get(VALIDATION))
-    trainer = make_trainer(args, method, train, sets, training_args)
-    sets = with_corruptions(args, trainer, sets)
+    trainer, sets = prepare(args, method, training_args, train, sets)
     if args.data and not is_silent(training_args):
         say(args, method, trainer, sets)
     trains = method.method != "zero_shot"
-    results = (
-        train_and_save(trainer, sets, checkpoint, bool(args.wise_ft)) if trains else zero_shot_alone(trainer, sets)
-    )
+    if trains:
+        results = train_and_save(trainer, sets, checkpoint, bool(args.wise_ft))
+    else:
+        results = zero_shot_alone(trainer, sets)
     results |= {
         "method": method.method,
         "metric": trainer.model.metrics[0],
