@@ -141,5 +141,7 @@ def close_matches(name: str, known: list[str]) -> str:
     import difflib
 
     readable = [one for one in known[:MOST_KNOWN] if len(one) <= LONGEST_NAME]
-    matches = difflib.get_close_matches(name[:LONGEST_NAME], readable, n=3) or known[:5]
-    return "Did you mean " + ", ".join(shown(match) for match in matches) + "?"
+    matches = difflib.get_close_matches(name[:LONGEST_NAME], readable, n=3)
+    if matches:
+        return "Did you mean " + ", ".join(shown(match) for match in matches) + "?"
+    return "There are " + ", ".join(shown(one) for one in known[:5]) + (", …" if len(known) > 5 else ".")

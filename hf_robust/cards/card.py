@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from transformers import TrainingArguments
 
 from ..encoders.dual_encoder import base_model, family, needs_interpolation
 from ..encoders.image_size import pixels_of
@@ -248,14 +249,15 @@ def _settings(args: RobustTrainingArguments | None, configs: list[Any], task: Ta
         shown = {n: value for n, value in settings.items() if n == "weight" or value != defaults[n]}
         found[_title(name)] = {n: code(str(value)) for n, value in shown.items()}
     if args is not None:
-        found["Training"] = _changed(args, TRAINING_SETTINGS)
+        found["Training"] = _changed(args, TRAINING_SETTINGS, TrainingArguments)  # commands begin with others
     return {title: settings for title, settings in found.items() if settings}
 
 
-def _changed(settings: Any, names: Sequence[str]) -> dict[str, str]:
-    """Returns those of the named settings that are not at their default, as code."""
+def _changed(settings: Any, names: Sequence[str], first: Any = None) -> dict[str, str]:
+    """Returns those of the named settings that are not at their default, as code; a base class's counts first."""
     changed = {}
-    for field in fields(settings):
+    of_base = {} if first is None else {field.name: field for field in fields(first)}
+    for field in (of_base.get(field.name, field) for field in fields(settings)):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = _simple(getattr(settings, field.name))
         if field.name in names and value != _simple(default):

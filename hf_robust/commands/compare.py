@@ -42,6 +42,7 @@ from ..scripting.loading import DEFAULT_MODEL, load_images, load_processor, load
 from ..scripting.results import package_versions
 from ..training.arguments import RobustTrainingArguments
 from .decide import by_splits, suite_of
+from .settings import CommandSettings
 from .train import TrainArguments, load_data
 
 ALPHAS = tuple(step / 10 for step in range(1, 11))
@@ -113,12 +114,11 @@ class CompareArguments:
 
 
 @dataclass
-class TrainingSettings(RobustTrainingArguments):
-    """`RobustTrainingArguments` as the command begins with them."""
+class TrainingSettings(CommandSettings):
+    """`CommandSettings` of trainings of which nothing is kept."""
 
     output_dir: str | None = setting("comparison", "Where to.")
     save_strategy: str = setting("no", "Nothing is saved but what was found.")
-    logging_steps: float = setting(10, "The progress bar shows the loss so often.")
 
 
 def load(args: CompareArguments, training_args: RobustTrainingArguments) -> Comparison:
@@ -179,6 +179,7 @@ def main(args: CompareArguments, training_args: RobustTrainingArguments) -> None
                 runs.get(f"{name}_seed_{seed}", train_and_evaluate, *arguments)
     if PartialState().is_main_process:
         report(common, Runs(folder, common).found, folder)
+        print(f"Wrote table.md, results.json and cards to {folder}.")
 
 
 TYPES = (CompareArguments, TrainingSettings)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..cards.results import role_of
 from ..data.class_spaces import ClassSpace
+from ..data.files import split_off
 from ..data.rows import LabelledImages
 from ..data.sources import split_names
 from ..data.splits import split_word
@@ -52,7 +53,7 @@ def decide(
     if args.data:
         args = by_splits(args)
     if not training_args.is_decided["output_dir"]:
-        training_args.output_dir = f"{_short(args.data or str(args.train_data))}-{method.method}"
+        training_args.output_dir = f"{_short(split_off(args.data or str(args.train_data))[0])}-{method.method}"
     return args, training_args
 
 
@@ -65,12 +66,14 @@ def by_splits(args: TrainArguments) -> TrainArguments:
     Raises:
         DataError: there is no such data, or it has splits, but none to train on.
     """
-    data = str(args.data)
-    found = {split_word(name) or name: f"{data}:{name}" for name in split_names(data, "data")}
+    data, (name, split) = str(args.data), split_off(str(args.data))
+    splits = [] if split else split_names(name, "data")
+    found = {split_word(one) or one: f"{name}:{one}" for one in splits}
     if found and "train" not in found and not args.train_data:
         remedy = "Name one of them by --train_data, as in 'photos:day'."
         raise DataError("no split to train on", where="data", got=data, allowed=", ".join(found), remedy=remedy)
-    train = args.train_data or found.pop("train", data)
+    train = found.pop("train", data)
+    train = args.train_data or train
     validation, test = args.validation_data or found.pop("validation", None), found.pop("test", None)
     given: Any = args.eval_data or {}
     tests = {**({"id": test} if test else {}), **found, **given}
@@ -132,14 +135,16 @@ def say(args: TrainArguments, method: MethodArguments, trainer: RobustTrainer, s
     validation = sets["validation"] if "validation" in sets else None
     held = " held out" if args.validation_share else f", {args.validation_data}"
     tests = {name: len(rows) for name, rows in sets.items() if name != "validation"}
+    trains = method.method != "zero_shot"
+    length = f"{how.max_steps} steps" if how.max_steps > 0 else f"{how.num_train_epochs:g} epochs"
     rows = {
         "model": args.model_name_or_path,
-        "method": method.method + (", then WiSE-FT by validation" if args.wise_ft else ""),
+        "method": method.method + (", then WiSE-FT by validation" if args.wise_ft and trains else ""),
         "trained on": f"{len(train):,} images{of_classes}, {args.train_data}",
         "validated on": "nothing" if validation is None else f"{len(validation):,} images{held}",
         "tested on": ", ".join(f"{name} ({n:,})" for name, n in tests.items()) or "nothing",
-        "training": f"{how.num_train_epochs:g} epochs, {how.train_batch_size} images a step",
-        "learning rate": f"{how.learning_rate:g}",
+        **({"training": f"{length}, {how.train_batch_size} images a step"} if trains else {}),
+        **({"learning rate": f"{how.learning_rate:g}"} if trains else {}),
         "results": str(how.output_dir),
     }
     table = Table(title="Decided; flags change it, see --help", title_justify="left", box=None, show_header=False)

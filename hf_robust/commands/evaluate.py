@@ -36,8 +36,9 @@ from ..scripting.arguments import setting
 from ..scripting.checks import check_given
 from ..scripting.loading import load_adapter_config, load_model, load_processor
 from ..scripting.results import percent
+from ..tasks.files import read_settings
 from ..tasks.saved_encoder import find_model
-from ..tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE, Task
+from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, Task
 
 MEASURES = {
     "accuracy": "Accuracy in %",
@@ -54,8 +55,11 @@ class EvaluateArguments:
     model: str | None = setting(None, "Folder or Hub id of an adapter or a model.", positional=True)
     suite: str | None = setting(None, "YAML file, or one of imagenet, cifar10 and others.")
     data: list[str] | None = setting(None, "Labelled images in the place of a suite: files, folders or Hub ids.")
+    templates: str | None = setting(
+        None, "For data: name of a template set, or one template with {}; default: the model's."
+    )
     base: str | None = setting(None, "Folder or Hub id of what to compare with; default: the adapter's.")
-    alphas: list[float] = setting([1.0], "WiSE-FT: shares of the way.")
+    alphas: list[float] = setting([1.0], "WiSE-FT: shares of the way from the base to the model as it was saved.")
     output: str | None = setting(None, "JSON file to write.")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Of the weights.")
     batch_size: int = setting(64, "Images encoded at once, per process.")
@@ -67,8 +71,10 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         check_given(self, "model")
         if bool(self.suite) == bool(self.data):
-            got = {"suite": self.suite, "data": self.data}
-            raise ConfigError("nothing to evaluate on, or two things", where="suite, data", got=got, allowed="one")
+            what = "two things to evaluate on" if self.suite else "nothing to evaluate on"
+            raise ConfigError(what, where="suite, data", remedy="Set one of them, as in --data photos:test.")
+        if self.suite and self.templates:
+            raise ConfigError("a suite has templates of its own", where="templates", got=self.templates)
         self.alphas = [check_alpha(alpha) for alpha in self.alphas]
         if len({title(alpha) for alpha in self.alphas}) < len(self.alphas):
             raise ConfigError("two alphas are the same in three digits", where="alphas", got=self.alphas)
@@ -89,18 +95,20 @@ def base_of(args: EvaluateArguments, is_adapter: bool) -> str | None:
     return name
 
 
-def suite_of(args: EvaluateArguments) -> RobustnessSuite:
-    """The suite that is asked for, or one of the images given."""
+def suite_of(args: EvaluateArguments, folder: Path) -> RobustnessSuite:
+    """The suite that is asked for, or one of the images given, with the prompts that the model was trained with."""
     if args.suite:
         return RobustnessSuite.from_yaml(args.suite)
-    return RobustnessSuite([SuiteSet(source, "id", source) for source in args.data or []])
+    saved = read_settings(folder).get("templates") if (folder / CONFIG_FILE).exists() else None
+    templates = args.templates or saved or "single"
+    return RobustnessSuite([SuiteSet(source, "id", source, templates=templates) for source in args.data or []])
 
 
-def evaluate(args: EvaluateArguments, suite: RobustnessSuite) -> dict[str, SuiteReport]:
+def evaluate(args: EvaluateArguments) -> dict[str, SuiteReport]:
     """The reports by column."""
     name, folder = str(args.model), find_model(str(args.model), None).folder
     is_adapter, has_head = ((folder / file).exists() for file in (CONFIG_NAME, WEIGHTS_FILE))
-    base, reports = base_of(args, is_adapter), {}
+    base, reports, suite = base_of(args, is_adapter), {}, suite_of(args, folder)
     if args.alphas != [1.0] and (has_head or not is_adapter):
         what, remedy = "an adapter alone can go part of the way here", "Merge it with its zero-shot model first."
         raise ConfigError(what, where="alphas", got=args.alphas, allowed="1", remedy=remedy)
@@ -122,7 +130,7 @@ def evaluate(args: EvaluateArguments, suite: RobustnessSuite) -> dict[str, Suite
     for alpha in args.alphas:
         if args.alphas != [1.0]:  # not every method can go part of the way
             wise_ft(model, alpha)
-        reports[title(alpha) if is_adapter else "model"] = evaluate_suite(model, processor, suite, **how)
+        reports["model" if args.alphas == [1.0] else title(alpha)] = evaluate_suite(model, processor, suite, **how)
     return reports
 
 
@@ -151,7 +159,7 @@ def table(reports: dict[str, SuiteReport], metric: str, title: str) -> Table:
 
 def main(args: EvaluateArguments) -> None:
     """Evaluates, prints, and writes."""
-    reports = evaluate(args, suite_of(args))
+    reports = evaluate(args)
     if PartialState().is_main_process:
         show(reports)
         if args.output:

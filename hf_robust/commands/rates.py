@@ -64,4 +64,8 @@ def search_rate(
     if not isinstance(start.model, ZeroShotClassifier):
         got, allowed = start.model.name, "class_names, flyp"
         raise ConfigError("no search for this task", where="learning_rate auto", got=got, allowed=allowed)
-    return find_learning_rate(GRID, tried, validate(start, validation))
+    rate = find_learning_rate(GRID, tried, validate(start, validation))
+    if not is_silent(start.args):
+        rule = "of those within a standard error of the most accurate the one with the lowest loss"
+        Console().print(f"Learning rate {rate:g} is taken: {rule}.", highlight=False)
+    return rate

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Column as TableColumn
 from rich.table import Table
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
@@ -33,9 +34,7 @@ from ..data.rows import LabelledImages
 from ..errors import ConfigError
 from ..evaluation.corrupted_sets import corrupted_sets
 from ..evaluation.report import write_json
-from ..evaluation.statistics import standard_error
 from ..scripting.arguments import setting
-from ..scripting.checks import check_given
 from ..scripting.loading import (
     DEFAULT_MODEL,
     load_images,
@@ -56,6 +55,7 @@ from .adapters import GROUP as METHOD
 from .adapters import MethodArguments, add_method
 from .decide import decide, say
 from .rates import search_rate
+from .settings import CommandSettings
 
 Sets = dict[str, LabelledImages]
 VALIDATION = "validation"
@@ -85,13 +85,14 @@ class TrainArguments:
     label_column: str | None = setting(None, "Column of labels or texts; else label, text, …", DATA)
     model_name_or_path: str = setting(DEFAULT_MODEL, "Hub id or folder.", MODEL)
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "Of the weights.", MODEL)
-    wise_ft: bool | None = setting(None, "Go back as far as validation data allow, by a standard error.", METHOD)
+    wise_ft: bool | None = setting(None, "Go back to the alpha that is best on validation data; true, false.", METHOD)
 
     def __post_init__(self) -> None:
         if isinstance(self.eval_data, str):
             self.eval_data = read_sets(self.eval_data, "eval_data")
-        if not self.data:
-            check_given(self, "train_data")
+        if not self.data and not self.train_data:
+            remedy = "Name a folder or a dataset of the Hub first: hf-robust train photos."
+            raise ConfigError("nothing to train on", where="data, train_data", remedy=remedy)
         if self.validation_data and VALIDATION in (self.eval_data or {}):
             remedy = "Rename the one in eval_data."
             raise ConfigError("two sets are named validation", where="eval_data", remedy=remedy)
@@ -110,19 +111,13 @@ class TrainArguments:
 
 
 @dataclass
-class TrainingSettings(RobustTrainingArguments):
-    """`RobustTrainingArguments` as the command begins with them."""
+class TrainingSettings(CommandSettings):
+    """`CommandSettings` with what this command decides where it is not said."""
 
     output_dir: str | None = setting(None, "Where to; default: by data and method.")
     learning_rate: None | str | float = setting(  # type: ignore[assignment]
         None, "Peak; auto: searched on validation data; default: that of the method."
     )
-    num_train_epochs: float = setting(5.0, "Passes over the training data.")
-    per_device_train_batch_size: int = setting(32, "Images in a step, per device.")
-    per_device_eval_batch_size: int = setting(64, "Images evaluated at once, per device.")
-    lr_scheduler_type: str = setting("cosine", "How the learning rate falls.")
-    warmup_steps: float = setting(0.1, "In which it rises; below 1: share of all steps.")
-    logging_steps: float = setting(10, "The progress bar shows the loss so often.")
     eval_strategy: None | str = setting(  # type: ignore[assignment]
         None, "no, steps or epoch; default: epoch, where there is validation data."
     )
@@ -154,7 +149,11 @@ def show(results: dict[str, Any], sets: Sets) -> None:
     columns = {} if results["method"] == "zero_shot" else {results["method"]: results["fine_tuned"]}
     if results["wise_ft"]:
         columns[f"alpha {results['wise_ft']['alpha']:.1f}"] = results["wise_ft"][results["metric"]]
-    table = Table("set", title=f"{results['metric'].replace('accuracy', 'Accuracy')} in %", box=SIMPLE_HEAD)
+    table = Table(
+        TableColumn("set", overflow="fold"),
+        title=f"{results['metric'].replace('accuracy', 'Accuracy')} in %",
+        box=SIMPLE_HEAD,
+    )
     for title in ("images", "zero-shot", *(title for column in columns for title in (column, "change"))):
         table.add_column(title, justify="right")
     rows = {name: ([name], str(len(dataset))) for name, dataset in sets.items()}
@@ -168,7 +167,8 @@ def show(results: dict[str, Any], sets: Sets) -> None:
     Console().print(table)
     if results["wise_ft"] and results["wise_ft"]["alpha"] == 0:
         warning = "Warning: alpha 0 is best on the validation data, so the training was undone: the zero-shot model "
-        print(f"{warning}was saved.", file=sys.stderr)
+        remedy = "Try another --method or --learning_rate auto; --wise_ft false keeps the training."
+        print(f"{warning}was saved. {remedy}", file=sys.stderr)
 
 
 def load_data(args: TrainArguments, training_args: RobustTrainingArguments) -> tuple[LabelledImages, Sets]:
@@ -244,7 +244,7 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
     columns: dict[Column, dict[str, float]] = {"zero-shot": zero_shot, "fine-tuned": evaluated(trainer, sets)}
     found = None
     if wise_ft:
-        sweep = trainer.wise_ft_sweep(sets[VALIDATION], tolerance=_tolerance(trainer, sets, columns["fine-tuned"]))
+        sweep = trainer.wise_ft_sweep(sets[VALIDATION])
         columns["chosen alpha"] = evaluated(trainer, sets)
         found = {"alpha": sweep.best_alpha, trainer.model.metrics[0]: columns["chosen alpha"], "sweep": sweep.rows}
     trainer.save_model()  # with a card that shows what was found
@@ -255,12 +255,6 @@ def train_and_save(trainer: RobustTrainer, sets: Sets, checkpoint: str | None, w
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "training_seconds": seconds,
     }
-
-
-def _tolerance(trainer: RobustTrainer, sets: Sets, accuracies: dict[str, float]) -> float:
-    """A standard error on validation data, as in `hf-robust compare`; other measures are no shares of images."""
-    is_share = trainer.model.metrics[0] == "accuracy"
-    return standard_error(accuracies[VALIDATION], len(sets[VALIDATION])) if is_share else 0.0
 
 
 def zero_shot_alone(trainer: RobustTrainer, sets: Sets) -> dict[str, Any]:
@@ -298,7 +292,8 @@ def main(args: TrainArguments, method: MethodArguments, training_args: TrainingS
     if trainer.is_world_process_zero():
         show(results, sets)
         write_json(results, Path(str(training_args.output_dir)) / "results.json")
-        written = "the model, its card and results.json" if trains else "results.json"
+        at = f" at alpha {results['wise_ft']['alpha']:.1f}" if results["wise_ft"] else ""
+        written = f"the model{at}, its card and results.json" if trains else "results.json"
         print(f"Wrote {written} to {training_args.output_dir}.")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
 from .text_files import check_regular
@@ -112,6 +112,8 @@ def _open(image: Any, where: str | None) -> tuple[Image.Image, str | None]:
                 check_regular(path)
                 content = Path(path).read_bytes()
             return Image.open(io.BytesIO(content)), where
+    except UnidentifiedImageError as error:  # which shows where in memory the bytes are
+        raise DataError("image cannot be opened (no format that Pillow knows)", where=where) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"image cannot be opened ({error})", where=where) from error
 

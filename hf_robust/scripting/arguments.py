@@ -60,7 +60,7 @@ class Parser(HfArgumentParser):
         how: Any = {"formatter_class": HelpFormatter, "add_help": False, "allow_abbrev": False}
         super().__init__(types, prog=program, **text, **how)
         self.add_argument("--config", help="YAML file with settings by name; flags win.")
-        self.add_argument("-h", "--help", action="help", help="Show this.")
+        self.add_argument("-h", "--help", action="help", help="Show this; --debug shows the traceback of an error.")
         if self.seldom:
             self.add_argument("--help_all", action=HelpAll, help="Show the other options of TrainingArguments, too.")
         positionals = "".join(f" [{action.dest.upper()}]" for action in self._get_positional_actions())
@@ -85,7 +85,7 @@ class Parser(HfArgumentParser):
             options |= {"nargs": "?", "const": True}
         action = place.add_argument(*names, **options)
         if name.startswith("no_"):
-            action.help = f"Not so: {action.help}"
+            action.help = f"Turns this off: {action.help}"
         elif options.get("default") is True:  # of no use but in scripts
             action.help = argparse.SUPPRESS
         if name.removeprefix("no_") in self.hidden:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ def check_given(args: Any, *names: str) -> None:
     Example:
         >>> check_given(args, "train_data", "test_data")
     """
+    positional = {one.name for one in fields(args) if one.metadata.get("positional")}
     for name in names:
         if not getattr(args, name):
-            raise ConfigError("not given", where=name, remedy=f"Set --{name}.")
+            remedy = "Give it first, without a flag; see --help." if name in positional else f"Set --{name}."
+            raise ConfigError("not given", where=name, remedy=remedy)
 
 
 def check_training(training_args: RobustTrainingArguments, fixed: Mapping[str, Any], own: Mapping[str, str]) -> None:

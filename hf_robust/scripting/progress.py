@@ -127,4 +127,5 @@ class Progress(ProgressCallback):
         if self.accuracies and self.lines and state.is_world_process_zero:
             shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in self.accuracies.items())
             tqdm.write(f"{self._text(state)}, {shown}")
+            self.loss = ""  # until there is a new one
         self.accuracies = {}

@@ -75,7 +75,7 @@ def _settings(cls: type[Task], model: SavedModel, words: Mapping[str, Any]) -> d
         return {"task": cls.name, **words}
     what = "it is not said what was trained, nor what the classes are"
     remedy = "RobustTrainer.save_model writes the file. For a model of another program use "
-    remedy += "ZeroShotClassifier.from_pretrained(name, class_names=[...])."
+    remedy += "ZeroShotClassifier.from_pretrained(name, class_names=[...]), in a command --class_names."
     raise AdapterFileError(what, where=model.name, allowed=f"a model with {CONFIG_FILE}", remedy=remedy)
 
 

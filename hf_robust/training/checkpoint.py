@@ -15,14 +15,17 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..encoders.dual_encoder import base_model
+from ..errors import CheckpointError, ConfigError
 from ..tasks.files import require_all
-from ..tasks.task import PROCESSOR_FOLDER, Task
+from ..tasks.task import PROCESSOR_FOLDER, WEIGHTS_FILE, Task
 from ..tuners.matching import check_adapter_name
 from .manifest import check_files, checkpoints_in, newest_whole, read_manifest
 
 logger = logging.getLogger(__name__)
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # files of a saved adapter, as patterns
+WHOLE_MODEL = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 ENCODER = "model."  # in the names of a task's tensors
 
 
@@ -64,6 +67,35 @@ def processor_folder(task: Task, folder: Path) -> Path:
         PosixPath('my-adapter/processor')
     """
     return folder / PROCESSOR_FOLDER if isinstance(task.model, PeftModel) else folder
+
+
+def check_not_base(task: Task, folder: Path) -> None:
+    """Refuses to save an adapter where its base lies.
+
+    Args:
+        task: the task.
+        folder: where to.
+
+    Raises:
+        ConfigError: it is the base's folder.
+    """
+    base = base_model(task.model).config.name_or_path
+    if isinstance(task.model, PeftModel) and base and Path(base).resolve() == folder.resolve():
+        what, remedy = "an adapter would be saved into the folder of its base", "Set another output_dir."
+        raise ConfigError(what, where="output_dir", got=str(folder), remedy=remedy)
+
+
+def remove_others(task: Task, folder: Path) -> None:
+    """Removes from the folder of a saved task what an earlier one has left, which would be loaded in its place.
+
+    Args:
+        task: that has been saved.
+        folder: where.
+    """
+    stale = WHOLE_MODEL if isinstance(task.model, PeftModel) else ADAPTER
+    for pattern in (*stale, *([] if task.own_tensors() else [WEIGHTS_FILE])):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def load_encoder(task: Task, folder: Path) -> None:

@@ -20,14 +20,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..cards.card import model_card
 from ..cards.push import push, write_card
-from ..cards.results import CardResults, draw_curve
+from ..cards.results import PICTURE, CardResults, draw_curve
 from ..data.publish import TEMPORARY
 from ..data.rows import LabelledStream
 from ..errors import CheckpointError, HfRobustError, NonFiniteError
 from ..losses.state import load_terms, save_terms
 from ..tasks.files import load_head, save_head
+from ..tasks.task import CONFIG_FILE
 from .arguments import RobustTrainingArguments
-from .checkpoint import checkpoint_to_resume, load_encoder, processor_folder, save_encoder
+from .checkpoint import (
+    check_not_base,
+    checkpoint_to_resume,
+    load_encoder,
+    processor_folder,
+    remove_others,
+    save_encoder,
+)
 from .manifest import checkpoints_in, read_manifest
 from .publishing import not_saved, publish_checkpoint, rotate, sweep
 from .ranks import check_agreement, entries_digest, naming_the_missing, on_first_rank, raise_on_all
@@ -129,9 +137,14 @@ class SavingTrainer(ShardingTrainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
+        check_not_base(self.model, folder)
         folder.mkdir(parents=True, exist_ok=True)
+        is_ours = (folder / CONFIG_FILE).exists()
         save_encoder(self.model, folder, state_dict)
         save_head(self.model, folder)
+        if is_ours:
+            remove_others(self.model, folder)
+            (folder / PICTURE).unlink(missing_ok=True)
         self.processing_class.save_pretrained(processor_folder(self.model, folder))
         (folder / TRAINING_ARGS).write_text(self.args.to_json_string())  # the Trainer's pickle would hold the token
         self._write_card(folder)  # last, as PEFT changes a card that is there

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..tasks.task import Progress
 from ..tuners.saft.edits import show_values
 from .after_step import AfterStep
 from .arguments import RobustTrainingArguments
+from .checkpoint import check_not_base
 from .evaluating import Metrics
 from .image_size import processor_of_size
 from .learning_rates import with_learning_rate
@@ -215,6 +217,7 @@ class RobustTrainer(StartingTrainer):
         self.make_task_loss()  # the set may have been changed
         self.forget_model()
         self.loss_log = LossLog()
+        check_not_base(self.model, Path(str(self.args.output_dir)))
         self._describe_run(checkpoint)
         self.model.progress, self.epoch_begun = Progress(seed=self.args.seed), -1
         self.model.check_training(self.train_dataset)  # before anything is computed of it

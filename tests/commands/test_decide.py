@@ -114,6 +114,14 @@ def test_what_is_given_is_added_and_wins(run):
     assert results["wise_ft"] is None and results["config"]["eval_strategy"] == "no"
 
 
+@pytest.mark.parametrize("flags", [["data/tested", "--train_data", "data/tested:train"], ["data/tested:train"]])
+def test_training_images_are_never_an_evaluation_set(run, flags):
+    results, _ = run(*flags, "--no_corruptions", output="tested-saft")
+    assert set(results["zero_shot"]) == {"validation", "id"}
+    images = {"train": 9, "validation": 3, "id": 9} if len(flags) > 1 else {"train": 6, "validation": 3, "id": 3}
+    assert results["images"] == images
+
+
 def test_a_learning_rate_is_searched_on_the_validation_data(run, monkeypatch):
     tried = []
     validate = {1e-3: 0.5, 3e-3: 0.7, 1e-2: 0.6}
@@ -135,7 +143,7 @@ def test_a_learning_rate_is_searched_on_the_validation_data(run, monkeypatch):
 
 BAD = {
     "rate": (["data/tested", "--learning_rate", "fast"], "no learning rate.*'fast'.*a number, or auto"),
-    "nothing": ([], "not given .at train_data."),
+    "nothing": ([], "nothing to train on .at data, train_data.*hf-robust train photos"),
     "no training split": (["data/days"], "no split to train on.*day, test.*--train_data"),
     "nowhere": (["data/nowhere"], "no such file.*data/nowhere"),
     "share": (["data/plain", "--test_share", "1"], r"share is out of range.*test_share.*\[0, 1\)"),

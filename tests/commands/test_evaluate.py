@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -99,7 +100,7 @@ def test_a_base_alone_is_evaluated(run):
 
 def test_a_method_without_alphas_is_evaluated_whole(run):
     results, _ = run("dora")
-    assert list(results["models"]) == ["base", "alpha 1"]
+    assert list(results["models"]) == ["base", "model"]
     with pytest.raises(ConfigError):
         run("dora", "--alphas", "0.5")
 
@@ -108,7 +109,7 @@ def test_the_base_can_be_given(run):
     with pytest.raises(ConfigError, match="does not name its base model .at orphan.. Give --base"):
         run("orphan")
     results, _ = run("orphan", "--base", "base")
-    assert results["models"]["base"]["sets"] != results["models"]["alpha 1"]["sets"]
+    assert results["models"]["base"]["sets"] != results["models"]["model"]["sets"]
 
 
 @pytest.mark.parametrize("place", ["processor", ""])  # the second as early versions wrote it
@@ -131,10 +132,27 @@ def test_a_trained_head_answers_for_its_classes(run, folder, monkeypatch):
     trainer.select_entries()
     trainer.save_model(str(folder / "head"))
     models = run("head")[0]["models"]
-    assert set(models["alpha 1"]["sets"]["photos"]["predictions"]) == {1}
+    assert set(models["model"]["sets"]["photos"]["predictions"]) == {1}
     assert set(models["base"]["sets"]["photos"]["predictions"]) != {1}
     with pytest.raises(ConfigError, match="an adapter alone can go part of the way"):
         run("head", "--alphas", "0.5")
+
+
+def test_prompts_are_those_that_the_model_was_trained_with(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    trainer = build(folder / "run", "saft", templates="wxyz {}.")
+    trainer.model.model.peft_config["default"].base_model_name_or_path = "base"
+    trainer.select_entries()
+    trainer.save_model(str(folder / "prompts"))
+    found = []
+    for flags in (["prompts"], ["base", "--templates", "wxyz {}."], ["base"]):
+        evaluate.main(
+            *parse_arguments(evaluate.TYPES, flags=[*flags, *"--data photos.parquet --output o --silent".split()])
+        )
+        found.append(
+            [*json.loads(Path("o").read_text())["models"].values()][-1]["sets"]["photos.parquet"]["confidences"]
+        )
+    assert found[0] == found[1] != found[2]
 
 
 def test_images_can_be_given_in_the_place_of_a_suite(folder, monkeypatch, capsys):
@@ -148,11 +166,12 @@ def test_images_can_be_given_in_the_place_of_a_suite(folder, monkeypatch, capsys
     [
         ([], "not given .at model."),
         (["base", "--alphas", "0.5"], "an adapter alone can go part of the way here"),
-        (["base", "--data", "photos.parquet"], "nothing to evaluate on, or two things"),
+        (["base", "--data", "photos.parquet"], "two things to evaluate on"),
+        (["base", "--templates", "photo"], "a suite has templates of its own"),
         (["base", "--alphas", "1.5"], "alpha"),
         (["saft", "--alphas", "0.5", "0.5001"], "two alphas are the same in three digits"),
         (["nowhere"], "no such folder, and no such model on the Hub.*nowhere"),
-        (["base", "--suite", ""], "nothing to evaluate on.*suite, data"),
+        (["base", "--suite", ""], "nothing to evaluate on .at suite, data"),
         (["base", "--suite", "nothing"], "no such suite: got 'nothing'"),
     ],
 )

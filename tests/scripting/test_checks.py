@@ -1,22 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from hf_robust import RobustTrainingArguments
 from hf_robust.errors import ConfigError
+from hf_robust.scripting.arguments import setting
 from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
+
+
+@dataclass
+class Arguments:
+    train_data: str | None
+    test_data: str | None
+    images: str | None = setting(None, "Images.", positional=True)
 
 
 @pytest.mark.parametrize("value", [None, ""])
 def test_what_is_missing_is_named(value):
-    args = SimpleNamespace(train_data="a", test_data=value)
+    args = Arguments("a", value, value)
     check_given(args, "train_data")
     with pytest.raises(ConfigError, match="not given .at test_data.. Set --test_data."):
         check_given(args, "train_data", "test_data")
+    with pytest.raises(ConfigError, match="not given .at images.. Give it first, without a flag"):
+        check_given(args, "images")
 
 
 def test_training_arguments_of_the_script_are_refused(tmp_path):
