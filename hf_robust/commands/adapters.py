@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from peft import LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HfRobustError
 from ..scripting.arguments import setting
 from ..tuners.aclip import ACLIPConfig
 from ..tuners.radapter import RAdapterConfig
@@ -50,7 +50,14 @@ def add_method(model: nn.Module, args: MethodArguments) -> nn.Module:
         'PeftModel'
     """
     config = _config(model, args)
-    return model if config is None else get_peft_model(model, config)
+    if config is None:
+        return model
+    try:
+        return get_peft_model(model, config)
+    except HfRobustError:
+        raise
+    except ValueError as error:  # PEFT's, for a rank of 0 or modules that are not there
+        raise ConfigError(f"no adapter can be added ({error})", where="method", got=args.method) from error
 
 
 def _config(model: nn.Module, args: MethodArguments) -> PeftConfig | None:

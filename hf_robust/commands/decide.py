@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..cards.results import role_of
 from ..data.class_spaces import ClassSpace
@@ -17,7 +18,7 @@ from ..data.files import split_off
 from ..data.rows import LabelledImages
 from ..data.sources import split_names
 from ..data.splits import split_word
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..evaluation.corrupted_sets import SEVERITY, parts
 from ..evaluation.suite import RobustnessSuite, SuiteSet
 from ..training.trainer import RobustTrainer
@@ -54,6 +55,8 @@ def decide(
         args = by_splits(args)
     if not training_args.is_decided["output_dir"]:
         training_args.output_dir = f"{_short(split_off(args.data or str(args.train_data))[0])}-{method.method}"
+    if Path(str(training_args.output_dir)).is_file():
+        raise ConfigError("a file is where results shall go", where="output_dir", got=str(training_args.output_dir))
     return args, training_args
 
 
@@ -69,20 +72,23 @@ def by_splits(args: TrainArguments) -> TrainArguments:
     data, (name, split) = str(args.data), split_off(str(args.data))
     splits = [] if split else split_names(name, "data")
     found = {split_word(one) or one: f"{name}:{one}" for one in splits}
-    if found and "train" not in found and not args.train_data:
+    given: Any = args.eval_data or {}
+    for taken in (args.train_data, args.validation_data):  # which is no evaluation set, then
+        found = {one: source for one, source in found.items() if source != taken}
+    if splits and "train" not in found and not args.train_data:
         remedy = "Name one of them by --train_data, as in 'photos:day'."
         raise DataError("no split to train on", where="data", got=data, allowed=", ".join(found), remedy=remedy)
     train = found.pop("train", data)
     train = args.train_data or train
-    validation, test = args.validation_data or found.pop("validation", None), found.pop("test", None)
-    given: Any = args.eval_data or {}
+    own, test = found.pop("validation", None), found.pop("test", None)
+    validation = args.validation_data or (None if "validation" in given else own)
     tests = {**({"id": test} if test else {}), **found, **given}
     return replace(
         args,
         train_data=train,
         validation_data=None if args.validation_share else validation,
         eval_data=tests,
-        validation_share=args.validation_share or (0.0 if validation else VALIDATION_SHARE),
+        validation_share=args.validation_share or (0.0 if validation or "validation" in given else VALIDATION_SHARE),
         test_share=args.test_share or (0.0 if "id" in tests else TEST_SHARE),
         wise_ft=True if args.wise_ft is None else args.wise_ft,
     )
@@ -149,5 +155,5 @@ def say(args: TrainArguments, method: MethodArguments, trainer: RobustTrainer, s
     }
     table = Table(title="Decided; flags change it, see --help", title_justify="left", box=None, show_header=False)
     for what, value in rows.items():
-        table.add_row(what, value)
+        table.add_row(what, Text(value))
     Console().print(table)

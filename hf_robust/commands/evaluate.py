@@ -14,6 +14,7 @@ The base is the one that the adapter names, unless another is given. On several 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,9 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
 from ..errors import ConfigError
@@ -33,10 +37,12 @@ from ..evaluation.suite import RobustnessSuite, SuiteSet
 from ..interpolation.adapters import wise_ft
 from ..interpolation.arithmetic import check_alpha
 from ..scripting.arguments import setting
-from ..scripting.checks import check_given
+from ..scripting.checks import check_file, check_given
 from ..scripting.loading import load_adapter_config, load_model, load_processor
 from ..scripting.results import percent
+from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.files import read_settings
+from ..tasks.flyp import FLYP
 from ..tasks.saved_encoder import find_model
 from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE, Task
 
@@ -95,20 +101,20 @@ def base_of(args: EvaluateArguments, is_adapter: bool) -> str | None:
     return name
 
 
-def suite_of(args: EvaluateArguments, folder: Path) -> RobustnessSuite:
+def suite_of(args: EvaluateArguments, saved: Mapping[str, Any]) -> RobustnessSuite:
     """The suite that is asked for, or one of the images given, with the prompts that the model was trained with."""
     if args.suite:
         return RobustnessSuite.from_yaml(args.suite)
-    saved = read_settings(folder).get("templates") if (folder / CONFIG_FILE).exists() else None
-    templates = args.templates or saved or "single"
+    templates = args.templates or saved.get("templates", "single")
     return RobustnessSuite([SuiteSet(source, "id", source, templates=templates) for source in args.data or []])
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, SuiteReport]:
     """The reports by column."""
     name, folder = str(args.model), find_model(str(args.model), None).folder
+    saved = read_settings(folder) if (folder / CONFIG_FILE).exists() else {}
     is_adapter, has_head = ((folder / file).exists() for file in (CONFIG_NAME, WEIGHTS_FILE))
-    base, reports, suite = base_of(args, is_adapter), {}, suite_of(args, folder)
+    base, reports, suite = base_of(args, is_adapter), {}, suite_of(args, saved)
     if args.alphas != [1.0] and (has_head or not is_adapter):
         what, remedy = "an adapter alone can go part of the way here", "Merge it with its zero-shot model first."
         raise ConfigError(what, where="alphas", got=args.alphas, allowed="1", remedy=remedy)
@@ -116,15 +122,14 @@ def evaluate(args: EvaluateArguments) -> dict[str, SuiteReport]:
     device = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available()).device
     if base is not None:
         model, processor = load_model(base, args.dtype).to(device), load_processor(base)
-        reports["base"] = evaluate_suite(model, processor, suite, **how)
-    if has_head:  # a trained one, which answers for its classes
+        reports["base"] = evaluate_suite(_among(saved, model, processor), processor, suite, **how)
+    if saved:
         model = Task.from_pretrained(name, base if is_adapter else None, dtype=args.dtype, device=device)
         processor = model.processor
     elif is_adapter:
         model = PeftModel.from_pretrained(model, name)
-        saved = [folder / PROCESSOR_FOLDER / PROCESSOR_NAME, folder / PROCESSOR_NAME]
-        if any(file.exists() for file in saved):  # it may have been trained with images of another size
-            processor = load_processor(name)
+        if any((folder / place).exists() for place in (f"{PROCESSOR_FOLDER}/{PROCESSOR_NAME}", PROCESSOR_NAME)):
+            processor = load_processor(name)  # it may have been trained with images of another size
     else:
         model, processor = load_model(name, args.dtype).to(device), load_processor(name)
     for alpha in args.alphas:
@@ -132,6 +137,14 @@ def evaluate(args: EvaluateArguments) -> dict[str, SuiteReport]:
             wise_ft(model, alpha)
         reports["model" if args.alphas == [1.0] else title(alpha)] = evaluate_suite(model, processor, suite, **how)
     return reports
+
+
+def _among(saved: Mapping[str, Any], model: nn.Module, processor: ProcessorMixin) -> nn.Module:
+    """A base as it answers among the classes of the model that it is compared with, if that has some."""
+    if saved.get("task") not in (ZeroShotClassifier.name, FLYP.name):
+        return model
+    names = saved["class_names"], saved["templates"]
+    return ZeroShotClassifier(model, processor, *names, data_names=saved.get("data_names"))
 
 
 def show(reports: dict[str, SuiteReport]) -> None:
@@ -149,7 +162,7 @@ def table(reports: dict[str, SuiteReport], metric: str, title: str) -> Table:
         names = [name for name, one in first.sets.items() if one.role == role and metric in one.metrics]
         for name in names:
             cells = [percent(report.sets[name].metrics[metric]) for report in reports.values()]
-            found.add_row(role, name, str(len(first.sets[name].rows)), *cells)
+            found.add_row(role, Text(name), str(len(first.sets[name].rows)), *cells)
         if len(names) > 1:
             cells = [percent(report.means_of(metric)[role]) for report in reports.values()]
             found.add_row(role, "mean", "", *cells, style="bold")
@@ -159,6 +172,7 @@ def table(reports: dict[str, SuiteReport], metric: str, title: str) -> Table:
 
 def main(args: EvaluateArguments) -> None:
     """Evaluates, prints, and writes."""
+    check_file(args.output, "output")
     reports = evaluate(args)
     if PartialState().is_main_process:
         show(reports)

@@ -16,7 +16,6 @@ from ..comparison.task import validate
 from ..data.rows import LabelledImages
 from ..errors import ConfigError, NonFiniteError
 from ..scripting.progress import is_silent
-from ..tasks.class_names import ZeroShotClassifier
 from ..training.arguments import RobustTrainingArguments
 from ..training.trainer import RobustTrainer
 
@@ -61,7 +60,7 @@ def search_rate(
         return found
 
     start = trainer_at(0.0)
-    if not isinstance(start.model, ZeroShotClassifier):
+    if start.model.metrics[0] != "accuracy":
         got, allowed = start.model.name, "class_names, flyp"
         raise ConfigError("no search for this task", where="learning_rate auto", got=got, allowed=allowed)
     rate = find_learning_rate(GRID, tried, validate(start, validation))

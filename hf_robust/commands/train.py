@@ -24,6 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column as TableColumn
 from rich.table import Table
+from rich.text import Text
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
@@ -48,6 +49,7 @@ from ..scripting.loading import (
 )
 from ..scripting.progress import is_silent, show_progress
 from ..scripting.results import package_versions, percent
+from ..scripting.run import no_empty_folders
 from ..tasks.choose import target_of
 from ..training.arguments import RobustTrainingArguments
 from ..training.trainer import RobustTrainer
@@ -93,13 +95,15 @@ class TrainArguments:
         if not self.data and not self.train_data:
             remedy = "Name a folder or a dataset of the Hub first: hf-robust train photos."
             raise ConfigError("nothing to train on", where="data, train_data", remedy=remedy)
-        if self.validation_data and VALIDATION in (self.eval_data or {}):
+        named: Any = self.eval_data or {}
+        if self.validation_data and VALIDATION in named:
             remedy = "Rename the one in eval_data."
             raise ConfigError("two sets are named validation", where="eval_data", remedy=remedy)
         for name in ("validation_share", "test_share"):
             if not 0 <= (got := getattr(self, name)) < 1:
                 raise ConfigError("share is out of range", where=name, got=got, allowed="[0, 1)")
-        if self.validation_data and self.validation_share or "id" in (self.eval_data or {}) and self.test_share:
+        validates = self.validation_data or VALIDATION in named
+        if (validates and self.validation_share) or ("id" in named and self.test_share):
             where = "validation_share, test_share"
             raise ConfigError("a set is given, and shall be held out, too", where=where)
         if self.wise_ft and not self.has_validation():
@@ -107,7 +111,8 @@ class TrainArguments:
 
     def has_validation(self) -> bool:
         """Whether there is a validation set, or will be: of a source with splits that shows later."""
-        return bool(self.validation_data or self.validation_share or self.data)
+        named: Any = self.eval_data or {}
+        return bool(self.validation_data or VALIDATION in named or self.validation_share or self.data)
 
 
 @dataclass
@@ -124,7 +129,7 @@ class TrainingSettings(CommandSettings):
 
     def __post_init__(self) -> None:
         self.is_decided = {name: getattr(self, name) is not None for name in ("output_dir", "eval_strategy")}
-        self.eval_strategy = self.eval_strategy or "no"
+        self.eval_strategy = self.eval_strategy or ("epoch" if self.load_best_model_at_end else "no")
         self.searches_rate = self.learning_rate == AUTO
         if isinstance(self.learning_rate, str):
             self.learning_rate = None if self.searches_rate else _number(self.learning_rate)
@@ -163,7 +168,7 @@ def show(results: dict[str, Any], sets: Sets) -> None:
     for title, (names, images) in rows.items():
         before, *after = (mean(found[name] for name in names) for found in (results["zero_shot"], *columns.values()))
         changes = [[percent(share), f"{round(100 * (share - before), 1) + 0.0:+.1f}"] for share in after]
-        table.add_row(title, images, percent(before), *(cell for change in changes for cell in change))
+        table.add_row(Text(title), images, percent(before), *(cell for change in changes for cell in change))
     Console().print(table)
     if results["wise_ft"] and results["wise_ft"]["alpha"] == 0:
         warning = "Warning: alpha 0 is best on the validation data, so the training was undone: the zero-shot model "
@@ -272,6 +277,11 @@ def zero_shot_alone(trainer: RobustTrainer, sets: Sets) -> dict[str, Any]:
 def main(args: TrainArguments, method: MethodArguments, training_args: TrainingSettings) -> None:
     """Decides what is not said, loads, trains, and shows and writes what came of it."""
     args, training_args = decide(args, method, training_args)
+    with no_empty_folders([str(training_args.output_dir)]):
+        _run(args, method, training_args)
+
+
+def _run(args: TrainArguments, method: MethodArguments, training_args: TrainingSettings) -> None:
     checkpoint = wish_to_resume(training_args)
     train, sets = load_data(args, training_args)
     trainer, sets = prepare(args, method, training_args, train, sets)
@@ -290,8 +300,8 @@ def main(args: TrainArguments, method: MethodArguments, training_args: TrainingS
         "versions": package_versions(),
     }
     if trainer.is_world_process_zero():
-        show(results, sets)
         write_json(results, Path(str(training_args.output_dir)) / "results.json")
+        show(results, sets)
         at = f" at alpha {results['wise_ft']['alpha']:.1f}" if results["wise_ft"] else ""
         written = f"the model{at}, its card and results.json" if trains else "results.json"
         print(f"Wrote {written} to {training_args.output_dir}.")

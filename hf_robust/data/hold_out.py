@@ -13,9 +13,9 @@ from .rows import LabelledImages
 def hold_out(rows: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Divides a set: what is left to train on, and what is held out.
 
-    Of every class the share is held out, rounded, but one image at least where it has two; of identities whole ones,
-    as others are evaluated than those that are trained; else any rows. Images that show the same thing, as frames of a
-    film, are not known to belong together: put these into splits of their own.
+    Of every class the share is held out, rounded, but one image at least where it has two, and never all; of
+    identities whole ones, two at least, as others are evaluated than those that are trained; else any rows. Images that
+    show the same thing, as frames of a film, are not known to belong together: put these into splits of their own.
 
     Args:
         rows: the set.
@@ -39,7 +39,7 @@ def hold_out(rows: LabelledImages, share: float, seed: int) -> tuple[LabelledIma
         held = np.concatenate(parts)
     elif labels is not None and rows.target == IDENTITY:
         known = np.unique(labels)
-        held = np.flatnonzero(np.isin(labels, generator.permutation(known)[: _number(len(known), share)]))
+        held = np.flatnonzero(np.isin(labels, generator.permutation(known)[: _number(len(known), share, least=2)]))
     else:
         held = generator.permutation(len(rows))[: _number(len(rows), share)]
     kept = np.setdiff1d(np.arange(len(rows)), held)
@@ -49,5 +49,6 @@ def hold_out(rows: LabelledImages, share: float, seed: int) -> tuple[LabelledIma
     return rows.select(kept), rows.select(np.sort(held))
 
 
-def _number(of: int, share: float) -> int:
-    return max(round(share * of), min(of - 1, 1))
+def _number(of: int, share: float, least: int = 1) -> int:
+    """The share, rounded, but `least` at least, and never all."""
+    return min(max(round(share * of), least), of - 1)

@@ -63,8 +63,8 @@ class Parser(HfArgumentParser):
         self.add_argument("-h", "--help", action="help", help="Show this; --debug shows the traceback of an error.")
         if self.seldom:
             self.add_argument("--help_all", action=HelpAll, help="Show the other options of TrainingArguments, too.")
-        positionals = "".join(f" [{action.dest.upper()}]" for action in self._get_positional_actions())
-        self.usage = f"%(prog)s{positionals} [--setting value …]"
+        self.positionals = [action.dest for action in self._get_positional_actions()]
+        self.usage = f"%(prog)s{''.join(f' [{name.upper()}]' for name in self.positionals)} [--setting value …]"
 
     def add_argument(self, *names: Any, group: str | None = None, positional: bool = False, **options: Any) -> Any:
         """Adds an argument to its group of the help.
@@ -145,7 +145,10 @@ def parse_arguments(
     given, unknown = parser.parse_known_args(flags)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        remedy = _closest(flag.lstrip("-").replace("-", "_"), [*names, "config", "debug"], "--")
+        name, known = flag.lstrip("-").replace("-", "_"), [one for one in names if one not in parser.positionals]
+        remedy = _closest(name, [*known, "config", "debug"], "--")
+        if name in parser.positionals:
+            remedy = "Give it first, without a flag."
         raise ConfigError("unknown flag" if flag[:1] == "-" else "value of no flag", got=flag, remedy=remedy)
     if given.config:
         parser.set_defaults(**_read_config(given.config, types, names, parser))
@@ -188,10 +191,10 @@ def _converted(name: str, value: Any, hint: Any, file: str, parser: Parser) -> A
             return value
         missing = "no value" if value is None else value
         raise ConfigError("wrong value", where=f"{name} in {file}", got=missing, remedy="Leave the line out.")
-    if name in (action.dest for action in parser._get_positional_actions()):
-        flags = list(map(str, value)) if isinstance(value, list) else [str(value)]
-    else:
-        flags = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    if name in parser.positionals:
+        values = [str(one) for one in (value if isinstance(value, list) else [value])]
+        return values if list in kinds else values[0]
+    flags = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     try:
         return getattr(parser.parse_args(flags), name)
     except ConfigError as error:

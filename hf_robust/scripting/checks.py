@@ -32,6 +32,26 @@ def check_given(args: Any, *names: str) -> None:
             raise ConfigError("not given", where=name, remedy=remedy)
 
 
+def check_file(path: str | None, where: str) -> None:
+    """Refuses a file to write that cannot be one, before what it will hold is computed.
+
+    Args:
+        path: the file; None for none.
+        where: the setting.
+
+    Raises:
+        ConfigError: it is a folder, or lies in what is none.
+
+    Example:
+        >>> check_file("runs/results.json", "output")
+    """
+    if path is None:
+        return
+    folders = [parent for parent in Path(path).absolute().parents if parent.exists()]
+    if Path(path).is_dir() or not folders[0].is_dir():
+        raise ConfigError("no file can be written there", where=where, got=path, allowed="a file in a folder")
+
+
 def check_training(training_args: RobustTrainingArguments, fixed: Mapping[str, Any], own: Mapping[str, str]) -> None:
     """Refuses training arguments that a script sets itself.
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +18,20 @@ from ..tasks.task_loss import check_loss_settings
 from .head_first import check_head_first_settings
 from .losses import settings_of
 from .unsupported import check_options
+
+
+def check_learning_rate(rate: Any) -> None:
+    """Refuses what is no learning rate.
+
+    Args:
+        rate: of a training; None for that of its method.
+
+    Raises:
+        ConfigError: it is no number from 0.
+    """
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if rate is not None and not (is_number and 0 <= rate < math.inf):
+        raise ConfigError("no learning rate", where="learning_rate", got=rate, allowed="a number from 0, or None")
 
 
 @dataclass
@@ -179,6 +194,7 @@ class RobustTrainingArguments(TrainingArguments):
         if self.on_bad_image not in ("raise", "skip"):
             allowed = "'raise', 'skip'"
             raise ConfigError("unknown setting", where="on_bad_image", got=self.on_bad_image, allowed=allowed)
+        check_learning_rate(self.learning_rate)
         check_loss_settings(self.class_weights, self.label_smoothing_factor)
         check_head_first_settings(self.head_first_epochs, self.head_first_learning_rate)
         self.losses = settings_of(self.losses)

@@ -7,8 +7,9 @@ import copy
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from ..tasks.task import Task
 from .arguments import RobustTrainingArguments
@@ -49,14 +50,15 @@ def method_rate(model: nn.Module) -> float:
         (0.0003, 1e-05)
     """
     encoder = model.model if isinstance(model, Task) else model
-    methods = [str(getattr(config.peft_type, "value", config.peft_type)) for config in _active_configs(encoder)]
-    if methods:
-        return OF_ADAPTERS.get(methods[0], OTHERS)
+    configs = _active_configs(encoder)
+    if configs and not all(config.inference_mode for config in configs):
+        return OF_ADAPTERS.get(str(getattr(configs[0].peft_type, "value", configs[0].peft_type)), OTHERS)
     return FULL if any(parameter.requires_grad for parameter in encoder.parameters()) else HEAD_ALONE
 
 
 def _active_configs(encoder: Any) -> list[Any]:
     if isinstance(encoder, PeftModel):
         return [encoder.peft_config[name] for name in encoder.active_adapters]
-    by_transformers = isinstance(encoder, PreTrainedModel) and encoder._hf_peft_config_loaded
-    return [encoder.peft_config[name] for name in encoder.active_adapters()] if by_transformers else []
+    if any(isinstance(module, BaseTunerLayer) for module in encoder.modules()):  # injected, by transformers or by PEFT
+        return list(encoder.peft_config.values())
+    return []

@@ -42,7 +42,7 @@ def shared(tmp_path_factory):
     save_images(folder / "tested" / "train", 12, 0)
     save_images(folder / "tested" / "test", 9, 40)
     save_images(folder / "plain", 24, 0)
-    save_images(folder / "days" / "day", 3, 0)
+    save_images(folder / "days" / "day", 6, 0)
     save_images(folder / "days" / "test", 3, 0)
     return folder
 
@@ -141,7 +141,47 @@ def test_a_learning_rate_is_searched_on_the_validation_data(run, monkeypatch):
     assert "learning rate 0.003" in " ".join(printed.out.split())
 
 
+def test_markup_in_names_is_no_markup(run):
+    flags = ["--eval_data", '{"ood_[/a]": "data/plain"}', "--wise_ft", "false", "--method", "aclip"]
+    _, printed = run("data/tested", *flags, output="tested-aclip")
+    assert printed.out.count("ood_[/a]") >= 2
+
+
+def test_what_is_named_validation_is_the_validation_set(run):
+    given = '{"validation": "data/photos:val", "ood_x": "data/plain"}'
+    results, _ = run("data/tested", "--eval_data", given, "--method", "aclip", output="tested-aclip")
+    assert results["images"] == {"train": 12, "id": 9, "validation": 6, "ood_x": 24} and results["wise_ft"]
+    results, _ = run("data/photos", "--validation_data", "data/photos:val", "--method", "aclip", output="photos-aclip")
+    assert results["images"] == {"train": 12, "validation": 6, "id": 9, "ood_night": 6}
+    flags = ["--train_data", "data/days:day", "--method", "aclip", "--no_corruptions"]
+    results, _ = run("data/days", *flags, output="days-aclip")
+    assert set(results["images"]) == {"train", "validation", "id"}
+
+
+def test_after_an_error_no_folder_is_left(run, tmp_path):
+    with pytest.raises(ConfigError, match="without {}"):
+        run("data/tested", "--templates", "a photo", output="tested-saft")
+    assert not Path("tested-saft").exists()
+    Path("tested-saft").touch()
+    with pytest.raises(ConfigError, match="a file is where results shall go .at output_dir"):
+        run("data/tested", output="tested-saft")
+
+
 BAD = {
+    "negative rate": (["data/tested", "--learning_rate", "-1"], "no learning rate.*-1.*from 0"),
+    "no rank": (["data/tested", "--method", "lora", "--lora_rank", "0"], "no adapter can be added.*lora"),
+    "no module": (["data/tested", "--method", "lora", "--target_modules", "nope"], "no adapter can be added.*nope"),
+    "two validations": (
+        [
+            "--train_data",
+            "data/plain",
+            "--validation_share",
+            "0.1",
+            "--eval_data",
+            '{"validation": "data/photos:val"}',
+        ],
+        "a set is given, and shall be held out, too",
+    ),
     "rate": (["data/tested", "--learning_rate", "fast"], "no learning rate.*'fast'.*a number, or auto"),
     "nothing": ([], "nothing to train on .at data, train_data.*hf-robust train photos"),
     "no training split": (["data/days"], "no split to train on.*day, test.*--train_data"),

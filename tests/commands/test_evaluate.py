@@ -138,6 +138,27 @@ def test_a_trained_head_answers_for_its_classes(run, folder, monkeypatch):
         run("head", "--alphas", "0.5")
 
 
+def test_class_names_are_those_that_the_model_was_trained_with(folder, monkeypatch):
+    """By what the data call the classes; of adapters with a name of their own, too."""
+    monkeypatch.chdir(folder)
+    data = image_dataset(9, ["n01", "n02", "n03"])
+    data.to_parquet("synsets.parquet")
+    words = {"n01": "red", "n02": "green", "n03": "blue"}
+    trainer = build(folder / "run", "aclip", train_dataset=data, eval_dataset={"id": data}, class_names=words)
+    trainer.model.model.peft_config["default"].base_model_name_or_path = "base"
+    trainer.train()
+    expected = trainer.evaluate()["eval_id_accuracy"]
+    trainer.save_model(str(folder / "synsets"))
+    evaluate.main(*parse_arguments(evaluate.TYPES, flags="synsets --data synsets.parquet --output o --silent".split()))
+    models = json.loads(Path("o").read_text())["models"]
+    assert models["model"]["sets"]["synsets.parquet"]["accuracy"] == expected
+    named = image_dataset(9, NAMES)
+    named.to_parquet("named.parquet")
+    evaluate.main(*parse_arguments(evaluate.TYPES, flags="base --data named.parquet --output o --silent".split()))
+    zero_shot = json.loads(Path("o").read_text())["models"]["model"]["sets"]["named.parquet"]["predictions"]
+    assert models["base"]["sets"]["synsets.parquet"]["predictions"] == zero_shot
+
+
 def test_prompts_are_those_that_the_model_was_trained_with(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     trainer = build(folder / "run", "saft", templates="wxyz {}.")

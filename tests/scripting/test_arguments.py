@@ -8,7 +8,7 @@ import pytest
 
 from hf_robust import RobustTrainingArguments
 from hf_robust.errors import ConfigError
-from hf_robust.scripting.arguments import parse_arguments
+from hf_robust.scripting.arguments import parse_arguments, setting
 
 
 @dataclass
@@ -127,3 +127,23 @@ def test_help_is_printed(capsys):
     with pytest.raises(SystemExit) as leaving:
         parse("--help")
     assert leaving.value.code == 0 and "--learning_rate" in capsys.readouterr().out
+
+
+@dataclass
+class Places:
+    """Two settings without flags."""
+
+    model: str | None = setting(None, "A model.", positional=True)
+    images: list[str] = setting([], "Images.", "data", positional=True)
+    top: int = setting(1, "Answers.", "data")
+
+
+def test_settings_without_flags_come_first_on_the_command_line_and_by_name_in_a_config(tmp_path):
+    expected = Places("saft", ["a.png", "b.png"], 2)
+    assert parse_arguments([Places], flags=["saft", "a.png", "b.png", "--top", "2"]) == (expected,)
+    (tmp_path / "my.yaml").write_text("model: saft\nimages: [a.png, b.png]\ntop: 2\n")
+    assert parse_arguments([Places], flags=["--config", str(tmp_path / "my.yaml")]) == (expected,)
+    (tmp_path / "my.yaml").write_text("images: photos\n")
+    assert parse_arguments([Places], flags=["--config", str(tmp_path / "my.yaml")]) == (Places(None, ["photos"]),)
+    with pytest.raises(ConfigError, match="unknown flag: got '--images'. Give it first, without a flag."):
+        parse_arguments([Places], flags=["saft", "--images", "a.png"])

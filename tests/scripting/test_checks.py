@@ -9,7 +9,7 @@ import pytest
 from hf_robust import RobustTrainingArguments
 from hf_robust.errors import ConfigError
 from hf_robust.scripting.arguments import setting
-from hf_robust.scripting.checks import check_given, check_same_settings, check_training, check_values
+from hf_robust.scripting.checks import check_file, check_given, check_same_settings, check_training, check_values
 
 
 @dataclass
@@ -35,6 +35,16 @@ def test_training_arguments_of_the_script_are_refused(tmp_path):
         check_training(RobustTrainingArguments(str(tmp_path), seed=7), {}, {"seed": "seeds"})
     with pytest.raises(ConfigError, match="head.*'frozen'.*'live'"):
         check_training(RobustTrainingArguments(str(tmp_path), head="frozen"), {"head": "live"}, {})
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    check_file(None, "output")
+    check_file(str(tmp_path / "new" / "a.json"), "output")
+    check_file(str(tmp_path / "file"), "output")
+    for path in (tmp_path, tmp_path / "file" / "a.json"):
+        with pytest.raises(ConfigError, match="no file can be written there .at output."):
+            check_file(str(path), "output")
 
 
 def test_lists_hold_each_value_once():

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from peft import LNTuningConfig, LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from hf_robust import ACLIPConfig, RAdapterConfig, RobustTrainingArguments, SAFTConfig, ZeroShotClassifier
 from hf_robust.training.learning_rates import FULL, HEAD_ALONE, OF_ADAPTERS, method_rate, with_learning_rate
@@ -46,6 +46,16 @@ def test_other_models():
     injected = tiny_model("clip")
     injected.add_adapter(LoraConfig(target_modules=["q_proj"]))
     assert method_rate(injected) == OF_ADAPTERS["LORA"]
+    injected = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_model("clip"))
+    assert method_rate(injected) == OF_ADAPTERS["LORA"]
+
+
+def test_a_head_on_a_frozen_adapter_is_a_head_alone(tmp_path):
+    get_peft_model(tiny_model("clip"), CONFIGS["lora"]).save_pretrained(tmp_path, save_embedding_layers=False)
+    assert method_rate(PeftModel.from_pretrained(tiny_model("clip"), tmp_path)) == HEAD_ALONE
+    assert method_rate(PeftModel.from_pretrained(tiny_model("clip"), tmp_path, is_trainable=True)) == 1e-3
+    unselected = get_peft_model(tiny_model("clip"), SAFTConfig())
+    assert method_rate(unselected) == OF_ADAPTERS["SAFT"]
 
 
 def test_a_trainer_takes_it_where_none_is_given_and_leaves_the_arguments_alone(tmp_path):
