@@ -25,6 +25,7 @@ from .runs import Run
 from .task import SEARCH_SEED, Comparison, evaluate, make_trainer, validated_by
 
 FINE_TUNED = "fine-tuned"
+TIES = 1e-9  # where all images are right there is no error, but several α may have them right
 
 
 def zero_shot(comparison: Comparison) -> Run:
@@ -97,7 +98,8 @@ def _wise_ft(comparison: Comparison, trainer: RobustTrainer, fine_tuned: Run) ->
         figures = validated_by(comparison, trainer)
         return {f"validation_{name}": value for name, value in figures.items()}
 
-    how: Any = {"zero_shot": trainer.zero_shot, "tolerance": validated_by(comparison, trainer)["error"]}
+    error = validated_by(comparison, trainer)["error"]
+    how: Any = {"zero_shot": trainer.zero_shot, "tolerance": max(error, TIES)}
     sweep = alpha_sweep(trainer.model, comparison.alphas, validated, "validation_accuracy", **how)
     found = fine_tuned if sweep.best_alpha == 1 else evaluate(comparison, trainer.model, trainer.model)
     return {**found, "alpha": sweep.best_alpha, "sweep": sweep.rows}

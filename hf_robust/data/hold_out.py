@@ -14,8 +14,9 @@ def hold_out(rows: LabelledImages, share: float, seed: int) -> tuple[LabelledIma
     """Divides a set: what is left to train on, and what is held out.
 
     Of every class the share is held out, rounded, but one image at least where it has two, and never all; of
-    identities whole ones, two at least, as others are evaluated than those that are trained; else any rows. Images that
-    show the same thing, as frames of a film, are not known to belong together: put these into splits of their own.
+    identities whole ones, two at least, as others are evaluated than those that are trained; else any rows. Images
+    that show the same thing, as frames of a film, are not known to belong together: put these into splits of their
+    own.
 
     Args:
         rows: the set.
