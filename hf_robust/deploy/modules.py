@@ -142,7 +142,7 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
     """
     family(model)
     _check_mergeable(model)
-    copied: Any = copy.deepcopy(model)
+    copied: Any = copy.deepcopy(model).cpu().float()  # before merging, which in 16 bits rounds away what was learned
     if isinstance(copied, PeftModel):
         copied = copied.merge_and_unload(safe_merge=True)
     kinds = {module.config._attn_implementation for module in copied.modules() if isinstance(module, PreTrainedModel)}
@@ -150,7 +150,7 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
         copied.set_attn_implementation("eager")
     if copied.config.model_type == "siglip2":
         copied.vision_model.embeddings.resize_positional_embeddings = resized_positions
-    return cast(PreTrainedModel, copied.cpu().float().eval().requires_grad_(False))
+    return cast(PreTrainedModel, copied.eval().requires_grad_(False))
 
 
 def _check_mergeable(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_both_towers_are_of_one_copy_in_float32() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     expected = image_embeds(model, tiny_batch("clip", 2)["pixel_values"].bfloat16())
     torch.testing.assert_close(images(**tiny_batch("clip", 2)), expected, rtol=0, atol=0.02)
+
+
+@all_models
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_16_bits_nothing_is_rounded_away(build: Callable[[], PeftModel], dtype: torch.dtype) -> None:
+    """Adapters in float32 learn what a weight of 16 bits cannot hold."""
+    model = build().to(dtype)
+    expected = embeds(copy.deepcopy(model).float())
+    torch.testing.assert_close(embeds(merged_copy(model)), expected, rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
