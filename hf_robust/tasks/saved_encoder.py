@@ -21,7 +21,7 @@ from ..data.text_files import read_json
 from ..encoders.dual_encoder import family
 from ..errors import AdapterFileError, ConfigError, HfRobustError, UnsafeFileError
 from .files import ADAPTERS, IN_THE_FOLDER, require_all
-from .task import PROCESSOR_FOLDER, WEIGHTS_FILE
+from .task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -114,7 +114,7 @@ def load_encoder(
 
     Raises:
         AdapterFileError: the folder holds no model, an adapter does not name its base or does not fit it, or weights
-            are missing.
+            or the processor are missing.
         ConfigError: the base is not there or no dual encoder, or a base is given for a whole model.
     """
     if not adapters:
@@ -122,9 +122,7 @@ def load_encoder(
         return _whole_model(model, dtype), _processor(model.folder)
     of_base = _base(model, next(iter(adapters.values())), base)
     encoder = _with_adapters(_whole_model(of_base, dtype), adapters)
-    own = model.folder / PROCESSOR_FOLDER
-    beside = (model.folder / "tokenizer_config.json").exists()  # as early versions wrote it
-    return encoder, _processor(own if own.is_dir() else model.folder if beside else of_base.folder)
+    return encoder, _processor(_processor_folder(model, of_base))
 
 
 def check_dtype(dtype: str | torch.dtype) -> None:
@@ -212,6 +210,18 @@ def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> PeftModel:
         if others:
             model.base_model.set_adapter(list(adapters))
     return model.requires_grad_(False)
+
+
+def _processor_folder(model: SavedModel, base: SavedModel) -> Path:
+    own = model.folder / PROCESSOR_FOLDER
+    if own.is_dir():
+        return own
+    if not own.exists() and (model.folder / "tokenizer_config.json").exists():  # as early versions wrote it
+        return model.folder
+    if own.exists() or (model.folder / CONFIG_FILE).exists():  # the base's may make images of another size
+        what, allowed = "the adapter's processor is not there", f"a folder {PROCESSOR_FOLDER}"
+        raise AdapterFileError(what, where=model.name, allowed=allowed, remedy="Get the whole folder.")
+    return base.folder
 
 
 def _processor(folder: Path) -> ProcessorMixin:

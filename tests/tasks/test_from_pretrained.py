@@ -328,6 +328,12 @@ BAD = {
     "NaN in the head": (with_head(lambda t: {n: x * torch.nan for n, x in t.items()}), NonFiniteError, "class_head"),
     "no tensors of the adapter": (without("adapter_model.safetensors"), AdapterFileError, "tensors are not there"),
     "no config of the adapter": (without("adapter_config.json"), AdapterFileError, "there is no model.*save_model"),
+    "no processor": (lambda f: shutil.rmtree(f / "processor"), AdapterFileError, "processor is not there.*a folder"),
+    "a file as processor": (
+        lambda f: (shutil.rmtree(f / "processor"), (f / "processor").write_text("x")),
+        AdapterFileError,
+        "processor is not there.*a folder processor",
+    ),
     "a pipe": (as_pipe("adapter_model.safetensors"), UnsafeFileError, "not a regular file"),
     "a pipe among the processor's": (as_pipe("processor/vocab.json"), UnsafeFileError, "not a regular file"),
 }
