@@ -18,7 +18,7 @@ from ..data.given_images import given_images
 from ..encoders.chunks import check_chunk_size
 from ..encoders.class_embeds import evaluating
 from ..encoders.dual_encoder import base_model, image_embeds, text_tokenizer
-from ..errors import DataError
+from ..errors import DataError, NonFiniteError
 from .retrieval import embed_all
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class InferenceModule(nn.Module):
 
         Raises:
             DataError: an image cannot be used; the message says which.
+            NonFiniteError: an embedding is NaN or infinite.
 
         Example:
             >>> classifier.embed_images(["a.jpg", picture]).shape
@@ -117,6 +118,7 @@ class InferenceModule(nn.Module):
 
         Raises:
             DataError: a text is no string, or longer than the text tower; `ImageTextPairs(truncate=True)` cuts it.
+            NonFiniteError: an embedding is NaN or infinite.
 
         Example:
             >>> classifier.embed_images("a.jpg") @ classifier.embed_texts(["a photo of a cat", "a dog"]).T
@@ -129,12 +131,16 @@ class InferenceModule(nn.Module):
         tokenizer = text_tokenizer(self.processor, self.model, self.truncates)
         tokenizer.check_lengths(given, "texts", range(len(given)))
         with self._in_use():
-            return embed_all(self.model, tokenizer, given or [""])[: len(given)].float().cpu()
+            embeds = embed_all(self.model, tokenizer, given or [""])[: len(given)].float().cpu()
+        check_finite(embeds, "embeddings", "embed_texts")
+        return embeds
 
     # --- their parts ---
 
     def _embeds(self, batch: dict[str, Tensor]) -> Tensor:
-        return image_embeds(self.model, **batch).float().cpu()  # (batch, dim)
+        embeds = image_embeds(self.model, **batch).float().cpu()  # (batch, dim)
+        check_finite(embeds, "embeddings", "embed_images")
+        return embeds
 
     def _of_batches(
         self, function: Callable[[dict[str, Tensor]], T], images: Any, batch_size: int, silent: bool
@@ -156,3 +162,19 @@ class InferenceModule(nn.Module):
                 yield
         else:
             yield
+
+
+def check_finite(found: Tensor, what: str, where: str) -> None:
+    """Refuses what a model has found with weights that are not finite, or too large for their precision.
+
+    Args:
+        found: logits or embeddings.
+        what: which.
+        where: the method that was called.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
+    if not found.isfinite().all():
+        remedy = "Look for weights that are NaN, or take dtype='float32'."
+        raise NonFiniteError(f"{what} are not finite", where=where, remedy=remedy)

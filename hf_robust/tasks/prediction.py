@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..encoders.templates import check_class_names
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError
+from .inference import check_finite
 from .task import Task
 
 if TYPE_CHECKING:
@@ -121,9 +122,7 @@ class NamedClassesTask(Task):
 
         def answer(batch: dict[str, Tensor]) -> list[Any]:
             logits = self(**batch).logits[:, : len(names)].float().cpu()  # (batch, classes); others come after them
-            if not logits.isfinite().all():
-                remedy = "Look for weights that are NaN, or take dtype='float32'."
-                raise NonFiniteError("logits are not finite", where="predict", remedy=remedy)
+            check_finite(logits, "logits", "predict")
             return self._answers(logits, names, top_k)
 
         with nullcontext() if class_names is None else self.classes(names):

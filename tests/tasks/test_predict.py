@@ -320,3 +320,12 @@ def test_weights_that_are_not_finite():
     task.class_head.bias.data.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="logits are not finite.*dtype"):
         task.predict(PICTURES)
+
+
+@pytest.mark.parametrize("tower", ["visual_projection", "text_projection"])
+def test_embeddings_that_are_not_finite(tower):
+    task = ImageTextPairs(tiny_model("clip"), tiny_processor("clip")).eval()
+    getattr(task.model, tower).weight.data[0, 0] = torch.nan
+    embed, given = {"visual_projection": (task.embed_images, PICTURES)}.get(tower, (task.embed_texts, ["a cat"]))
+    with pytest.raises(NonFiniteError, match=rf"embeddings are not finite \(at {embed.__name__}\).*dtype"):
+        embed(given)
