@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,10 +15,9 @@ from transformers import ProcessorMixin
 
 from ..data.collator import ImageCollator, batches_in_order
 from ..data.given_images import given_images
-from ..encoders.chunks import check_chunk_size
 from ..encoders.class_embeds import evaluating
 from ..encoders.dual_encoder import base_model, image_embeds, text_tokenizer
-from ..errors import DataError, NonFiniteError
+from ..errors import ConfigError, DataError, NonFiniteError
 from .retrieval import embed_all
 
 if TYPE_CHECKING:
@@ -96,6 +95,7 @@ class InferenceModule(nn.Module):
 
         Raises:
             DataError: an image cannot be used; the message says which.
+            ConfigError: `batch_size` is below 1, or no integer.
             NonFiniteError: an embedding is NaN or infinite.
 
         Example:
@@ -124,6 +124,8 @@ class InferenceModule(nn.Module):
             >>> classifier.embed_images("a.jpg") @ classifier.embed_texts(["a photo of a cat", "a dog"]).T
             tensor([[0.31, 0.22]])
         """
+        if not isinstance(texts, Iterable):
+            raise DataError("no texts", where="texts", got=type(texts).__name__, allowed="a string, or several")
         given = [texts] if isinstance(texts, str) else [*texts]
         wrong = next((place for place, text in enumerate(given) if not isinstance(text, str)), None)
         if wrong is not None:
@@ -146,7 +148,8 @@ class InferenceModule(nn.Module):
         self, function: Callable[[dict[str, Tensor]], T], images: Any, batch_size: int, silent: bool
     ) -> list[T]:
         """What a function returns of each batch of images."""
-        check_chunk_size(batch_size, "batch_size")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError("no number of images", where="batch_size", got=str(batch_size), allowed="1 or more")
         rows = given_images(images)
         title = None if silent or len(rows) <= batch_size else "Looking at images"
         how = batch_size, 0, base_model(self.model).device, title
