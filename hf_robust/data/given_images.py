@@ -33,9 +33,14 @@ class GivenImage(UnopenedImage):
         """Returns the image as upright 8-bit RGB.
 
         Raises:
-            DataError: what `load_rgb` and `download` raise, or it is an array and no image.
+            DataError: what `load_rgb` and `download` raise, it is an array and no image, or bytes are none.
         """
         image = self.content
+        if isinstance(image, torch.Tensor) and image.numel() == 0:
+            raise DataError("image without pixels", where=self.where, got=tuple(image.shape))
+        if isinstance(image, Mapping) and not isinstance(image.get("bytes"), bytes | bytearray | None):
+            got = type(image["bytes"]).__name__
+            raise DataError("image is of an unknown type", where=self.where, got=got, allowed="bytes of a file")
         if isinstance(image, np.ndarray):
             image = _from_array(image, self.where)
         if isinstance(image, str) and image.startswith(WEB):

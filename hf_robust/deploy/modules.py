@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..encoders.class_embeds import evaluating
 from ..encoders.dual_encoder import base_model, family, image_embeds, text_embeds
 from ..encoders.pretrained import ADAPTERS
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..tasks.class_names import ZeroShotClassifier
 from ..tasks.task import Task
 from .positions import resized_positions
@@ -93,6 +93,7 @@ def image_classifier(classifier: Task) -> ImageClassifier:
 
     Raises:
         ConfigError: it is no such task, or its adapters cannot be merged.
+        NonFiniteError: a value of the model or the head is NaN or infinite.
 
     Example:
         >>> plain = image_classifier(classifier)
@@ -104,6 +105,9 @@ def image_classifier(classifier: Task) -> ImageClassifier:
     with evaluating(classifier):
         weight, bias = classifier.linear_head()
     encoder = ImageEncoder(merged_copy(classifier.model))
+    _check_finite("weight of the head", weight)
+    if bias is not None:
+        _check_finite("bias of the head", bias)
     head = _plain(weight), None if bias is None else _plain(bias), list(classifier.class_names)
     return ImageClassifier(encoder, *head).eval()
 
@@ -116,6 +120,7 @@ def towers(task: Task) -> tuple[ImageEncoder, TextEncoder]:
 
     Raises:
         ConfigError: its adapters cannot be merged.
+        NonFiniteError: a value is NaN or infinite.
 
     Example:
         >>> images, texts = towers(classifier)
@@ -135,22 +140,24 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
     Raises:
         ConfigError: the model is no supported dual encoder or is quantised, its adapters are switched off, or they are
             not those of a `PeftModel`.
-        NonFiniteError: a merged value is NaN or infinite.
+        NonFiniteError: a value is NaN or infinite, of the model or once merged.
 
     Example:
         >>> merged_copy(PeftModel.from_pretrained(clip, "my-adapter")).save_pretrained("for-everybody")
     """
     family(model)
     _check_mergeable(model)
-    copied: Any = copy.deepcopy(model)
+    copied: Any = copy.deepcopy(model).cpu().float()  # before merging, which in 16 bits rounds away what was learned
     if isinstance(copied, PeftModel):
-        copied = copied.merge_and_unload(safe_merge=True)
+        copied = copied.merge_and_unload()
+    for name, tensor in copied.state_dict().items():
+        _check_finite(name, tensor)
     kinds = {module.config._attn_implementation for module in copied.modules() if isinstance(module, PreTrainedModel)}
     if kinds - {"sdpa", "eager"}:  # kernels of GPUs, for 16 bits
         copied.set_attn_implementation("eager")
     if copied.config.model_type == "siglip2":
         copied.vision_model.embeddings.resize_positional_embeddings = resized_positions
-    return cast(PreTrainedModel, copied.cpu().float().eval().requires_grad_(False))
+    return cast(PreTrainedModel, copied.eval().requires_grad_(False))
 
 
 def _check_mergeable(model: nn.Module) -> None:
@@ -166,6 +173,12 @@ def _check_mergeable(model: nn.Module) -> None:
     if off:
         remedy = "Leave disable_adapter(); for the model before its training, export that one."
         raise ConfigError("adapters are switched off, and merging would apply them", where=off[0], remedy=remedy)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        remedy = "Look for weights that are NaN; an earlier checkpoint may be whole."
+        raise NonFiniteError("a value to export is NaN or infinite", where=name, remedy=remedy)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -52,8 +52,9 @@ def to_onnx(task: Task, path: str | Path, parts: Literal["classifier", "towers"]
         parts: `"classifier"` or `"towers"`.
 
     Raises:
-        ConfigError: onnx or onnxscript is not installed, `parts` is unknown, `path` is none of the kind, the task has
-            no class names, or its adapters cannot be merged.
+        ConfigError: onnx or onnxscript is not installed, `parts` is unknown, `path` is none of the kind or lies below
+            a file, the task has no class names, or its adapters cannot be merged.
+        NonFiniteError: a value of the model or its head is NaN or infinite.
 
     Example:
         >>> to_onnx(classifier, "birds.onnx")
@@ -68,26 +69,29 @@ def to_onnx(task: Task, path: str | Path, parts: Literal["classifier", "towers"]
     if parts == "classifier":
         if path.suffix != ".onnx" or path.is_dir():
             raise ConfigError("no name of an ONNX file", where="path", got=str(path), allowed="a file *.onnx")
+        _check_folder(path.parent)
+        module, inputs = image_classifier(task), _images(task)
+        about = {"class_names": module.class_names, **_about_answers(task), **_about_images(task)}
         with _written_whole(path.parent) as folder:
-            module = image_classifier(task)
-            about = {"class_names": module.class_names, **_about_answers(task), **_about_images(task)}
-            _export(module, _images(task), "logits", folder / path.name, about)
+            _export(module, inputs, "logits", folder / path.name, about)
     elif parts == "towers":
         if path.suffix == ".onnx" or path.is_file():
             raise ConfigError("no name of a folder", where="path", got=str(path), allowed="a folder for two files")
-        with _written_whole(path) as folder:
-            _export_towers(task, folder)
+        _check_folder(path)
+        _export_towers(task, path)
     else:
         raise ConfigError("unknown parts", where="parts", got=parts, allowed="'classifier', 'towers'")
 
 
-def _export_towers(task: Task, folder: Path) -> None:
+def _export_towers(task: Task, path: Path) -> None:
     images, texts = towers(task)
-    _export(images, _images(task), "image_embeds", folder / "image_encoder.onnx", _about_images(task))
+    pictures, about_images = _images(task), _about_images(task)
     about, prompts = _about_texts(task), tokenize(task.processor, ["a photo of a cat.", "a photo."], task.model)
     tokens = about["max_length"] if about["padding"] == "longest" else None
-    _export(texts, prompts, "text_embeds", folder / "text_encoder.onnx", about, tokens)
-    task.processor.save_pretrained(folder)
+    with _written_whole(path) as folder:
+        _export(images, pictures, "image_embeds", folder / "image_encoder.onnx", about_images)
+        _export(texts, prompts, "text_embeds", folder / "text_encoder.onnx", about, tokens)
+        task.processor.save_pretrained(folder)
 
 
 # --- what the files say about themselves ---
@@ -154,6 +158,12 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _check_folder(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ConfigError("no folder", where="path", got=str(there), allowed="a folder, or one to be made in another")
 
 
 @contextmanager

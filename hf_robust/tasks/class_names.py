@@ -18,12 +18,12 @@ from ..data.collator import ImageCollator
 from ..data.columns import Target
 from ..encoders.class_embeds import class_embeddings, evaluating
 from ..encoders.dual_encoder import at_least_float32, logit_bias, logit_scale
-from ..encoders.templates import TEMPLATES, check_class_names, check_templates
+from ..encoders.templates import TEMPLATES, check_templates
 from . import heads
 from .accuracy import AccuracyAndLoss
 from .gather import n_ranks
 from .measure import Measure
-from .prediction import NamedClassesTask
+from .prediction import NamedClassesTask, plain_names
 from .prompts import Prompts
 from .sampled_classes import SampledClasses, check_sampled_loss
 from .settings import task_settings
@@ -124,7 +124,7 @@ class ZeroShotClassifier(NamedClassesTask):
         super().__init__(model, processor)
         heads.check_head(head, text_chunk_size=text_chunk_size, classes_per_step=classes_per_step)
         self.head = head
-        self.class_names, self.templates = check_class_names(class_names), check_templates(templates)
+        self.class_names, self.templates = plain_names(class_names), check_templates(templates)
         self.class_space = ClassSpace(self.class_names, data_names)
         texts = self.class_names, self.templates
         self.prompts = Prompts(model, processor, *texts, text_chunk_size, classes_per_step)

@@ -74,7 +74,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         folder: of a saved task.
 
     Raises:
-        AdapterFileError: the file holds no settings.
+        AdapterFileError: the file holds no settings, or names of classes that are no list, or not one for each class.
         DataError: it is missing or no valid JSON.
         UnsafeFileError: it is no regular file.
 
@@ -86,7 +86,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         where, got = str(folder / CONFIG_FILE), type(saved).__name__
         raise AdapterFileError("file holds no settings of a task", where=where, got=got, allowed="a JSON object")
+    _check_names(saved, folder / CONFIG_FILE)
     return {"task": "class_names", **saved}  # the first versions knew no other task
+
+
+def _check_names(saved: Mapping[str, Any], path: Path) -> None:
+    names, data_names = saved.get("class_names", []), saved.get("data_names")
+    what, allowed = "settings of the task cannot be used", "a list with one name per class"
+    if not isinstance(names, list):
+        raise AdapterFileError(what, where=f"{path}, class_names", got=names, allowed=allowed)
+    if data_names is None:
+        return
+    is_list = isinstance(data_names, list) and all(isinstance(name, str) for name in data_names)
+    if not is_list or len(data_names) != len(names):
+        raise AdapterFileError(what, where=f"{path}, data_names", got=data_names, allowed=allowed)
 
 
 def load_own_tensors(task: Task, folder: Path) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,10 +15,9 @@ from transformers import ProcessorMixin
 
 from ..data.collator import ImageCollator, batches_in_order
 from ..data.given_images import given_images
-from ..encoders.chunks import check_chunk_size
 from ..encoders.class_embeds import evaluating
 from ..encoders.dual_encoder import base_model, image_embeds, text_tokenizer
-from ..errors import DataError
+from ..errors import ConfigError, DataError, NonFiniteError
 from .retrieval import embed_all
 
 if TYPE_CHECKING:
@@ -96,6 +95,8 @@ class InferenceModule(nn.Module):
 
         Raises:
             DataError: an image cannot be used; the message says which.
+            ConfigError: `batch_size` is below 1, or no integer.
+            NonFiniteError: an embedding is NaN or infinite.
 
         Example:
             >>> classifier.embed_images(["a.jpg", picture]).shape
@@ -117,11 +118,14 @@ class InferenceModule(nn.Module):
 
         Raises:
             DataError: a text is no string, or longer than the text tower; `ImageTextPairs(truncate=True)` cuts it.
+            NonFiniteError: an embedding is NaN or infinite.
 
         Example:
             >>> classifier.embed_images("a.jpg") @ classifier.embed_texts(["a photo of a cat", "a dog"]).T
             tensor([[0.31, 0.22]])
         """
+        if not isinstance(texts, Iterable):
+            raise DataError("no texts", where="texts", got=type(texts).__name__, allowed="a string, or several")
         given = [texts] if isinstance(texts, str) else [*texts]
         wrong = next((place for place, text in enumerate(given) if not isinstance(text, str)), None)
         if wrong is not None:
@@ -129,18 +133,23 @@ class InferenceModule(nn.Module):
         tokenizer = text_tokenizer(self.processor, self.model, self.truncates)
         tokenizer.check_lengths(given, "texts", range(len(given)))
         with self._in_use():
-            return embed_all(self.model, tokenizer, given or [""])[: len(given)].float().cpu()
+            embeds = embed_all(self.model, tokenizer, given or [""])[: len(given)].float().cpu()
+        check_finite(embeds, "embeddings", "embed_texts")
+        return embeds
 
     # --- their parts ---
 
     def _embeds(self, batch: dict[str, Tensor]) -> Tensor:
-        return image_embeds(self.model, **batch).float().cpu()  # (batch, dim)
+        embeds = image_embeds(self.model, **batch).float().cpu()  # (batch, dim)
+        check_finite(embeds, "embeddings", "embed_images")
+        return embeds
 
     def _of_batches(
         self, function: Callable[[dict[str, Tensor]], T], images: Any, batch_size: int, silent: bool
     ) -> list[T]:
         """What a function returns of each batch of images."""
-        check_chunk_size(batch_size, "batch_size")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError("no number of images", where="batch_size", got=str(batch_size), allowed="1 or more")
         rows = given_images(images)
         title = None if silent or len(rows) <= batch_size else "Looking at images"
         how = batch_size, 0, base_model(self.model).device, title
@@ -156,3 +165,19 @@ class InferenceModule(nn.Module):
                 yield
         else:
             yield
+
+
+def check_finite(found: Tensor, what: str, where: str) -> None:
+    """Refuses what a model has found with weights that are not finite, or too large for their precision.
+
+    Args:
+        found: logits or embeddings.
+        what: which.
+        where: the method that was called.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
+    if not found.isfinite().all():
+        remedy = "Look for weights that are NaN, or take dtype='float32'."
+        raise NonFiniteError(f"{what} are not finite", where=where, remedy=remedy)

@@ -60,9 +60,13 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last from a PyTorch without CUDA
         raise ConfigError("no device", where="device", got=str(device), remedy=in_short(error)) from error
+    if where.type == "meta":
+        raise ConfigError("a device that holds no values", where="device", got=str(device))
+    return where
 
 
 def _settings(cls: type[Task], model: SavedModel, words: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..encoders.templates import check_class_names
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, DataError
+from .inference import check_finite
 from .task import Task
 
 if TYPE_CHECKING:
@@ -117,13 +118,11 @@ class NamedClassesTask(Task):
         """
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ConfigError("no number of answers", where="top_k", got=top_k, allowed="1 or more, or None")
-        names = self.class_names if class_names is None else check_class_names(class_names)
+        names = self.class_names if class_names is None else plain_names(class_names)
 
         def answer(batch: dict[str, Tensor]) -> list[Any]:
             logits = self(**batch).logits[:, : len(names)].float().cpu()  # (batch, classes); others come after them
-            if not logits.isfinite().all():
-                remedy = "Look for weights that are NaN, or take dtype='float32'."
-                raise NonFiniteError("logits are not finite", where="predict", remedy=remedy)
+            check_finite(logits, "logits", "predict")
             return self._answers(logits, names, top_k)
 
         with nullcontext() if class_names is None else self.classes(names):
@@ -133,6 +132,26 @@ class NamedClassesTask(Task):
     def _answers(self, logits: Tensor, names: Sequence[str], top_k: int | None) -> list[Any]:
         ranked = best_first(logits, logits.softmax(dim=1), names, top_k or 1)
         return [answers[0] for answers in ranked] if top_k is None else ranked
+
+
+def plain_names(class_names: Sequence[str]) -> list[str]:
+    """Returns class names as a list of plain strings, which those of an array of NumPy's are not, after checking them.
+
+    Args:
+        class_names: one per class.
+
+    Raises:
+        DataError: what `check_class_names` raises, or it is no sequence.
+
+    Example:
+        >>> plain_names(np.array(["cat", "dog"]))
+        ['cat', 'dog']
+    """
+    try:
+        return [str(name) for name in check_class_names(class_names)]
+    except TypeError as error:  # it has no length
+        got, allowed = type(class_names).__name__, "a list with one name per class"
+        raise DataError("no list of class names", got=got, allowed=allowed) from error
 
 
 def best_first(logits: Tensor, scores: Tensor, names: Sequence[str], most: int) -> list[list[Answer]]:

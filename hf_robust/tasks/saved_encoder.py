@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoProcessor, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,7 +23,7 @@ from ..data.text_files import read_json
 from ..encoders.dual_encoder import family
 from ..errors import AdapterFileError, ConfigError, HfRobustError, UnsafeFileError
 from .files import ADAPTERS, IN_THE_FOLDER, require_all
-from .task import PROCESSOR_FOLDER, WEIGHTS_FILE
+from .task import CONFIG_FILE, PROCESSOR_FOLDER, WEIGHTS_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -60,7 +62,7 @@ class SavedModel:
         elif (self.folder / MODEL_CONFIG).exists() or not found:
             return {}
         active = settings.get(ADAPTERS, [IN_THE_FOLDER] if IN_THE_FOLDER in found else list(found))
-        if not isinstance(active, list) or not active or any(name not in found for name in active):
+        if not isinstance(active, list) or not active or any(name not in [*found] for name in active):
             what, allowed = "an adapter that was active is not there", ", ".join(found)
             raise AdapterFileError(what, where=self.name, got=active, allowed=allowed)
         if len(active) > 1 and ADAPTERS not in settings:
@@ -77,7 +79,7 @@ def find_model(name: str | Path, revision: str | None) -> SavedModel:
         revision: branch, tag or commit of the Hub.
 
     Raises:
-        ConfigError: there is none of this name, or a folder was given a revision.
+        ConfigError: there is none of this name, it is no name, or a folder was given a revision.
         UnsafeFileError: the folder holds a pipe or a device.
         AdapterFileError: its weights are said to be in files elsewhere, or in pickles.
 
@@ -85,8 +87,10 @@ def find_model(name: str | Path, revision: str | None) -> SavedModel:
         >>> find_model("my-adapter", None).folder
         PosixPath('my-adapter')
     """
+    if not isinstance(name, str | Path):
+        raise ConfigError("no name of a model", got=name, allowed="a folder, or an id on the Hub")
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False of a name that is too long, too
         if revision is not None:
             raise ConfigError("a folder has no revisions", where="revision", got=revision)
         found = SavedModel(str(name), None, folder)
@@ -114,7 +118,7 @@ def load_encoder(
 
     Raises:
         AdapterFileError: the folder holds no model, an adapter does not name its base or does not fit it, or weights
-            are missing.
+            or the processor are missing.
         ConfigError: the base is not there or no dual encoder, or a base is given for a whole model.
     """
     if not adapters:
@@ -122,9 +126,7 @@ def load_encoder(
         return _whole_model(model, dtype), _processor(model.folder)
     of_base = _base(model, next(iter(adapters.values())), base)
     encoder = _with_adapters(_whole_model(of_base, dtype), adapters)
-    own = model.folder / PROCESSOR_FOLDER
-    beside = (model.folder / "tokenizer_config.json").exists()  # as early versions wrote it
-    return encoder, _processor(own if own.is_dir() else model.folder if beside else of_base.folder)
+    return encoder, _processor(_processor_folder(model, of_base))
 
 
 def check_dtype(dtype: str | torch.dtype) -> None:
@@ -136,7 +138,8 @@ def check_dtype(dtype: str | torch.dtype) -> None:
     Raises:
         ConfigError: it is none.
     """
-    if str(dtype).removeprefix("torch.") not in DTYPES:
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name not in DTYPES:
         raise ConfigError("no precision of weights", where="dtype", got=str(dtype), allowed=", ".join(DTYPES))
 
 
@@ -156,7 +159,16 @@ def _explained(what: str, where: str) -> Iterator[None]:
         yield
     except HfRobustError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, UserWarning) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        UserWarning,
+        SafetensorError,
+    ) as error:
         raise AdapterFileError(f"{what} ({type(error).__name__}: {in_short(error)})", where=where) from error
 
 
@@ -174,10 +186,10 @@ def _base(model: SavedModel, adapter: Path, given: str | Path | None) -> SavedMo
     with _explained("the adapter's settings cannot be read", str(adapter)):
         config = PeftConfig.from_pretrained(str(adapter))
     name = config.base_model_name_or_path if given is None else str(given)
-    if not name:
+    if not name or not isinstance(name, str):
         what, remedy = "the adapter does not name its base", "Give it: base='openai/clip-vit-base-patch32', say."
-        raise AdapterFileError(what, where=model.name, remedy=remedy)
-    of_hub = given is None and not Path(name).is_dir()
+        raise AdapterFileError(what, where=model.name, got=name, remedy=remedy)
+    of_hub = given is None and not os.path.isdir(name)
     try:
         return find_model(name, config.revision if of_hub else None)
     except ConfigError as error:
@@ -214,6 +226,18 @@ def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> PeftModel:
     return model.requires_grad_(False)
 
 
+def _processor_folder(model: SavedModel, base: SavedModel) -> Path:
+    own = model.folder / PROCESSOR_FOLDER
+    if own.is_dir():
+        return own
+    if not own.exists() and (model.folder / "tokenizer_config.json").exists():  # as early versions wrote it
+        return model.folder
+    if own.exists() or (model.folder / CONFIG_FILE).exists():  # the base's may make images of another size
+        what, allowed = "the adapter's processor is not there", f"a folder {PROCESSOR_FOLDER}"
+        raise AdapterFileError(what, where=model.name, allowed=allowed, remedy="Get the whole folder.")
+    return base.folder
+
+
 def _processor(folder: Path) -> ProcessorMixin:
     with _explained("no processor can be loaded", str(folder)):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -233,7 +257,15 @@ def _check_folder(folder: Path) -> None:
 def _check_index(folder: Path) -> None:
     """Of a file with another ending transformers would unpickle what is in it."""
     index = folder / INDEX
-    weight_map = read_json(index).get("weight_map") if index.exists() else {}
+    if not index.exists():
+        return
+    content = read_json(index)
+    if not isinstance(content, dict):
+        got = type(content).__name__
+        raise AdapterFileError(
+            "file does not say where weights are", where=str(index), got=got, allowed="a JSON object"
+        )
+    weight_map = content.get("weight_map")
     for file in weight_map.values() if isinstance(weight_map, dict) else [weight_map]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UnsafeFileError("weights are in a file that is not read", where=str(index), got=file)

@@ -100,8 +100,8 @@ class SeveralLabels(ZeroShotClassifier):
             raise ConfigError("unknown loss", where="loss", got=loss, allowed=", ".join(map(repr, LOSSES)))
         if not math.isfinite(threshold):
             raise ConfigError("threshold is no logit", where="threshold", got=threshold, allowed="finite numbers")
-        check_positive_weights(positive_weights, len(class_names))
         super().__init__(model, processor, class_names, templates, head, data_names)
+        check_positive_weights(positive_weights, len(self.class_names))
         self.loss, self.positive_weights, self.threshold = loss, positive_weights, threshold
         scale, bias = logit_scale(model).detach().log(), logit_bias(model)  # 0-dim
         self.label_scale = nn.Parameter(scale)  # a logarithm, as the model's

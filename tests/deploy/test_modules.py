@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from hf_robust.deploy.modules import image_classifier, merged_copy, towers
 from hf_robust.deploy.positions import resized_positions
 from hf_robust.encoders.dual_encoder import image_embeds
 from hf_robust.encoders.pretrained import ADAPTERS
-from hf_robust.errors import ConfigError
+from hf_robust.errors import ConfigError, NonFiniteError
 
 from ..methods import METHODS, same_bits
 from ..tiny_models import tiny_batch, tiny_model, tiny_processor
@@ -76,6 +77,15 @@ def test_both_towers_are_of_one_copy_in_float32() -> None:
     torch.testing.assert_close(images(**tiny_batch("clip", 2)), expected, rtol=0, atol=0.02)
 
 
+@all_models
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_16_bits_nothing_is_rounded_away(build: Callable[[], PeftModel], dtype: torch.dtype) -> None:
+    """Adapters in float32 learn what a weight of 16 bits cannot hold."""
+    model = build().to(dtype)
+    expected = embeds(copy.deepcopy(model).float())
+    torch.testing.assert_close(embeds(merged_copy(model)), expected, rtol=0, atol=2e-6)
+
+
 @torch.no_grad()
 def test_attention_of_gpus_becomes_one_of_cpus() -> None:
     model = tiny_model("clip")
@@ -100,6 +110,28 @@ def test_what_cannot_be_merged_is_refused() -> None:
         merged_copy(get_peft_model(quantised, LoraConfig(target_modules=["fc1"])))
     with pytest.raises(ConfigError, match="not a supported dual encoder"):
         merged_copy(nn.Linear(2, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["lora_B", "vision_model.encoder.layers.0.mlp.fc1.weight", "visual_projection"])
+def test_values_that_are_not_finite_are_refused(part: str) -> None:
+    """Of an adapter, of the base, of a module that was trained whole."""
+    model = lora()
+    named = [one for name, one in model.named_parameters() if part in name and "original_module" not in name]
+    named[0].view(-1)[0] = torch.nan
+    classifier = ZeroShotClassifier(model, tiny_processor("clip"), NAMES)
+    for build in (image_classifier, towers):
+        with pytest.raises(NonFiniteError, match=r"to export is NaN or infinite \(at .*(proj|fc1)"):
+            build(classifier)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_head_that_is_not_finite_is_refused(part: str) -> None:
+    classifier = ZeroShotClassifier(tiny_model("clip"), tiny_processor("clip"), NAMES, head="trainable")
+    getattr(classifier.class_head, part)[0] = torch.inf
+    with pytest.raises(NonFiniteError, match=f"at {part} of the head"):
+        image_classifier(classifier)
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (4, 4), (16, 16)])

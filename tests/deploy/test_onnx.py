@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -133,7 +134,7 @@ def test_the_file_says_how_it_is_used_and_answers_among_other_names(tmp_path: Pa
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(match: str, task: Task, name: str = "model.onnx", parts: str = "classifier") -> None:
+    def refused(match: str, task: Any, name: str = "model.onnx", parts: str = "classifier") -> None:
         with pytest.raises(ConfigError, match=match):
             to_onnx(task, tmp_path / name, parts)  # type: ignore[arg-type]
         assert not list(tmp_path.iterdir())
@@ -141,11 +142,21 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     task = siglip_several_labels()
     refused("no head to export.*got 'Identities'.*parts='towers'", siglip2_identities())
     refused("no head to export.*got 'SiglipModel'", task.model)
+    refused("no head to export", siglip2_identities(), "new/deep/model.onnx")
+    refused("not a supported dual encoder", SimpleNamespace(model=torch.nn.Linear(2, 2)), "new/deep", "towers")
     refused("no name of an ONNX file.*'.*model'; allowed a file", task, "model")
     refused("no name of a folder", task, parts="towers")
     refused("unknown parts.*got 'both'; allowed 'classifier', 'towers'", task, parts="both")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused(r"'onnxscript' is not installed. pip install 'hf_robust\[onnx\]'", task)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("a/model.onnx", "classifier"), ("a/b", "towers"), ("a/b/c", "towers")])
+def test_nothing_is_written_below_a_file(tmp_path: Path, name: str, parts: Any) -> None:
+    (tmp_path / "a").write_text("file")
+    with pytest.raises(ConfigError, match=r"no folder \(at path\): got '.*/a'"):
+        to_onnx(siglip_several_labels(), tmp_path / name, parts)
+    assert (tmp_path / "a").read_text() == "file"
 
 
 def test_a_failing_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

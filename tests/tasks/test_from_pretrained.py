@@ -285,6 +285,14 @@ def rewritten(**settings):
     return change
 
 
+def rewritten_adapter(**settings):
+    def change(folder):
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**saved, **settings}))
+
+    return change
+
+
 def with_head(change):
     def spoil(folder):
         tensors = load_file(folder / "classifier.safetensors")
@@ -312,6 +320,18 @@ BAD = {
     "unknown task": (rewritten(task="clasnames"), AdapterFileError, "unknown task.*'class_names'"),
     "no name of a task": (rewritten(task=3), AdapterFileError, "unknown task"),
     "no class names": (rewritten(class_names=None), AdapterFileError, "settings of the task cannot be used"),
+    "class names in an object": (
+        rewritten(class_names={"a": 1}),
+        AdapterFileError,
+        "class_names.*a list with one name",
+    ),
+    "a number as data names": (rewritten(data_names=5), AdapterFileError, "data_names.*got 5; allowed a list"),
+    "numbers as data names": (rewritten(data_names=[1, 2, 3]), AdapterFileError, "data_names.*one name per class"),
+    "too few data names": (rewritten(data_names=["n1"]), AdapterFileError, "data_names.*one name per class"),
+    "a list as adapter": (rewritten(adapters=[["a"]]), AdapterFileError, "active is not there"),
+    "a number as base": (rewritten_adapter(base_model_name_or_path=5), AdapterFileError, "name its base.*got 5"),
+    "a list as base": (rewritten_adapter(base_model_name_or_path=["a"]), AdapterFileError, "name its base.*got"),
+    "a base with a long name": (rewritten_adapter(base_model_name_or_path=5000 * "a"), ConfigError, "adapter's base"),
     "templates of numbers": (rewritten(templates=[3]), ConfigError, "template"),
     "no head": (without("classifier.safetensors"), AdapterFileError, "head that was trained is not there"),
     "a pickle as head": (
@@ -328,6 +348,12 @@ BAD = {
     "NaN in the head": (with_head(lambda t: {n: x * torch.nan for n, x in t.items()}), NonFiniteError, "class_head"),
     "no tensors of the adapter": (without("adapter_model.safetensors"), AdapterFileError, "tensors are not there"),
     "no config of the adapter": (without("adapter_config.json"), AdapterFileError, "there is no model.*save_model"),
+    "no processor": (lambda f: shutil.rmtree(f / "processor"), AdapterFileError, "processor is not there.*a folder"),
+    "a file as processor": (
+        lambda f: (shutil.rmtree(f / "processor"), (f / "processor").write_text("x")),
+        AdapterFileError,
+        "processor is not there.*a folder processor",
+    ),
     "a pipe": (as_pipe("adapter_model.safetensors"), UnsafeFileError, "not a regular file"),
     "a pipe among the processor's": (as_pipe("processor/vocab.json"), UnsafeFileError, "not a regular file"),
 }
@@ -376,11 +402,37 @@ def test_whole_models_without_all_tensors_or_with_pickles_are_refused(full, tmp_
             loaded(folder)
 
 
+@pytest.mark.parametrize("content", ["[]", "5", "null"])
+def test_an_index_that_is_none(full, tmp_path, content):
+    folder = Path(shutil.copytree(full.folder, tmp_path / "whole"))
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(AdapterFileError, match="does not say where weights are.*allowed a JSON object"):
+        loaded(folder)
+
+
+def test_weights_that_are_none(full, tmp_path):
+    folder = Path(shutil.copytree(full.folder, tmp_path / "whole"))
+    (folder / "model.safetensors").write_bytes(bytes(20))
+    with pytest.raises(AdapterFileError, match="no whole model can be loaded.*SafetensorError"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("name", [None, 5, ["a"], 5000 * "a", "a\0b"])
+def test_names_that_are_none(name):
+    with pytest.raises(ConfigError, match="no name of a model.*a folder, or an id|no such folder"):
+        loaded(name)
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ({"dtype": "float33"}, "no precision.*float33"),
+        ({"dtype": "torch.float32"}, "no precision.*torch.float32'; allowed float32,"),
+        ({"dtype": ["float32"]}, "no precision"),
         ({"device": "abacus"}, "no device.*abacus"),
+        ({"device": f"cuda:{torch.cuda.device_count()}"}, "no device.*cuda"),
+        ({"device": [1]}, "no device"),
+        ({"device": "meta"}, "holds no values.*'meta'"),
         ({"revision": "v1"}, "folder has no revisions"),
         ({"base": "x"}, "whole model has no base"),
     ],

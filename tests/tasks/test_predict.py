@@ -85,6 +85,12 @@ def test_some_of_its_names_are_answered_by_the_trained_head_and_no_others(classi
     assert [answers[0]["score"] for answers in found] == expected.max(dim=1).values.tolist()
 
 
+def test_labels_are_plain_strings(classifier):
+    given = ZeroShotClassifier(classifier.model, classifier.processor, np.array(NAMES)).eval()
+    found = [given.predict(PICTURES), classifier.predict(PICTURES, class_names=np.array(["lynx", "otter"]))]
+    assert {type(one["label"]) for answers in found for one in answers} == {str}
+
+
 def test_the_same_as_the_trainers_evaluation_of_names_in_another_order(tmp_path):
     trainer = build(tmp_path, num_train_epochs=6)
     trainer.train()
@@ -201,6 +207,11 @@ BAD = {
     "floats": (lambda tmp, web: np.zeros((4, 4, 3)), r"array is no image \(at image 1\).*\(4, 4, 3\) float64.*uint8"),
     "channels first": (lambda tmp, web: np.zeros((3, 4, 4), np.uint8), "array is no image.*image 1"),
     "no pixels": (lambda tmp, web: np.zeros((0, 4, 3), np.uint8), "without pixels.*image 1"),
+    "a tensor without pixels": (
+        lambda tmp, web: torch.zeros(3, 0, 40),
+        r"without pixels \(at image 1\).*\(3, 0, 40\)",
+    ),
+    "bytes that are none": (lambda tmp, web: {"bytes": 5}, r"unknown type \(at image 1\): got 'int'; allowed bytes"),
     "elongated": (lambda tmp, web: Image.new("RGB", (1, 99)), "too elongated.*image 1"),
     "nothing": (lambda tmp, web: None, "unknown type.*image 1"),
     "not there": (lambda tmp, web: f"{web}/none", "cannot be downloaded.*404.*at image 1, http"),
@@ -245,9 +256,11 @@ def test_what_holds_no_images(classifier, images):
     [
         ({"top_k": 0}, ConfigError, "top_k"),
         ({"top_k": True}, ConfigError, "top_k"),
-        ({"batch_size": 0}, ConfigError, "batch_size"),
+        ({"batch_size": 0}, ConfigError, "batch_size.*allowed 1 or more$"),
+        ({"batch_size": None}, ConfigError, "batch_size.*got 'None'; allowed 1 or more$"),
         ({"class_names": "cat"}, DataError, "no list of class names"),
         ({"class_names": []}, DataError, "no list of class names"),
+        ({"class_names": (name for name in NAMES)}, DataError, "no list of class names.*got 'generator'"),
         ({"class_names": ["cat", "Cat"]}, DataError, "twice"),
     ],
 )
@@ -255,6 +268,12 @@ def test_settings_that_are_none(classifier, how, error, message):
     with pytest.raises(error, match=message):
         classifier.predict(PICTURES, **how)
     assert classifier.class_names == NAMES
+
+
+@pytest.mark.parametrize("task", [ZeroShotClassifier, SeveralLabels])
+def test_class_names_that_are_no_list(classifier, task):
+    with pytest.raises(DataError, match="no list of class names.*got 'generator'"):
+        task(classifier.model, classifier.processor, (name for name in NAMES))
 
 
 # --- embeddings ---
@@ -274,6 +293,8 @@ def test_embeddings_are_those_of_the_towers():
 
 
 def test_texts_that_are_none_or_too_long(classifier):
+    with pytest.raises(DataError, match=r"no texts \(at texts\): got 'int'; allowed a string"):
+        classifier.embed_texts(5)
     with pytest.raises(DataError, match=r"no text \(at texts, 1\)"):
         classifier.embed_texts(["a", 3])
     with pytest.raises(DataError, match="1 of 2 texts are longer.*row 1"):
@@ -320,3 +341,12 @@ def test_weights_that_are_not_finite():
     task.class_head.bias.data.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="logits are not finite.*dtype"):
         task.predict(PICTURES)
+
+
+@pytest.mark.parametrize("tower", ["visual_projection", "text_projection"])
+def test_embeddings_that_are_not_finite(tower):
+    task = ImageTextPairs(tiny_model("clip"), tiny_processor("clip")).eval()
+    getattr(task.model, tower).weight.data[0, 0] = torch.nan
+    embed, given = {"visual_projection": (task.embed_images, PICTURES)}.get(tower, (task.embed_texts, ["a cat"]))
+    with pytest.raises(NonFiniteError, match=rf"embeddings are not finite \(at {embed.__name__}\).*dtype"):
+        embed(given)
