@@ -114,5 +114,6 @@ def _mark(rows: LabelledImages) -> tuple[Any, ...]:
     if isinstance(rows.rows, datasets.Dataset):
         return *digests, rows.rows._fingerprint
     if type(rows.rows) is ConcatDataset:  # made anew wherever a set is given
-        return *digests, *map(_mark, rows.rows.datasets)
+        parts: Any = rows.rows.datasets
+        return *digests, *map(_mark, parts)
     return *digests, id(rows.rows)
