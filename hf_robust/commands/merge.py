@@ -50,6 +50,7 @@ from .soup import make_soup
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 HALF = [0.5]
+OF_GREEDY = ("validation_data", "class_names_file", "templates", "image_column", "label_column", "batch_size")
 
 
 @dataclass
@@ -77,16 +78,18 @@ class MergeArguments:
     def __post_init__(self) -> None:
         if self.soup is None:
             check_given(self, "zero_shot", "fine_tuned", "output")
-            self._refuse("soup_greedy", "validation_data", remedy="Give the models to average with --soup.")
+            self._refuse("soup_greedy", *OF_GREEDY, remedy="Give the models to average with --soup.")
             return
         check_given(self, "soup", "output", *(["validation_data"] if self.soup_greedy else []))
         self._refuse("fine_tuned", "fisher", remedy="Merge the soup afterwards.")
+        if not self.soup_greedy:
+            self._refuse(*OF_GREEDY, remedy="Only --soup_greedy looks at images.")
         if self.alpha != HALF:
             raise ConfigError("not a setting of a soup", where="alpha", got=self.alpha)
 
     def _refuse(self, *names: str, remedy: str) -> None:
         for name in names:
-            if getattr(self, name):
+            if getattr(self, name) != getattr(MergeArguments, name):
                 raise ConfigError("does not go together with the others", where=name, remedy=remedy)
 
 
