@@ -25,6 +25,11 @@ def test_as_a_module(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
     assert "refused" in capsys.readouterr().out
 
 
+def test_importing_the_module_runs_nothing(capsys: pytest.CaptureFixture) -> None:
+    import_module("hf_robust.__main__")  # as pkgutil.walk_packages finds it
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("flags", [[], ["--help"], ["-h"]], ids=str)
 def test_the_help_shows_every_command(flags: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -6,6 +6,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+from torch.utils.data import ConcatDataset
 
 from ..data.readable import bad_rows
 from ..data.rows import LabelledImages
@@ -23,7 +27,7 @@ class FoundSet:
         role: as in `EvaluationSet`.
         images: number of images.
         bad: what is wrong with images that were left out.
-        mark: stands for its rows and labels.
+        rows: the set, so that its datasets live and it is known again.
         metrics: by column.
         steps: by column, which step of the training the model was at.
     """
@@ -31,7 +35,7 @@ class FoundSet:
     role: Role
     images: int
     bad: list[str]
-    mark: tuple[int, str]
+    rows: LabelledImages
     metrics: dict[Column, Mapping[str, float]] = field(default_factory=dict)
     steps: dict[Column, int] = field(default_factory=dict)
 
@@ -57,7 +61,8 @@ class Found:
         """Keeps the metrics of a set, in the place of what was found of the same model on it before.
 
         Args:
-            name: the set's. If it is that of a set with other rows, what was found on that one is forgotten.
+            name: the set's. If it is that of a set with other rows, what was found on that one is forgotten. Rows are
+                others if their numbers, their labels or their dataset are: by its fingerprint, else as an object.
             rows: the set.
             role: as in `EvaluationSet`.
             column: which model was evaluated.
@@ -67,10 +72,8 @@ class Found:
         """
         if name in HIDDEN or not 0 <= metrics.get(self.names[0], -1) <= 1:
             return
-        labels = rows.shown_labels
-        mark = len(rows), "" if labels is None else hashlib.sha256(labels.tobytes()).hexdigest()
-        if name not in self.sets or self.sets[name].mark != mark:
-            self.sets[name] = FoundSet(role, len(rows), bad_rows(rows), mark)
+        if name not in self.sets or _mark(self.sets[name].rows) != _mark(rows):
+            self.sets[name] = FoundSet(role, len(rows), bad_rows(rows), rows)
         self.sets[name].metrics[column] = {n: metrics[n] for n in self.names if n in metrics}
         self.sets[name].steps[column] = step
 
@@ -102,3 +105,15 @@ class Found:
         results = CardResults(found, chosen_alpha, metric=self.names[0])
         is_known = any(results.saved in one.accuracies for one in found)
         return results if is_known or chosen_alpha is not None else None
+
+
+def _mark(rows: LabelledImages) -> tuple[Any, ...]:
+    """Stands for the rows of a set, whose images are not read."""
+    labels = b"" if rows.shown_labels is None else rows.shown_labels.tobytes()
+    digests = [hashlib.sha256(content).hexdigest() for content in (rows.numbers.tobytes(), labels)]
+    if isinstance(rows.rows, datasets.Dataset):
+        return *digests, rows.rows._fingerprint
+    if type(rows.rows) is ConcatDataset:  # made anew wherever a set is given
+        parts: Any = rows.rows.datasets
+        return *digests, *map(_mark, parts)
+    return *digests, id(rows.rows)

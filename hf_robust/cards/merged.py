@@ -10,8 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..data.text_files import read_json
+from ..errors import AdapterFileError, DataError, close_matches
 from ..tasks.choose import TASKS
 from ..tasks.class_names import ZeroShotClassifier
+from ..tasks.files import read_settings
 from ..tasks.task import CONFIG_FILE, PROCESSOR_FOLDER, Task
 from .card import IMAGE_SETTINGS, METHODS, MODEL_SOUP, MOST_CLASSES, OURS, PACKAGES, REPOSITORY, TEMPLATE, listed, tags
 from .markdown import code, hub_id
@@ -45,7 +47,8 @@ def merged_card(
         fisher: whether the mean was weighted by Fisher information.
 
     Raises:
-        DataError: a file of the folder is missing or no valid JSON.
+        AdapterFileError: the task is unknown, or its file holds no settings.
+        DataError: a file of the folder is missing, no valid JSON, or no JSON object.
 
     Example:
         >>> interpolate_checkpoints("zero_shot", "runs/full", "merged", alpha=0.5)
@@ -53,9 +56,9 @@ def merged_card(
     """
     folder = Path(folder)
     is_adapter = (folder / ADAPTER).exists()
-    config = read_json(folder / (ADAPTER if is_adapter else MODEL))
-    saved = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None
-    kind: type[Task] = TASKS[saved.get("task", ZeroShotClassifier.name)] if saved else ZeroShotClassifier
+    config = _read_object(folder / (ADAPTER if is_adapter else MODEL))
+    saved = read_settings(folder) if (folder / CONFIG_FILE).exists() else None
+    kind = known_task(folder) or ZeroShotClassifier
     base = hub_id(base_model_id or "")
     adapters = [config["peft_type"]] if is_adapter else []
     methods = [METHODS.get(name, name) for name in ([method] if method else adapters)]
@@ -96,10 +99,36 @@ def merged_card(
     )
 
 
+def known_task(folder: Path) -> type[Task] | None:
+    """Returns the task that a folder was saved as; None where it does not say.
+
+    Args:
+        folder: of a model or adapter.
+
+    Raises:
+        AdapterFileError: the task is unknown, or its file holds no settings.
+        DataError: the file is no valid JSON.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        return None
+    name = read_settings(folder)["task"]
+    if not isinstance(name, str) or name not in TASKS:
+        where, remedy = str(folder / CONFIG_FILE), close_matches(str(name), list(TASKS))
+        raise AdapterFileError("unknown task", where=where, got=name, remedy=remedy)
+    return TASKS[name]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError("file is malformed", where=str(path), got=type(content).__name__, allowed="a JSON object")
+    return content
+
+
 def _preprocessing(folder: Path) -> dict[str, str]:
     found: dict[str, Any] = {}
     for name in PROCESSORS:
         if (folder / name).exists():
-            content = read_json(folder / name)
+            content = _read_object(folder / name)
             found |= content.get("image_processor", content)
     return {name: code(str(found[name])) for name in IMAGE_SETTINGS if found.get(name) is not None}

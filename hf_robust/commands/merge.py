@@ -34,7 +34,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from ..cards.merged import merged_card
+from ..cards.merged import known_task, merged_card
 from ..cards.push import write_card
 from ..errors import ConfigError
 from ..interpolation.adapters import wise_ft
@@ -50,6 +50,7 @@ from .soup import make_soup
 
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 HALF = [0.5]
+OF_GREEDY = ("validation_data", "class_names_file", "templates", "image_column", "label_column", "batch_size")
 
 
 @dataclass
@@ -77,16 +78,18 @@ class MergeArguments:
     def __post_init__(self) -> None:
         if self.soup is None:
             check_given(self, "zero_shot", "fine_tuned", "output")
-            self._refuse("soup_greedy", "validation_data", remedy="Give the models to average with --soup.")
+            self._refuse("soup_greedy", *OF_GREEDY, remedy="Give the models to average with --soup.")
             return
         check_given(self, "soup", "output", *(["validation_data"] if self.soup_greedy else []))
         self._refuse("fine_tuned", "fisher", remedy="Merge the soup afterwards.")
+        if not self.soup_greedy:
+            self._refuse(*OF_GREEDY, remedy="Only --soup_greedy looks at images.")
         if self.alpha != HALF:
             raise ConfigError("not a setting of a soup", where="alpha", got=self.alpha)
 
     def _refuse(self, *names: str, remedy: str) -> None:
         for name in names:
-            if getattr(self, name):
+            if getattr(self, name) != getattr(MergeArguments, name):
                 raise ConfigError("does not go together with the others", where=name, remedy=remedy)
 
 
@@ -132,6 +135,20 @@ def output_folders(output: Path, alphas: list[float]) -> dict[float, Path]:
     return folders
 
 
+def check_parents(output: Path) -> None:
+    """Refuses an output folder that would lie in a file.
+
+    Args:
+        output: the folder.
+
+    Raises:
+        ConfigError: it would.
+    """
+    for parent in output.parents:
+        if parent.is_file():
+            raise ConfigError("a folder cannot lie in a file", where="output", got=str(output))
+
+
 def precision(*sides: dict[str, StoredTensor]) -> torch.dtype:
     """Returns the dtype that holds all values.
 
@@ -164,25 +181,33 @@ def merge_whole(zero_shot: Path, fine_tuned: Path, args: MergeArguments, folders
         args: how to merge.
         folders: where the models go, by α.
     """
+    precisions = [precision(read_checkpoint(one).tensors) for one in (zero_shot, fine_tuned)]
+    about: Any = {"base_model_id": args.zero_shot, "fisher": bool(args.fisher)}
+    cards = {alpha: merged_card(fine_tuned, alpha=alpha, **about) for alpha in folders}  # of what will be copied
     for alpha, folder in folders.items():
         how: Any = {"overwrite": args.overwrite, "fishers": args.fisher, "cast_up": True}
         interpolate_checkpoints(zero_shot, fine_tuned, folder, alpha, **how)
-    say_precision(*(precision(read_checkpoint(one).tensors) for one in (zero_shot, fine_tuned)))
+        write_card(folder, cards[alpha])
+    say_precision(*precisions)
 
 
-def merge_adapter(zero_shot: Path, adapter: Path, folders: dict[float, Path], overwrite: bool) -> None:
+def merge_adapter(zero_shot: Path, adapter: Path, args: MergeArguments, folders: dict[float, Path]) -> None:
     """Scales what the adapter changes, merges it, and saves the model with its processor.
 
     Args:
         zero_shot: folder of the base.
         adapter: of the adapter.
+        args: how to merge.
         folders: where the models go, by α.
-        overwrite: whether they may hold something.
     """
+    about: Any = {
+        "base_model_id": args.zero_shot,
+        "method": load_adapter_config(str(adapter)).peft_type.value,
+    }
     if (adapter / WEIGHTS_FILE).exists():
         check_same_head(zero_shot, adapter, cast_up=True)
     for folder in folders.values():
-        check_output(folder, [zero_shot, adapter], overwrite)
+        check_output(folder, [zero_shot, adapter], args.overwrite)
     tuned = precision(read_header(adapter / SAFETENSORS_WEIGHTS_NAME)[1])
     base = AutoModel.from_pretrained(zero_shot, dtype="auto", use_safetensors=True)
     say_precision(base.dtype, tuned)
@@ -191,11 +216,12 @@ def merge_adapter(zero_shot: Path, adapter: Path, folders: dict[float, Path], ov
     for alpha, folder in folders.items():
         wise_ft(model, alpha)
         merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-        with publish_folder(folder, overwrite, needed=merged.get_memory_footprint()) as temporary:
+        with publish_folder(folder, args.overwrite, needed=merged.get_memory_footprint()) as temporary:
             merged.save_pretrained(temporary)
             copy_companions([adapter / PROCESSOR_FOLDER, adapter, zero_shot], temporary)
             if (adapter / WEIGHTS_FILE).exists():
                 merge_head(zero_shot / WEIGHTS_FILE, adapter / WEIGHTS_FILE, alpha, temporary / WEIGHTS_FILE)
+            write_card(temporary, merged_card(temporary, alpha=alpha, **about))
 
 
 def merge_head(zero_shot: Path, fine_tuned: Path, alpha: float, output: Path) -> None:
@@ -238,27 +264,28 @@ def main(args: MergeArguments) -> None:
 
     Raises:
         ConfigError, MergeError: the models do not fit each other, or the output is in use; nothing has been written.
+        AdapterFileError, DataError: a file about the task or model cannot be used; nothing has been written.
 
     Example:
         >>> main(MergeArguments(soup=["runs/a", "runs/b"], output="soup"))
         soup of 2 models: soup
     """
+    folders = output_folders(Path(str(args.output)), args.alpha)
+    for folder in folders.values():
+        check_parents(folder)
     if args.soup is not None:
         make_soup(args)
         return
-    folders = output_folders(Path(str(args.output)), args.alpha)
     zero_shot, fine_tuned = local_folder(str(args.zero_shot)), Path(str(args.fine_tuned))
-    method = None
+    for side in (zero_shot, fine_tuned):
+        known_task(side)
     if (fine_tuned / "adapter_config.json").exists():
-        method = load_adapter_config(str(fine_tuned)).peft_type.value
         if args.fisher:
             raise ConfigError("Fisher information weights whole checkpoints, not adapters", where="fisher")
-        merge_adapter(zero_shot, fine_tuned, folders, args.overwrite)
+        merge_adapter(zero_shot, fine_tuned, args, folders)
     else:
         merge_whole(zero_shot, fine_tuned, args, folders)
     for alpha, folder in folders.items():
-        how: Any = {"base_model_id": args.zero_shot, "fisher": bool(args.fisher), "method": method}
-        write_card(folder, merged_card(folder, alpha=alpha, **how))
         print(f"alpha {alpha:g}: {folder}")
 
 

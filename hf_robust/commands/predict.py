@@ -177,11 +177,19 @@ def print_json(answers: Answers) -> None:
 def print_csv(answers: Answers) -> None:
     """Prints CSV with a header, and a line for every answer; one without a label for a file that has none.
 
+    What stdout's encoding has no bytes for is escaped with a backslash: names of files may be in any other.
+
     Args:
         answers: of every file.
     """
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerows([("file", "label", "score"), *_lines(answers)])
+    lines = ((_encodable(file), _encodable(label), score) for file, label, score in _lines(answers))
+    writer.writerows([("file", "label", "score"), *lines])
+
+
+def _encodable(text: str) -> str:
+    encoding = sys.stdout.encoding or "utf-8"  # of a StringIO there is none
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _lines(answers: Answers) -> Iterator[tuple[str, str, float | None]]:

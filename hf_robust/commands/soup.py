@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PrinterCallback, ProcessorMixin
 
-from ..cards.merged import merged_card
+from ..cards.merged import known_task, merged_card
 from ..cards.push import write_card
 from ..data.class_spaces import class_space
 from ..data.rows import LabelledImages
@@ -48,6 +48,7 @@ def make_soup(args: Any) -> None:
 
     Raises:
         ConfigError, MergeError: the folders do not fit each other, or the output is in use; nothing has been written.
+        AdapterFileError, DataError: a file about the task or model cannot be used; nothing has been written.
     """
     folders, output = [Path(name) for name in args.soup], Path(args.output)
     check_different([folder.resolve() for folder in folders])
@@ -61,9 +62,9 @@ def make_soup(args: Any) -> None:
         raise MergeError("a soup is of adapters or of whole models", where=str(odd), got="a folder without an adapter")
     if args.zero_shot and not any(adapters):
         raise ConfigError("a soup of whole models has no base", where="zero_shot")
+    for folder in folders:
+        known_task(folder)
     members = _soup_adapters(folders, output, args) if any(adapters) else _soup_models(folders, output, args)
-    base = load_adapter_config(str(output)).base_model_name_or_path if any(adapters) else None
-    write_card(output, merged_card(output, ingredients=len(members), base_model_id=args.zero_shot or base))
     kind = "adapter" if any(adapters) else "model"
     print(f"soup of {len(members)} {kind}{'' if len(members) == 1 else 's'}: {output}")
 
@@ -79,8 +80,10 @@ def _soup_models(folders: Sequence[Path], output: Path, args: Any) -> list[int]:
             return validation.metrics(AutoModel.from_pretrained(soup, dtype="auto"), _mean_head([soup]))
 
     members = _members(folders, args, score)
+    card = merged_card(folders[members[0]], ingredients=len(members))  # whose files will be copied
     how = {"overwrite": args.overwrite, "cast_up": True}
     soup_checkpoints([folders[member] for member in members], output, **how)
+    write_card(output, card)
     return members
 
 
@@ -105,6 +108,8 @@ def _soup_adapters(folders: Sequence[Path], output: Path, args: Any) -> list[int
             shutil.copytree(folders[0] / PROCESSOR_FOLDER, temporary / PROCESSOR_FOLDER)
         if head:
             save_file(head, temporary / WEIGHTS_FILE)
+        base = args.zero_shot or load_adapter_config(str(temporary)).base_model_name_or_path
+        write_card(temporary, merged_card(temporary, ingredients=len(members), base_model_id=base))
     return members
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from glob import glob, has_magic, iglob
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 import PIL.Image
@@ -75,6 +75,8 @@ def exists(path: str) -> bool:
 def files_of(path: str) -> tuple[str, list[str]]:
     """Returns a folder, and the files of a source relative to it, with slashes and in order; hidden ones left out.
 
+    Links are followed, but not back into a folder that they lie in: that has no end.
+
     Args:
         path: of a file or folder, or a pattern of files, that exists.
     """
@@ -85,7 +87,9 @@ def files_of(path: str) -> tuple[str, list[str]]:
         return path, sorted(_walk(path))
     folder = str(Path(*takewhile(lambda part: not has_magic(part), Path(path).parts)))
     files = [Path(os.path.relpath(file, folder)).as_posix() for file in glob(path, recursive=True)]
-    return folder, sorted(file for file in files if all(map(is_visible, file.split("/"))))
+    files = [file for file in files if all(map(is_visible, file.split("/")))]
+    returning = {parent for parent in {os.path.dirname(file) for file in files} if _returns(folder, parent)}
+    return folder, sorted(file for file in files if os.path.dirname(file) not in returning)
 
 
 def is_visible(name: str) -> bool:
@@ -102,9 +106,16 @@ def _walk(folder: str) -> Iterator[str]:
         raise error
 
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = filter(is_visible, folders)
         inside = "" if parent == folder else Path(os.path.relpath(parent, folder)).as_posix() + "/"
+        folders[:] = [name for name in folders if is_visible(name) and not _returns(folder, inside + name)]
         yield from (inside + file for file in files if is_visible(file))
+
+
+def _returns(folder: str, path: str) -> bool:
+    """Whether a path below a folder leads, by a link, through one that it has been in."""
+    steps = accumulate([folder, *Path(path).parts], os.path.join)
+    real = [os.path.realpath(step) for step in steps]
+    return len(set(real)) < len(real)
 
 
 def kind_of(files: Sequence[str], source: str, where: str) -> tuple[str, list[str]]:

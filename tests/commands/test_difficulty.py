@@ -113,6 +113,12 @@ def test_without_data_it_is_refused(script):
         script.DifficultyArguments()
 
 
+@pytest.mark.parametrize("name", ["output", "picture"])
+def test_a_folder_to_write_is_refused_before_anything_is_computed(script, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"it is a folder .at {name}.*allowed a file"):
+        script.run(f"--{name}", str(tmp_path), data="nowhere")
+
+
 def test_it_runs_as_a_program(folder, tmp_path):
     command = [sys.executable, "-m", "hf_robust", "difficulty", str(folder / "train.parquet")]
     command += ["--model_name_or_path", str(folder / "model"), "--output", str(tmp_path / "difficulty.json")]

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_robust import ACLIPConfig, SAFTConfig, select_saft, with_image_size
 from hf_robust.commands import merge as merging
-from hf_robust.errors import AdapterFileError, ConfigError, MergeError
+from hf_robust.errors import AdapterFileError, ConfigError, DataError, MergeError
 from hf_robust.interpolation.arithmetic import interpolate_tensor
 from hf_robust.scripting.arguments import parse_arguments
 from tests.tiny_models import tiny_model, tiny_processor
@@ -228,3 +228,34 @@ def test_bad_input_leaves_no_output(merge):
         merge()
     assert sorted(os.listdir()) == ["adapter", "base"]
     PeftModel.from_pretrained(tiny_model("clip"), "adapter")
+
+
+@pytest.mark.parametrize("flags", [["--fine_tuned"], ["--soup"]], ids=["merge", "soup"])
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_what_a_card_cannot_be_made_of_leaves_no_output(merge, kind, flags):
+    flags = flags if kind == "full" and flags == ["--soup"] else ["--zero_shot", "base", *flags]
+    save_adapter("adapter", CONFIGS["saft"]) if kind == "adapter" else tiny_model("clip", seed=1).save_pretrained(kind)
+    for content, error, message in [
+        ('{"task": "my_own"}', AdapterFileError, f"unknown task .at {kind}/classifier.json.: got 'my_own'"),
+        ("[]", AdapterFileError, "no settings of a task"),
+        ("{", DataError, "no valid JSON"),
+    ]:
+        Path(kind, "classifier.json").write_text(content)
+        with pytest.raises(error, match=message):
+            merging.main(*parse_arguments(merging.TYPES, flags=[*flags, kind, "--output", "merged"]))
+    Path(kind, "classifier.json").unlink()
+    processor = (
+        Path("full/preprocessor_config.json") if kind == "full" else Path("adapter/processor/processor_config.json")
+    )
+    processor.parent.mkdir(exist_ok=True)
+    processor.write_text("[]")
+    with pytest.raises(DataError, match="malformed"):
+        merging.main(*parse_arguments(merging.TYPES, flags=[*flags, kind, "--output", "merged"]))
+    assert sorted(os.listdir()) == sorted([kind, "base"])
+
+
+def test_an_output_in_a_file_is_refused(merge):
+    Path("file").write_text("")
+    for flags in (["--zero_shot", "base", "--fine_tuned", "base"], ["--soup", "base"]):
+        with pytest.raises(ConfigError, match="cannot lie in a file .at output.: got 'file/x/y'"):
+            merging.main(*parse_arguments(merging.TYPES, flags=[*flags, "--output", "file/x/y"]))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from hf_robust import ZeroShotClassifier
-from hf_robust.commands.predict import PredictArguments, image_files, main
+from hf_robust.commands.predict import PredictArguments, image_files, main, print_csv
 from hf_robust.errors import AdapterFileError, ConfigError, DataError
 from tests.tasks.saved import captioned, save_base, save_trained, several
 from tests.tiny_models import synthetic_picture
@@ -72,6 +73,16 @@ def test_csv_has_a_header_and_a_line_for_every_answer(adapter, photos, printed):
     answers = json.loads(printed(adapter, ["photos/a.png", "photos/e f.png"], format="json", top_k=2)[0])
     expected = [(one["file"], a["label"], a["score"]) for one in answers for a in one["answers"]]
     assert [(row["file"], row["label"], float(row["score"])) for row in rows] == expected and len(rows) == 4
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "é"), ("ascii", r"\xe9")])
+def test_csv_escapes_what_stdout_cannot_encode(encoding, shown, monkeypatch):
+    """A name that is not UTF-8, as Linux allows, and one that is not in the stdout's encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_csv([(name, {"label": "é", "score": 0.5}) for name in ("\udcff.png", "é.png")])
+    stream.seek(0)
+    assert stream.read() == f"file,label,score\n\\udcff.png,{shown},0.5\n{shown}.png,{shown},0.5\n"
 
 
 def test_the_table_shows_every_file_as_it_is_called(adapter, photos, printed):

@@ -162,6 +162,12 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(soup):
         (["--soup", "a", "--fine_tuned", "a"], "does not go together.*fine_tuned"),
         (["--soup", "a", "--soup_greedy"], "not given .at validation_data"),
         (["--zero_shot", "base", "--fine_tuned", "a", "--soup_greedy"], "does not go together.*soup_greedy"),
+        (["--zero_shot", "base", "--fine_tuned", "a", "--templates", "a {}."], "does not go together.*templates"),
+        (["--zero_shot", "base", "--fine_tuned", "a", "--batch_size", "8"], "does not go together.*batch_size"),
+        (["--soup", "a", "--validation_data", "photos"], "together.*validation_data.*Only --soup_greedy"),
+        (["--soup", "a", "--class_names_file", "names.txt"], "does not go together.*class_names_file"),
+        (["--soup", "a", "--image_column", "x"], "does not go together.*image_column"),
+        (["--soup", "a", "--label_column", "x"], "does not go together.*label_column"),
     ]:
         status, line = soup(*flags)
         assert status == 2 and line.startswith("hf-robust merge: error: ") and line.count("\n") == 1

@@ -10,6 +10,7 @@ from datasets import Image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_robust.data.files import files_of
 from hf_robust.data.sources import load_source
 from hf_robust.errors import DataError
 
@@ -102,6 +103,17 @@ def test_linked_folders_are_classes_and_splits():
     Path("q").mkdir()
     Path("q/train").symlink_to(Path("all").absolute())
     assert classes(load_source("p")) == ["cat"] and classes(load_source("q:train")) == ["cat", "dog"]
+
+
+def test_links_back_are_not_followed():
+    """To the folder itself, to the one above, and to each other."""
+    write("p/cat/0.jpg", "p/cat/more/1.jpg", "p/dog/2.jpg")
+    Path("p/self").symlink_to(Path("p").absolute())
+    assert files_of("p/**/*.jpg") == files_of("p") == ("p", ["cat/0.jpg", "cat/more/1.jpg", "dog/2.jpg"])
+    write("q/3.jpg")
+    for link, folder in {"p/cat/more/up": "p/cat", "p/q": "q", "q/back": "p"}.items():
+        Path(link).symlink_to(Path(folder).absolute())
+    assert files_of("p") == ("p", ["cat/0.jpg", "cat/more/1.jpg", "dog/2.jpg", "q/3.jpg"])
 
 
 def test_images_without_folders_have_no_labels():
