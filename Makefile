@@ -5,7 +5,9 @@ BIN := .venv/bin
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-# The demo needs less than the tests, so it is installed alone where it comes first. What is imported is compiled then.
+# The demo needs less than the tests, so it is installed alone where it comes first. What is imported is compiled then,
+# and kept, whatever the shell says: else every process of the tests would compile it anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable
 .venv/demo: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv

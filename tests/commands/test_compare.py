@@ -15,7 +15,7 @@ from hf_robust.errors import ConfigError
 from hf_robust.evaluation import RobustnessSuite
 from hf_robust.evaluation.corrupted_sets import FIVE
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import image_sizes_seen, launch_on_two, load_command
+from tests.examples.scripts import command_on_two, image_sizes_seen, load_command
 from tests.programs import ROOT
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
@@ -305,7 +305,7 @@ def test_the_shipped_config_is_understood(script):
 def test_two_processes_write_one_result(folder, script, tmp_path):
     flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path)]
     flags += ["--seeds", "1", "--learning_rates", "1e-2", "--alphas", "1", "--per_device_train_batch_size", "3"]
-    printed = launch_on_two(folder, "-m", "hf_robust", "compare", *flags, "--methods", "linear-probe", "saft")
+    printed = command_on_two("compare", folder, *flags, "--methods", "linear-probe", "saft")
     assert printed.count("rank: the place") == 1
     one = script.run(tmp_path / "one", "--methods", "linear-probe", "--learning_rates", "1e-2", "--seeds", "1")
     two = json.loads((tmp_path / "results.json").read_text())["runs"]

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import get_args
 
 import datasets
@@ -17,7 +16,6 @@ from hf_robust.errors import ConfigError, DataError
 from hf_robust.evaluation.difficulty import task_difficulty
 from hf_robust.evaluation.difficulty_report import TaskDifficulty
 from hf_robust.scripting.arguments import parse_arguments
-from tests.programs import ROOT, run_programs
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 
 NAMES = ["red", "green", "blue"]
@@ -117,11 +115,3 @@ def test_without_data_it_is_refused(script):
 def test_a_folder_to_write_is_refused_before_anything_is_computed(script, tmp_path, name):
     with pytest.raises(ConfigError, match=f"it is a folder .at {name}.*allowed a file"):
         script.run(f"--{name}", str(tmp_path), data="nowhere")
-
-
-def test_it_runs_as_a_program(folder, tmp_path):
-    command = [sys.executable, "-m", "hf_robust", "difficulty", str(folder / "train.parquet")]
-    command += ["--model_name_or_path", str(folder / "model"), "--output", str(tmp_path / "difficulty.json")]
-    variables = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    ((printed, _),) = run_programs(command, cwd=tmp_path, **variables)
-    assert "Start with --method" in printed and (tmp_path / "difficulty.json").exists()

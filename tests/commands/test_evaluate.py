@@ -15,7 +15,7 @@ from hf_robust.commands import evaluate
 from hf_robust.errors import ConfigError
 from hf_robust.evaluation.report import SuiteReport
 from hf_robust.scripting.arguments import parse_arguments
-from tests.examples.scripts import image_sizes_seen, launch_on_two
+from tests.examples.scripts import command_on_two, image_sizes_seen
 from tests.tiny_models import image_dataset, tiny_model, tiny_processor
 from tests.trainers import build
 
@@ -205,7 +205,7 @@ def test_two_processes_print_one_table_with_the_same_answers(run, folder):
     one, _ = run("saft", "--use_cpu")
     flags = ["saft", "--suite", "suite.yaml", "--use_cpu"]
     flags += ["--batch_size", "2", "--output", "out/two.json", "--silent"]
-    printed = launch_on_two(folder, "-m", "hf_robust", "evaluate", *flags, cwd=folder)
+    printed = command_on_two("evaluate", folder, *flags, cwd=folder)
     assert printed.count("Accuracy in %") == 1
     two = json.loads((folder / "out" / "two.json").read_text())
     for name, content in two["models"].items():

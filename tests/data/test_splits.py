@@ -127,7 +127,7 @@ THREE = "p/train/cat/0.jpg p/val/cat/0.jpg p/test_catalogue/cat/0.jpg"
     ("files", "source", "message"),
     [
         (THREE, "p", "several splits .at data.: got 'p'; allowed test_catalogue, train, val. Write 'p:train'."),
-        (THREE, "p:test", "no such split .at data.: got 'p:test'; allowed test_catalogue, train, val. Did you mean '"),
+        (THREE, "p:test", "no such split .at data.: got 'p:test'; allowed test_catalogue, train, val. There are '"),
         (THREE, "p:Test_Catalogue", "no such split.*Did you mean 'test_catalogue'"),
         (THREE, "p:", "no such split"),
         (THREE, "p:train[:80%]", r"slice of a local source .at data.: got 'p:train\[:80%\]'"),

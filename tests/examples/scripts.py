@@ -17,7 +17,7 @@ from transformers import CLIPModel
 
 from hf_robust import RobustTrainingArguments
 from hf_robust.scripting.arguments import parse_arguments
-from tests.programs import ROOT, run_programs
+from tests.programs import ROOT, run_on_ranks, run_programs
 
 
 def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -94,3 +94,24 @@ def launch_on_two(folder: Path, *command: str, cwd: Path = ROOT) -> str:
     standalone = {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}  # flags of torchrun, not of accelerate
     ((out, _),) = run_programs(launch, cwd=cwd, HF_DATASETS_CACHE=str(folder / "cache"), **standalone)
     return out
+
+
+def command_on_two(name: str, folder: Path, *flags: str, cwd: Path = ROOT) -> str:
+    """Runs a command on two ranks; returns what they printed. Quicker than `launch_on_two`, by two starts of Python.
+
+    Args:
+        name: as of `load_command`.
+        folder: for the script and the cache of datasets.
+        *flags: of the command.
+        cwd: where it runs.
+    """
+    script = f"""
+import os
+from hf_robust.commands import {name} as command
+from hf_robust.scripting.arguments import parse_arguments
+
+def main(folder):
+    os.chdir({str(cwd)!r})
+    command.main(*parse_arguments(command.TYPES, flags={list(flags)!r}))
+"""
+    return "".join(out for out, _ in run_on_ranks(2, script, folder))
