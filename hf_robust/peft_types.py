@@ -33,3 +33,16 @@ def register(peft_type: RobustPeftType, config_cls: type[PeftConfig], model_cls:
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
+
+
+def method_name(config: PeftConfig) -> str:
+    """Returns what PEFT calls the method of a config; one that was read from a file may have it as plain text.
+
+    Args:
+        config: of an adapter.
+
+    Example:
+        >>> method_name(LoraConfig())
+        'LORA'
+    """
+    return str(getattr(config.peft_type, "value", config.peft_type))

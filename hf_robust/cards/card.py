@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from ..encoders.dual_encoder import base_model, family, needs_interpolation
 from ..encoders.image_size import pixels_of
 from ..errors import ConfigError
+from ..peft_types import method_name
 from ..tasks.task import Task
 from ..tuners.saft import exports_to_shira
 from .markdown import code, escape, hub_id
@@ -138,8 +139,8 @@ def model_card(
         template_path=str(TEMPLATE),
         title=title,
         methods=methods,
-        adapters=[_type(config) for config in configs],
-        is_ours=bool(OURS & {_type(config) for config in configs}),
+        adapters=[method_name(config) for config in configs],
+        is_ours=bool(OURS & {method_name(config) for config in configs}),
         base=base,
         architecture=type(encoder).__name__,
         repository=REPOSITORY,
@@ -180,7 +181,7 @@ def _adapter_configs(task: Task) -> list[Any]:
 
 def _needs_peft_alone(task: Task, configs: list[Any]) -> bool:
     """Returns whether the model gives the same predictions without this package, by its processor's defaults."""
-    stock = bool(configs) and not OURS & {_type(config) for config in configs}
+    stock = bool(configs) and not OURS & {method_name(config) for config in configs}
     of_task = task.settings()
     plain = of_task.get("head") in ("live", "frozen") and len(of_task["templates"]) == 1 and task.target == "label"
     two_towers = base_model(task.model).config.model_type == "vision-text-dual-encoder"
@@ -208,13 +209,9 @@ def _interpolates(task: Task) -> bool:
     return needs_interpolation(task.model, pixels_of(task.processor))
 
 
-def _type(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
 def _methods(task: Task, args: RobustTrainingArguments | None, results: CardResults | None) -> list[str]:
     configs = _adapter_configs(task)
-    methods = [METHODS.get(_type(config), _type(config)) for config in configs] or ["full fine-tuning"]
+    methods = [METHODS.get(method_name(config), method_name(config)) for config in configs] or ["full fine-tuning"]
     methods += ["LP-FT"] if args is not None and args.head_first_epochs > 0 else []
     methods += [_title(name) for name in task.terms]
     return methods + (["WiSE-FT"] if results is not None and results.chosen_alpha is not None else [])
@@ -242,7 +239,7 @@ def tags(methods: list[str], model_type: str | None, adapted_base: str | None) -
 
 
 def _settings(args: RobustTrainingArguments | None, configs: list[Any], task: Task) -> dict[str, dict[str, str]]:
-    found = {_type(config): _changed(config, ADAPTER_SETTINGS) for config in configs}
+    found = {method_name(config): _changed(config, ADAPTER_SETTINGS) for config in configs}
     for name, term in task.terms.items():
         defaults = {n: argument.default for n, argument in term.arguments().items()}
         settings = {n: value for n, value in term.settings().items() if n in LOSS_SETTINGS}

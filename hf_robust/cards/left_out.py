@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from ..data.readable import bad_rows
 from ..data.rows import LabelledImages
+from ..peft_types import method_name
 from ..tasks.task import Task
 
 MOST_LISTED = 10  # images of a set, or classes
@@ -53,7 +54,7 @@ def _adapters(model: object) -> list[str]:
     if not isinstance(model, PeftModel):
         return []
     others = [config for name, config in model.peft_config.items() if name not in model.active_adapters]
-    methods = sorted(str(getattr(config.peft_type, "value", config.peft_type)) for config in others)
+    methods = sorted(map(method_name, others))
     return (
         [f"Other adapters of the model, not active and not in these figures: {', '.join(methods)}"] if methods else []
     )

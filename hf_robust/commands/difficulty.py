@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import ConfigError
 from ..evaluation.difficulty import task_difficulty
 from ..evaluation.difficulty_plot import plot_difficulty
 from ..evaluation.difficulty_report import Silhouette, TaskDifficulty
 from ..evaluation.report import write_json
 from ..scripting.arguments import setting
-from ..scripting.checks import check_given
+from ..scripting.checks import check_file, check_given
 from ..scripting.loading import DEFAULT_MODEL, load_images, load_model, load_processor, read_class_names
 from ..scripting.results import package_versions
 
@@ -73,14 +72,6 @@ def suggest(difficulty: TaskDifficulty) -> dict[str, str]:
     return {"method": "aclip", "reason": ACLIP, "how": HOW}
 
 
-def check_outputs(args: DifficultyArguments) -> None:
-    """Refuses folders in the place of the files that were asked for."""
-    for name in ("output", "picture"):
-        path = getattr(args, name)
-        if path and Path(path).is_dir():
-            raise ConfigError("it is a folder", where=name, got=path, allowed="a file")
-
-
 def write_outputs(difficulty: TaskDifficulty, suggestion: dict[str, str], args: DifficultyArguments) -> None:
     """Writes the JSON and the picture that were asked for."""
     if args.picture:
@@ -102,7 +93,8 @@ def main(args: DifficultyArguments) -> None:
     Raises:
         ConfigError: what is to be written is a folder; nothing has been computed.
     """
-    check_outputs(args)
+    check_file(args.output, "output")
+    check_file(args.picture, "picture")
     names: Any = read_class_names(args.class_names_file)
     dataset = load_images(str(args.data), "data", args, names)
     model = load_model(args.model_name_or_path, args.dtype)

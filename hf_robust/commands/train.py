@@ -106,13 +106,8 @@ class TrainArguments:
         if (validates and self.validation_share) or ("id" in named and self.test_share):
             where = "validation_share, test_share"
             raise ConfigError("a set is given, and shall be held out, too", where=where)
-        if self.wise_ft and not self.has_validation():
+        if self.wise_ft and not (validates or self.validation_share or self.data):  # the splits of data show later
             raise ConfigError("wise_ft chooses alpha on validation data", where="validation_data")
-
-    def has_validation(self) -> bool:
-        """Whether there is a validation set, or will be: of a source with splits that shows later."""
-        named: Any = self.eval_data or {}
-        return bool(self.validation_data or VALIDATION in named or self.validation_share or self.data)
 
 
 @dataclass

@@ -47,8 +47,10 @@ def check_file(path: str | None, where: str) -> None:
     """
     if path is None:
         return
-    folders = [parent for parent in Path(path).absolute().parents if parent.exists()]
-    if Path(path).is_dir() or not folders[0].is_dir():
+    if Path(path).is_dir():
+        raise ConfigError("it is a folder", where=where, got=path, allowed="a file")
+    nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not nearest.is_dir():
         raise ConfigError("no file can be written there", where=where, got=path, allowed="a file in a folder")
 
 

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainingArguments
 
+from ..peft_types import method_name
 from ..tasks.task import Task
 from .arguments import RobustTrainingArguments
 
@@ -52,7 +53,7 @@ def method_rate(model: nn.Module) -> float:
     encoder = model.model if isinstance(model, Task) else model
     configs = _active_configs(encoder)
     if configs and not all(config.inference_mode for config in configs):
-        return OF_ADAPTERS.get(str(getattr(configs[0].peft_type, "value", configs[0].peft_type)), OTHERS)
+        return OF_ADAPTERS.get(method_name(configs[0]), OTHERS)
     return FULL if any(parameter.requires_grad for parameter in encoder.parameters()) else HEAD_ALONE
 
 

@@ -42,8 +42,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     check_file(None, "output")
     check_file(str(tmp_path / "new" / "a.json"), "output")
     check_file(str(tmp_path / "file"), "output")
-    for path in (tmp_path, tmp_path / "file" / "a.json"):
-        with pytest.raises(ConfigError, match="no file can be written there .at output."):
+    bad = {tmp_path: "it is a folder", tmp_path / "file" / "a.json": "no file can be written there"}
+    for path, message in bad.items():
+        with pytest.raises(ConfigError, match=f"{message} .at output."):
             check_file(str(path), "output")
 
 
